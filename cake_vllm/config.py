@@ -1,0 +1,172 @@
+"""The plugin's settings: three keys, parsed once into one frozen object. Imports no vLLM.
+
+The command line flags, the keyword arguments of ``LLM`` and the keys of ``VllmConfig.additional_config`` are the same
+three names. The front-end process validates them and writes them back *resolved* (presets replaced by numbers), so
+that every other process reads what was decided once.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from cake_vllm.policies import Policy, create_policy, knobs, policy_names
+from cake_vllm.policies.cake import PRESETS
+
+POLICY_KEY = "kv_eviction"
+BUDGET_KEY = "kv_eviction_budget"
+CONFIG_KEY = "kv_eviction_config"
+KEYS = (POLICY_KEY, BUDGET_KEY, CONFIG_KEY)
+
+OFF = "none"
+DEFAULT_BUDGET = 1024
+
+
+@dataclass(frozen=True)
+class KVEvictionConfig:
+    """What to evict and how much to keep.
+
+    Attributes:
+        policy_name: a registered policy.
+        budget: an int is the mean number of tokens per layer and request, window included (CAKE's ``cache_size``);
+            a float in (0, 1] is a fraction of the prompt.
+        options: the policy's knobs as the user gave them; see :meth:`resolve` for presets.
+    """
+
+    policy_name: str
+    budget: int | float
+    options: Mapping[str, Any]
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> "KVEvictionConfig | None":
+        """Reads the three keys out of a mapping that may hold others; ``None`` when eviction is off.
+
+        Raises:
+            ValueError: one sentence that names the flag and the fix.
+        """
+        name = settings.get(POLICY_KEY) or OFF
+        budget, options = settings.get(BUDGET_KEY), settings.get(CONFIG_KEY)
+        if name == OFF:
+            for key, value in ((BUDGET_KEY, budget), (CONFIG_KEY, options)):
+                if value is not None:
+                    raise ValueError(f"{flag(key)} has no effect without {flag(POLICY_KEY)}: name a policy or drop it")
+            return None
+        if name not in policy_names():
+            raise ValueError(f"{flag(POLICY_KEY)} {name!r} is unknown: choose {', '.join((OFF, *policy_names()))}")
+        config = cls(name, parse_budget(DEFAULT_BUDGET if budget is None else budget), parse_options(options))
+        window = config.policy().window
+        if isinstance(config.budget, int) and config.budget <= window:
+            raise ValueError(
+                f"{flag(BUDGET_KEY)} {config.budget} leaves nothing beside the window of {window} tokens: "
+                f"give more than {window}, or a fraction of the prompt such as 0.2"
+            )
+        return config
+
+    def settings(self) -> dict[str, Any]:
+        """The three keys, such that :meth:`from_settings` gives this object back; JSON types only."""
+        return {POLICY_KEY: self.policy_name, BUDGET_KEY: self.budget, CONFIG_KEY: dict(self.options)}
+
+    def policy(self) -> Policy:
+        """The policy with its knobs set.
+
+        Raises:
+            ValueError: for an unknown or bad knob, naming the flag.
+        """
+        options = dict(self.options)
+        preset = options.pop("preset", None) if self._has_presets else None
+        if preset is not None:
+            if preset not in PRESETS:
+                raise ValueError(f"{flag(CONFIG_KEY)}: unknown preset {preset!r}; choose {', '.join(sorted(PRESETS))}")
+            options = dict(zip(("tau1", "tau2"), PRESETS[preset], strict=True)) | options
+        try:
+            return create_policy(self.policy_name, options)
+        except ValueError as error:
+            raise ValueError(f"{flag(CONFIG_KEY)}: {error}") from None
+
+    def tokens(self, prompt_len: int) -> int:
+        """The budget for a prompt of ``prompt_len`` tokens, in tokens per layer, at least the window."""
+        if isinstance(self.budget, int):
+            return self.budget
+        return max(int(Fraction(str(self.budget)) * prompt_len), self.policy().window)
+
+    def resolve(self, model: Any) -> "KVEvictionConfig":
+        """Chooses the tau preset for ``model`` where the user chose neither a preset nor taus.
+
+        Args:
+            model: a Hugging Face text config, or anything with its attributes.
+        """
+        if not self._has_presets or {"preset", "tau1", "tau2"} & set(self.options):
+            return self
+        family = model_family(model)
+        if family is None:
+            return self
+        # The official table has two cache sizes; the nearer one on a logarithmic scale.
+        small = isinstance(self.budget, int) and self.budget < math.sqrt(128 * 1024)
+        preset = f"{family}@{128 if small else 1024}"
+        return KVEvictionConfig(self.policy_name, self.budget, {**self.options, "preset": preset})
+
+    @property
+    def _has_presets(self) -> bool:
+        return {"tau1", "tau2"} <= set(knobs(self.policy_name))
+
+
+def flag(key: str) -> str:
+    """The command line flag of a key."""
+    return "--" + key.replace("_", "-")
+
+
+def parse_budget(value: Any) -> int | float:
+    """Reads a budget: ``"1024"`` or 1024 are tokens, ``"0.2"`` or 0.2 a fraction of the prompt.
+
+    Raises:
+        ValueError: one sentence that names the flag and the fix.
+    """
+    refusal = ValueError(
+        f"{flag(BUDGET_KEY)} {value!r} is not a budget: give a positive whole number of tokens, "
+        "or a fraction of the prompt above 0 and up to 1.0"
+    )
+    if isinstance(value, str):
+        try:
+            value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)
+        except ValueError:
+            raise refusal from None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise refusal
+    if isinstance(value, int) and value > 0:
+        return value
+    if isinstance(value, float) and 0 < value <= 1:
+        return value
+    raise refusal
+
+
+def parse_options(value: Any) -> dict[str, Any]:
+    """Reads the policy's knobs: a mapping, or the JSON text of one.
+
+    Raises:
+        ValueError: one sentence that names the flag and the fix.
+    """
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{flag(CONFIG_KEY)} is not valid JSON ({error}): give an object such as "
+                             '\'{"gamma": 200}\'') from None
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{flag(CONFIG_KEY)} must be a JSON object such as '{{\"gamma\": 200}}', not {value!r}")
+    return dict(value)
+
+
+def model_family(model: Any) -> str | None:
+    """Name under which the official tau table knows a model, by its Hugging Face config; ``None`` if it does not."""
+    shape = tuple(getattr(model, name, None) for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"))
+    return {
+        ("llama", 32, 4096, 128256): "llama3.1-8b",
+        ("mistral", 32, 4096, 32768): "mistral-0.3-7b",
+        ("qwen2", 28, 3584, 152064): "qwen2.5-7b",
+        ("llama", 32, 4096, 32000): "llama2-7b",
+        ("llama", 40, 5120, 32000): "llama2-13b",
+    }.get(shape)  # type: ignore[arg-type]

@@ -1,0 +1,104 @@
+"""The flags ``--kv-eviction*`` on vLLM's engine arguments, and the same names in ``LLM(...)`` and ``EngineArgs(...)``."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+from cake_vllm.config import (
+    BUDGET_KEY,
+    CONFIG_KEY,
+    DEFAULT_BUDGET,
+    KEYS,
+    OFF,
+    POLICY_KEY,
+    KVEvictionConfig,
+    flag,
+    parse_budget,
+    parse_options,
+)
+from cake_vllm.integration.patching import wrap
+from cake_vllm.policies import policy_names
+
+
+def install_args() -> None:
+    """Wraps the engine arguments' constructors and command line (ledger: ``patches/README.md``)."""
+    wrap(EngineArgs, "add_cli_args", _add_cli_args)
+    wrap(EngineArgs, "from_cli_args", _from_cli_args)
+    # Dataclasses: each class has a generated constructor of its own.
+    wrap(EngineArgs, "__init__", _init)
+    wrap(AsyncEngineArgs, "__init__", _init)
+
+
+def _add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser = original(parser)
+    group = parser.add_argument_group(
+        title="KVEviction",
+        description="Evict the KV cache of long prompts, each layer to its own budget (plugin cake_vllm).",
+    )
+    group.add_argument(
+        flag(POLICY_KEY),
+        choices=(OFF, *policy_names()),
+        default=None,
+        help=f"Eviction policy; {OFF} (default) leaves vLLM as it is.",
+    )
+    group.add_argument(
+        flag(BUDGET_KEY),
+        type=_argument(parse_budget),
+        default=None,
+        metavar="N|F",
+        help="A whole number is the mean number of tokens that a layer keeps of a request, the window included; a "
+        f"fraction in (0, 1] is a share of the prompt. Default {DEFAULT_BUDGET}.",
+    )
+    group.add_argument(
+        flag(CONFIG_KEY),
+        type=_argument(parse_options),
+        default=None,
+        metavar="JSON",
+        help='Knobs of the policy as a JSON object, such as \'{"window": 32, "gamma": 200}\'.',
+    )
+    return parser
+
+
+def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def typed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return typed
+
+
+def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+    engine_args = original(cls, args)
+    given = {key: getattr(args, key) for key in KEYS if getattr(args, key, None) is not None}
+    engine_args.additional_config = merge_settings(engine_args.additional_config, given)
+    return engine_args
+
+
+def _init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    given = {key: kwargs.pop(key) for key in KEYS if key in kwargs}
+    original(self, *args, **kwargs)
+    self.additional_config = merge_settings(self.additional_config, given)
+
+
+def merge_settings(additional_config: Any, given: Mapping[str, Any]) -> Any:
+    """Adds flags or keyword arguments to ``additional_config`` and validates the result.
+
+    Raises:
+        ValueError: if both set a key to different values, or the settings are bad.
+    """
+    if not isinstance(additional_config, dict):
+        if given:
+            raise ValueError(f"{flag(POLICY_KEY)} needs --additional-config to be a JSON object, not another object")
+        return additional_config
+    for key, value in given.items():
+        if additional_config.get(key, value) != value:
+            raise ValueError(f"{flag(key)} contradicts the key {key!r} of --additional-config: give one of them")
+    if not given and not any(key in additional_config for key in KEYS):
+        return additional_config
+    merged = {**additional_config, **given}
+    KVEvictionConfig.from_settings(merged)
+    return merged

@@ -1,0 +1,110 @@
+"""The part of the attention backends that does not depend on the backend.
+
+A backend that evicts is its stock backend with two differences: layers of full attention get a KV cache spec of
+their own, and after its forward a layer shows the window's queries and its cache to the worker half. Both apply only
+while eviction is on in the engine at hand; otherwise every class here hands out the stock one.
+"""
+
+import itertools
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
+
+from cake_vllm.integration.plugin import eviction_config
+from cake_vllm.kernels import BlockLayout
+
+#: Name under which a step's work hangs on a layer's attention metadata.
+STEP = "kv_eviction_step"
+
+
+class EvictingBackend:
+    """Mixin for an ``AttentionBackend``; put it first among the bases."""
+
+    stock_impl: ClassVar[type[AttentionImpl]]
+    evicting_impl: ClassVar[type[AttentionImpl]]
+    # Layers are built under the engine's config, specs are asked for later without one.
+    _is_on: ClassVar[bool] = False
+    _layer_index: ClassVar[itertools.count]
+
+    @classmethod
+    def get_impl_cls(cls) -> type[AttentionImpl]:
+        """The evicting implementation if eviction is on in the current engine, else the stock one."""
+        cls._is_on = eviction_config(get_current_vllm_config_or_none()) is not None
+        cls._layer_index = itertools.count()
+        return cls.evicting_impl if cls._is_on else cls.stock_impl
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Gives each layer of full attention a spec that no other layer shares."""
+        spec = super().customize_spec(spec)  # type: ignore[misc]
+        if not cls._is_on or type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
+            return spec
+        from cake_vllm.integration.spec import EvictableSpec
+
+        return replace_as(spec, EvictableSpec, layer_index=next(cls._layer_index))
+
+
+class EvictingImpl(AttentionImpl):
+    """Mixin for an ``AttentionImpl``; put it first among the bases."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        given: dict[str, Any] = dict(zip(_IMPL_ARGUMENTS, args, strict=False)) | kwargs
+        checks = [
+            (given.get("alibi_slopes") is not None, "ALiBi, whose bias depends on where a key lies"),
+            (given.get("sinks") is not None, "attention sinks"),
+            (given.get("kv_sharing_target_layer_name") is not None, "layers that share one KV cache"),
+            (given.get("attn_type", AttentionType.DECODER) != AttentionType.DECODER, "encoder attention"),
+        ]
+        for refused, what in checks:
+            if refused:
+                raise ValueError(f"--kv-eviction cannot evict from models with {what}: serve this one without the flag")
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The stock forward; then, if this step needs it, the layer is shown to the worker half."""
+        result = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        step = getattr(attn_metadata, STEP, None)
+        if step is not None:
+            step.observe(query)
+        return result
+
+    @abstractmethod
+    def block_layout(self, layer: Any, block_size: int) -> BlockLayout:
+        """Where this backend keeps keys and values inside a block."""
+
+    @abstractmethod
+    def flat_cache(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """A view of the layer's cache as :mod:`cake_vllm.kernels.pages` addresses it."""
+
+    @abstractmethod
+    def with_rows(self, layer: Any, metadata: Any, block_table: torch.Tensor, seq_lens: torch.Tensor) -> Any:
+        """A copy of ``metadata`` that reads ``block_table`` (``[R, C]`` int32) up to ``seq_lens`` (``[R]`` int32)."""
+
+
+_IMPL_ARGUMENTS = (
+    "num_heads",
+    "head_size",
+    "scale",
+    "num_kv_heads",
+    "alibi_slopes",
+    "sliding_window",
+    "kv_cache_dtype",
+    "logits_soft_cap",
+    "attn_type",
+    "kv_sharing_target_layer_name",
+)

@@ -1,0 +1,131 @@
+"""The KV connector through which the two halves of the plugin talk. It transfers no KV."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.forward_context import get_forward_context
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request
+
+from cake_vllm.integration.messages import EvictionReport, StepPlan
+from cake_vllm.integration.plugin import eviction_config
+from cake_vllm.integration.scheduler import EvictionScheduler
+from cake_vllm.metrics import EvictionPromMetrics, EvictionStats
+
+if TYPE_CHECKING:
+    from cake_vllm.integration.worker import EvictionWorker
+
+
+class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
+    """One object per process; each forwards vLLM's hooks to the half that belongs there."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
+        super().__init__(vllm_config, role, kv_cache_config)
+        config = eviction_config(vllm_config)
+        assert config is not None, "the connector is set up only where eviction is on"
+        self._report: EvictionReport | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            self.scheduler = EvictionScheduler(config, kv_cache_config)
+        else:
+            from cake_vllm.integration.worker import EvictionWorker
+
+            self.worker: EvictionWorker = EvictionWorker(config, vllm_config, kv_cache_config)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Nothing is handed to another engine."""
+        return False
+
+    # Scheduler side
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        """See :class:`EvictionScheduler`."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self.scheduler.bind(kv_cache_manager)
+
+    def on_new_request(self, request: Request) -> None:
+        """See :class:`EvictionScheduler`."""
+        self.scheduler.add(request)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """See :class:`EvictionScheduler`."""
+        return self.scheduler.plan(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """See :class:`EvictionScheduler`."""
+        report = connector_output.kv_connector_worker_meta
+        if isinstance(report, EvictionReport):
+            self.scheduler.finish(report.evictions.items())
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The request's blocks may be freed at once."""
+        self.scheduler.remove(request.request_id)
+        return False, None
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """No KV comes from outside."""
+        return 0, False
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """No KV comes from outside."""
+
+    # Worker side
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Prepares the step while the forward context is set and before the first layer runs."""
+        super().bind_connector_metadata(connector_metadata)
+        assert isinstance(connector_metadata, StepPlan)
+        metadata = get_forward_context().attn_metadata
+        if isinstance(metadata, list):
+            raise RuntimeError("--kv-eviction does not work together with micro-batching: drop --enable-dbo")
+        self.worker.begin(connector_metadata, metadata)
+
+    def wait_for_save(self) -> None:
+        """Compacts what this step finished."""
+        self._report = self.worker.finish()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """What was compacted."""
+        report, self._report = self._report, None
+        return report
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """No KV comes from outside."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """No KV comes from outside."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """No KV goes outside."""
+
+    # Metrics
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """What was evicted since the last call; counted on the scheduler's side only."""
+        if self.role != KVConnectorRole.SCHEDULER or self.scheduler.stats.is_empty():
+            return None
+        stats, self.scheduler.stats = self.scheduler.stats, EvictionStats.empty()
+        return stats
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        """Statistics back from their payload."""
+        return EvictionStats(data) if data else EvictionStats.empty()
+
+    @classmethod
+    def build_prom_metrics(cls, *args: Any) -> KVConnectorPromMetrics | None:
+        """The counters on ``/metrics``."""
+        return EvictionPromMetrics(*args)

@@ -1,0 +1,144 @@
+"""The scheduler half: decides when a prompt is evicted, grants pages for it, and frees what the worker gave up.
+
+Runs in the scheduler's process and touches no KV tensor.
+"""
+
+import itertools
+from collections.abc import Iterable
+
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.request import Request
+
+from cake_vllm.config import KVEvictionConfig
+from cake_vllm.integration.cache_manager import EvictingManager
+from cake_vllm.integration.messages import Eviction, Grant, PromptChunk, StepPlan
+from cake_vllm.integration.spec import evictable_groups
+from cake_vllm.metrics import EvictionStats
+from cake_vllm.policies import PagedPrompt
+from cake_vllm.policies.base import total_tokens
+
+logger = init_logger("vllm.cake_vllm.scheduler")
+
+
+class EvictionScheduler:
+    """Follows every request from its first chunk to its last token.
+
+    A request is *prefilling* until its last chunk is scheduled; then it is *evicted*, or, if its prompt is short,
+    left alone. Preemption puts it back to the start: it will compute its prompt and its tokens again and be evicted
+    at that length.
+    """
+
+    def __init__(self, config: KVEvictionConfig, kv_cache_config: KVCacheConfig):
+        self.config = config
+        self.policy = config.policy()
+        self.groups = evictable_groups(kv_cache_config)
+        self.block_size = kv_cache_config.kv_cache_groups[self.groups[0]].kv_cache_spec.block_size
+        self.stats = EvictionStats.empty()
+        self._requests: dict[str, Request] = {}
+        self._past_prefill: set[str] = set()
+        self._epochs = itertools.count(1)
+        # Evicted requests, from the step that evicts them on: their grant, and the length at which it was given.
+        self._grants: dict[str, tuple[Grant, int]] = {}
+
+    def bind(self, manager: KVCacheManager) -> None:
+        """Takes hold of the block managers of the evictable layers."""
+        managers = [manager.coordinator.single_type_managers[group] for group in self.groups]
+        assert all(isinstance(layer, EvictingManager) for layer in managers)
+        self._managers: list[EvictingManager] = managers  # type: ignore[assignment]
+        self._pool = manager.block_pool
+
+    def add(self, request: Request) -> None:
+        """A request has arrived."""
+        self._requests[request.request_id] = request
+
+    def remove(self, request_id: str) -> None:
+        """A request has finished or was aborted; its pages leave with its block rows."""
+        self._requests.pop(request_id, None)
+        self._restart(request_id)
+
+    def plan(self, output: SchedulerOutput) -> StepPlan:
+        """What the worker has to know for the step that ``output`` describes."""
+        preempted = output.preempted_req_ids or ()
+        for request_id in preempted:
+            self._restart(request_id)
+        chunks, evicted = [], {}
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            request = self._requests[request_id]
+            start = request.num_computed_tokens
+            end = start + num_tokens
+            if request_id in self._past_prefill:
+                if request_id in self._grants:
+                    evicted[self._tail_block(request_id, end)] = request_id
+            elif chunk := self._plan_chunk(request, start, end):
+                chunks.append(chunk)
+        released = tuple(output.finished_req_ids | set(preempted))
+        return StepPlan(released, tuple(chunks), evicted)
+
+    def finish(self, evictions: Iterable[tuple[str, Eviction]]) -> None:
+        """Frees what the worker reports as given up. Reports for requests that left meanwhile are void."""
+        for request_id, eviction in evictions:
+            grant, prompt_len = self._grants.get(request_id, (None, 0))
+            if grant is None or grant.epoch != eviction.epoch:
+                continue
+            prompt = PagedPrompt(prompt_len, self.policy.window, self.block_size)
+            self._free_prompt(request_id, grant, prompt, eviction)
+            self.stats.record(prompt, eviction, in_place=grant.pages is None)
+            logger.debug(
+                "evicted request %s at %d tokens: layers keep %s tokens in %s pages%s",
+                request_id,
+                prompt_len,
+                eviction.kept,
+                eviction.pages,
+                " (in place)" if grant.pages is None else "",
+            )
+
+    def _plan_chunk(self, request: Request, start: int, end: int) -> PromptChunk | None:
+        request_id, prompt_len = request.request_id, request.num_tokens
+        is_last = end >= prompt_len
+        if is_last:
+            self._past_prefill.add(request_id)
+            prompt_len = end
+        budget = self.config.tokens(prompt_len)
+        if not self.policy.is_evicted(prompt_len, budget):
+            return None
+        if not is_last and end <= prompt_len - self.policy.window:
+            return None
+        grant = self._grant(request_id, budget, prompt_len) if is_last else None
+        return PromptChunk(request_id, start, end, self._tail_block(request_id, end), grant)
+
+    def _grant(self, request_id: str, budget: int, prompt_len: int) -> Grant:
+        prompt = PagedPrompt(prompt_len, self.policy.window, self.block_size)
+        num_layers = len(self._managers)
+        wanted = prompt.max_pages(total_tokens(budget, self.policy.window, num_layers), num_layers)
+        pages = None
+        if wanted <= self._pool.get_num_free_blocks():
+            # Until the worker has dealt them out, the first layer owns them all.
+            bag = self._pool.get_new_blocks(wanted)
+            self._managers[0].private_blocks[request_id] = bag
+            pages = tuple(block.block_id for block in bag)
+        grant = Grant(next(self._epochs), budget, pages)
+        self._grants[request_id] = (grant, prompt_len)
+        return grant
+
+    def _free_prompt(self, request_id: str, grant: Grant, prompt: PagedPrompt, eviction: Eviction) -> None:
+        bag = self._managers[0].private_blocks.pop(request_id, [])
+        for manager, pages in zip(self._managers, eviction.pages, strict=True):
+            if pages == 0:
+                continue
+            if grant.pages is None:
+                manager.keep_first_blocks(request_id, pages)
+            else:
+                manager.private_blocks[request_id], bag = bag[:pages], bag[pages:]
+            manager.release_prompt(request_id, prompt.full_blocks)
+        self._pool.free_blocks(bag)
+
+    def _tail_block(self, request_id: str, end: int) -> int:
+        """Id of the block that position ``end - 1`` lies in, in the first layer."""
+        return self._managers[0].req_to_blocks[request_id][(end - 1) // self.block_size].block_id
+
+    def _restart(self, request_id: str) -> None:
+        self._past_prefill.discard(request_id)
+        self._grants.pop(request_id, None)

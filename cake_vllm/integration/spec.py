@@ -1,0 +1,55 @@
+"""A KV cache spec per layer, so that every evictable layer becomes a KV cache group of its own."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
+
+from cake_vllm.integration.cache_manager import EvictingManager
+
+
+# vLLM fills an empty registry only: registering first would leave its own specs without managers.
+register_all_kvcache_specs(None)
+
+
+@register_kv_cache_spec(manager_class=EvictingManager)
+@dataclass(frozen=True, kw_only=True)
+class EvictableSpec(FullAttentionSpec):
+    """Full attention whose layer shares its block table with no other layer.
+
+    Attributes:
+        layer_index: rank of the layer among the evictable ones of its worker, in model order.
+    """
+
+    layer_index: int
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """Merges specs of one layer; specs of different layers refuse, which is what keeps groups apart."""
+        assert all(spec == specs[0] for spec in specs), "evictable layers never share a KV cache group"
+        return specs[0]
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        """Only with itself: vLLM would otherwise put all layers into one group."""
+        return all(spec == self for spec in kv_cache_specs.values())
+
+
+def evictable_groups(kv_cache_config: KVCacheConfig) -> list[int]:
+    """Group ids of the evictable layers, in model order.
+
+    Raises:
+        RuntimeError: if there is none; the engine would serve without eviction.
+    """
+    index: dict[int, int] = {}
+    for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
+        if isinstance(group.kv_cache_spec, EvictableSpec):
+            index[group.kv_cache_spec.layer_index] = group_id
+    if not index:
+        raise RuntimeError(
+            "--kv-eviction found no full-attention layer that it can evict from in this model: "
+            "serve it with --kv-eviction none"
+        )
+    return [index[layer] for layer in sorted(index)]
+

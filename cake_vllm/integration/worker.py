@@ -1,0 +1,212 @@
+"""The worker half: scores prompts as they are computed, compacts their pages, and redirects what attention reads.
+
+Runs in every worker process and frees no block.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from cake_vllm.config import KVEvictionConfig
+from cake_vllm.integration.attention import STEP, EvictingImpl
+from cake_vllm.integration.messages import Eviction, EvictionReport, Grant, PromptChunk, StepPlan
+from cake_vllm.integration.spec import evictable_groups
+from cake_vllm.kernels import BlockLayout, EvictedRows
+from cake_vllm.policies import LayerScore, PagedPrompt
+
+
+@dataclass
+class Prompt:
+    """A prompt in progress.
+
+    Attributes:
+        queries: by layer, the last queries computed so far, at most a window of them: ``[n, Hq, D]``.
+        scores: by layer, once the last chunk has passed it.
+        blocks: by layer, the blocks of the prompt's row: ``[ceil(S / B)]`` int64.
+    """
+
+    queries: dict[int, torch.Tensor] = field(default_factory=dict)
+    scores: dict[int, LayerScore] = field(default_factory=dict)
+    blocks: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BatchedChunk:
+    """Where a prompt's chunk lies in the batch: row ``row``, query tokens ``[first, last)``."""
+
+    chunk: PromptChunk
+    row: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """Hung on a layer's attention metadata for one step; called by the layer after its forward."""
+
+    callback: Callable[[int, "list[BatchedChunk]", torch.Tensor, torch.Tensor], None]
+    layer_index: int
+    chunks: list[BatchedChunk]
+    block_table: torch.Tensor
+
+    def observe(self, query: torch.Tensor) -> None:
+        """``query`` is the step's ``[num_tokens, Hq, D]``, post-RoPE."""
+        self.callback(self.layer_index, self.chunks, query, self.block_table)
+
+
+class EvictableLayer:
+    """One attention layer: its module, its backend and its cache."""
+
+    def __init__(self, name: str, module: Any, block_size: int):
+        self.name = name
+        self.module = module
+        self.impl: EvictingImpl = module.impl
+        self.block_size = block_size
+        self.soft_cap = float(getattr(self.impl, "logits_soft_cap", 0) or 0)
+
+    @property
+    def cache(self) -> torch.Tensor:
+        """``[num_blocks, Hkv, E]``, see :mod:`cake_vllm.kernels.pages`."""
+        return self.impl.flat_cache(self.module.kv_cache)
+
+    @property
+    def layout(self) -> BlockLayout:
+        """Order of the elements in a block."""
+        return self.impl.block_layout(self.module, self.block_size)
+
+
+class EvictionWorker:
+    """Per-worker state: prompts in progress and evicted rows."""
+
+    def __init__(self, config: KVEvictionConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig):
+        self.config = config
+        self.policy = config.policy()
+        modules = vllm_config.compilation_config.static_forward_context
+        self.layers: list[EvictableLayer] = []
+        for group_id in evictable_groups(kv_cache_config):
+            group = kv_cache_config.kv_cache_groups[group_id]
+            (name,) = group.layer_names
+            self.layers.append(EvictableLayer(name, modules[name], group.kv_cache_spec.block_size))
+        self.block_size = self.layers[0].block_size
+        self._prompts: dict[str, Prompt] = {}
+        self._granted: list[tuple[PromptChunk, Grant]] = []
+        self._rows: EvictedRows | None = None
+        #: Kept positions of evicted prompts, for tests: ``{request id: [positions of each layer]}``.
+        self.trace: dict[str, list[torch.Tensor | None]] | None = None
+
+    def begin(self, plan: StepPlan, attn_metadata: dict[str, Any] | None) -> None:
+        """Prepares a step: called after the metadata was built and before the first layer runs.
+
+        Replaces the metadata of the evictable layers in ``attn_metadata`` where this step needs it.
+        """
+        for req_id in plan.released:
+            self._prompts.pop(req_id, None)
+            if self._rows is not None:
+                self._rows.discard(req_id)
+        if not attn_metadata or not (plan.chunks or plan.evicted):
+            return
+        metadata = [attn_metadata[layer.name] for layer in self.layers]
+        seq_lens = metadata[0].seq_lens
+        tails = ((seq_lens - 1).clamp(min=0) // self.block_size).long()
+        row_of_tail = {
+            tail: row for row, tail in enumerate(metadata[0].block_table.gather(1, tails[:, None])[:, 0].tolist())
+        }
+        if plan.evicted:
+            slots = torch.zeros(len(seq_lens), dtype=torch.int64)
+            for tail, req_id in plan.evicted.items():
+                slots[row_of_tail[tail]] = self._evicted_slot(req_id)
+            self._redirect(metadata, seq_lens, slots.to(seq_lens.device))
+        chunks = []
+        if plan.chunks:
+            query_start = metadata[0].query_start_loc.tolist()
+            for chunk in plan.chunks:
+                row = row_of_tail[chunk.tail_block]
+                chunks.append(BatchedChunk(chunk, row, query_start[row], query_start[row + 1]))
+                self._prompts.setdefault(chunk.req_id, Prompt())
+                if chunk.grant is not None:
+                    self._granted.append((chunk, chunk.grant))
+        for index, (layer, changed) in enumerate(zip(self.layers, metadata, strict=True)):
+            attn_metadata[layer.name] = changed
+            if chunks:
+                setattr(changed, STEP, LayerStep(self._observe, index, chunks, changed.block_table))
+
+    def finish(self) -> EvictionReport | None:
+        """Compacts the prompts that were granted pages in this step: called after the last layer."""
+        granted, self._granted = self._granted, []
+        evictions = {chunk.req_id: self._evict(chunk, grant) for chunk, grant in granted}
+        return EvictionReport(evictions) if evictions else None
+
+    def _evicted_slot(self, req_id: str) -> int:
+        assert self._rows is not None and req_id in self._rows, f"request {req_id} was never evicted here"
+        return self._rows.slot(req_id)
+
+    def _redirect(self, metadata: list[Any], seq_lens: torch.Tensor, slots: torch.Tensor) -> None:
+        assert self._rows is not None
+        width = -(-int(metadata[0].max_seq_len) // self.block_size)
+        tables = torch.stack([layer.block_table[:, :width] for layer in metadata])
+        tables, lengths = self._rows.compose(tables, seq_lens, slots)
+        for index, layer in enumerate(self.layers):
+            metadata[index] = layer.impl.with_rows(layer.module, metadata[index], tables[index], lengths[index])
+
+    def _observe(
+        self, layer_index: int, chunks: list[BatchedChunk], query: torch.Tensor, block_table: torch.Tensor
+    ) -> None:
+        layer, window = self.layers[layer_index], self.policy.window
+        for batched in chunks:
+            chunk = batched.chunk
+            prompt = self._prompts[chunk.req_id]
+            recent = query[max(batched.first, batched.last - window) : batched.last]
+            if layer_index in prompt.queries:
+                recent = torch.cat([prompt.queries[layer_index], recent])[-window:]
+            if chunk.grant is None:
+                prompt.queries[layer_index] = recent.clone()
+                continue
+            blocks = block_table[batched.row, : -(-chunk.end // self.block_size)].long()
+            keys = layer.layout.read_keys(layer.cache, blocks, chunk.end)
+            prompt.blocks[layer_index] = blocks
+            prompt.scores[layer_index] = self.policy.score(
+                recent.transpose(0, 1), keys, layer.impl.scale, layer.soft_cap
+            )
+
+    def _evict(self, chunk: PromptChunk, grant: Grant) -> Eviction:
+        prompt = self._prompts.pop(chunk.req_id)
+        num_layers = len(self.layers)
+        terms = torch.stack([prompt.scores[layer].terms for layer in range(num_layers)])
+        counts = self.policy.budgets(terms, chunk.end, grant.budget)
+        paged = PagedPrompt(chunk.end, self.policy.window, self.block_size)
+        bag = list(grant.pages) if grant.pages is not None else None
+        private: list[list[int]] = []
+        kept: list[int] = []
+        trace: list[torch.Tensor | None] = []
+        for index, (layer, count) in enumerate(zip(self.layers, counts, strict=True)):
+            num_pages = paged.pages(count)
+            if num_pages == paged.full_blocks:
+                private.append([])
+                kept.append(chunk.end)
+                trace.append(None)
+                continue
+            blocks = prompt.blocks[index]
+            if bag is None:
+                pages = blocks[:num_pages].tolist()
+            else:
+                pages, bag = bag[:num_pages], bag[num_pages:]
+            positions = paged.positions(prompt.scores[index], num_pages)
+            layer.layout.compact(layer.cache, blocks, positions, torch.tensor(pages, device=blocks.device))
+            private.append(pages)
+            kept.append(paged.kept_len(num_pages))
+            trace.append(positions)
+        if self.trace is not None:
+            self.trace[chunk.req_id] = trace
+        if self._rows is None:
+            self._rows = EvictedRows(num_layers, self.block_size, terms.device)
+        self._rows.store(chunk.req_id, private, [paged.full_blocks if pages else 0 for pages in private])
+        return Eviction(
+            grant.epoch,
+            tuple(len(pages) for pages in private),
+            tuple(kept),
+            tuple(count + self.policy.window for count in counts),
+        )

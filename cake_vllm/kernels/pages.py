@@ -1,0 +1,74 @@
+"""Reading and compacting paged KV caches: the torch reference.
+
+A cache is addressed as ``[num_blocks, Hkv, E]``: all ``E = 2 * B * D`` elements that one KV head owns in a block of
+``B`` positions. Backends store them in different orders (a CPU kernel may keep keys transposed, or packed in pairs
+for matrix units), so the order is a value here, not an assumption: :class:`BlockLayout` maps (slot, channel) to the
+element's place in a block.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where keys and values lie among the elements that a KV head owns in a block.
+
+    Attributes:
+        key_index: ``[B, D]`` int64, place of each channel of each slot's key in ``[0, E)``.
+        value_index: the same for values; disjoint from ``key_index``.
+    """
+
+    key_index: torch.Tensor
+    value_index: torch.Tensor
+
+    @property
+    def block_size(self) -> int:
+        """``B``, positions in a block."""
+        return self.key_index.shape[0]
+
+    @cached_property
+    def both_index(self) -> torch.Tensor:
+        """``[B, 2 * D]``: keys and values of a slot side by side."""
+        return torch.cat([self.key_index, self.value_index], dim=1)
+
+    def read_keys(self, cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Keys of the first ``num_tokens`` positions of a block row.
+
+        Args:
+            cache: ``[num_blocks, Hkv, E]``.
+            blocks: ``[>= ceil(num_tokens / B)]`` int64 block ids in position order.
+            num_tokens: positions to read.
+
+        Returns:
+            ``[Hkv, num_tokens, D]``, a copy in the cache's dtype.
+        """
+        used = -(-num_tokens // self.block_size)
+        pages = cache.index_select(0, blocks[:used])
+        keys = pages[:, :, self.key_index]
+        return keys.transpose(0, 1).flatten(1, 2)[:, :num_tokens]
+
+    def compact(
+        self, cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor, pages: torch.Tensor
+    ) -> None:
+        """Copies kept positions into whole pages, **in place** in ``cache``.
+
+        Everything is read before anything is written, so ``pages`` may be among ``blocks``.
+
+        Args:
+            cache: ``[num_blocks, Hkv, E]``, modified.
+            blocks: ``[n]`` int64 block ids of the request's row, in position order.
+            positions: ``[Hkv, P * B]`` int64 positions to keep, each in ``[0, n * B)``.
+            pages: ``[P]`` int64 ids of the blocks that receive them, without repetition.
+        """
+        num_kv_heads, num_kept = positions.shape
+        if num_kept != len(pages) * self.block_size:
+            raise ValueError(f"{num_kept} positions do not fill {len(pages)} pages of {self.block_size}")
+        block_of = blocks[positions // self.block_size].unsqueeze(-1)
+        head = torch.arange(num_kv_heads, device=cache.device).view(-1, 1, 1)
+        kept = cache[block_of, head, self.both_index[positions % self.block_size]]
+        filled = torch.empty(num_kv_heads, len(pages), cache.shape[-1], dtype=cache.dtype, device=cache.device)
+        filled[:, :, self.both_index] = kept.unflatten(1, (len(pages), self.block_size))
+        cache.index_copy_(0, pages, filled.transpose(0, 1))
