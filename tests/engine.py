@@ -8,6 +8,7 @@ from vllm import SamplingParams
 
 from cake_vllm import LLM
 from cake_vllm.integration.cache_manager import check_integrity
+from cake_vllm.metrics import EvictionStats
 
 
 class Engine:
@@ -30,8 +31,11 @@ class Engine:
         self.pool = self.manager.block_pool
         self.num_free = self.pool.get_num_free_blocks()
         self._ids = itertools.count()
+        self._stats = EvictionStats.empty()
         if self.evicts:
             self.connector.worker.trace = {}
+            self._take_stats = self.scheduler.connector.get_kv_connector_stats
+            self.scheduler.connector.get_kv_connector_stats = self._pass_stats
 
     @property
     def evicts(self) -> bool:
@@ -99,9 +103,16 @@ class Engine:
         return self.scheduler.get_request_counts()[0]
 
     def stats(self) -> dict[str, Any]:
-        """What the scheduler's half counted since the last call."""
-        stats = self.scheduler.connector.get_kv_connector_stats()
-        return stats.data if stats is not None else {}
+        """What was evicted since the last call, as vLLM's metrics see it; empty if nothing was."""
+        stats, self._stats = self._stats, EvictionStats.empty()
+        return {} if stats.is_empty() else stats.data
+
+    def _pass_stats(self):
+        """Keeps a copy of what vLLM takes after every step."""
+        stats = self._take_stats()
+        if stats is not None:
+            self._stats.aggregate(stats)
+        return stats
 
     def shutdown(self) -> None:
         self.core.shutdown()
