@@ -1,18 +1,19 @@
 """Metadata of the distribution, once."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
-VERSION = {}
-with open("cake_vllm/__init__.py", encoding="utf-8") as source:
-    exec("\n".join(line for line in source if line.startswith(("__version__", "MIN_VLLM", "BELOW_VLLM"))), VERSION)
-
-VLLM = f">={VERSION['MIN_VLLM']},<{VERSION['BELOW_VLLM']}"
+ROOT = Path(__file__).parent
+PACKAGE = dict(re.findall(r'^(\w+) = "(.+)"$', (ROOT / "cake_vllm" / "__init__.py").read_text(), re.MULTILINE))
+VLLM = f">={PACKAGE['MIN_VLLM']},<{PACKAGE['BELOW_VLLM']}"
 
 setup(
     name="cake-vllm",
-    version=VERSION["__version__"],
+    version=PACKAGE["__version__"],
     description="KV-cache eviction for stock vLLM: every layer keeps as many tokens as its attention needs",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

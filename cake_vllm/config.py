@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from cake_vllm.policies import Policy, create_policy, knobs, policy_names
@@ -56,7 +57,7 @@ class KVEvictionConfig:
         if name not in policy_names():
             raise ValueError(f"{flag(POLICY_KEY)} {name!r} is unknown: choose {', '.join((OFF, *policy_names()))}")
         config = cls(name, parse_budget(DEFAULT_BUDGET if budget is None else budget), parse_options(options))
-        window = config.policy().window
+        window = config.policy.window
         if isinstance(config.budget, int) and config.budget <= window:
             raise ValueError(
                 f"{flag(BUDGET_KEY)} {config.budget} leaves nothing beside the window of {window} tokens: "
@@ -68,6 +69,7 @@ class KVEvictionConfig:
         """The three keys, such that :meth:`from_settings` gives this object back; JSON types only."""
         return {POLICY_KEY: self.policy_name, BUDGET_KEY: self.budget, CONFIG_KEY: dict(self.options)}
 
+    @cached_property
     def policy(self) -> Policy:
         """The policy with its knobs set.
 
@@ -89,7 +91,7 @@ class KVEvictionConfig:
         """The budget for a prompt of ``prompt_len`` tokens, in tokens per layer, at least the window."""
         if isinstance(self.budget, int):
             return self.budget
-        return max(int(Fraction(str(self.budget)) * prompt_len), self.policy().window)
+        return max(int(Fraction(str(self.budget)) * prompt_len), self.policy.window)
 
     def resolve(self, model: Any) -> "KVEvictionConfig":
         """Chooses the tau preset for ``model`` where the user chose neither a preset nor taus.
@@ -153,20 +155,21 @@ def parse_options(value: Any) -> dict[str, Any]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{flag(CONFIG_KEY)} is not valid JSON ({error}): give an object such as "
-                             '\'{"gamma": 200}\'') from None
+            raise ValueError(
+                f"{flag(CONFIG_KEY)} is not valid JSON ({error}): give an object such as '{{\"gamma\": 200}}'"
+            ) from None
     if not isinstance(value, Mapping):
         raise ValueError(f"{flag(CONFIG_KEY)} must be a JSON object such as '{{\"gamma\": 200}}', not {value!r}")
     return dict(value)
 
 
 def model_family(model: Any) -> str | None:
-    """Name under which the official tau table knows a model, by its Hugging Face config; ``None`` if it does not."""
-    shape = tuple(getattr(model, name, None) for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"))
+    """Name of a model in the official tau table, by its Hugging Face config; ``None`` if it is not there."""
+    names = ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
     return {
         ("llama", 32, 4096, 128256): "llama3.1-8b",
         ("mistral", 32, 4096, 32768): "mistral-0.3-7b",
         ("qwen2", 28, 3584, 152064): "qwen2.5-7b",
         ("llama", 32, 4096, 32000): "llama2-7b",
         ("llama", 40, 5120, 32000): "llama2-13b",
-    }.get(shape)  # type: ignore[arg-type]
+    }.get(tuple(getattr(model, name, None) for name in names))  # type: ignore[arg-type]

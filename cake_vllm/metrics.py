@@ -84,11 +84,11 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._counters = {
+        self._counters: dict[str, Any] = {
             name: self._counter_cls(f"vllm:kv_eviction_{name}", text, labelnames=labelnames)
             for name, text in _COUNTERS.items()
         }
-        self._kept = self._gauge_cls(
+        self._kept: Any = self._gauge_cls(
             "vllm:kv_eviction_kept_tokens",
             "Tokens a layer keeps per KV head: mean over the requests evicted in the last interval that had any.",
             labelnames=[*labelnames, "layer"],

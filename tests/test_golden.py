@@ -31,9 +31,7 @@ class CakeCase:
         queries = torch.from_numpy(self.data["q"])
         keys = torch.from_numpy(self.data["k"])
         scale = self.config["D"] ** -0.5
-        self.scores: list[LayerScore] = [
-            self.policy.score(q, k, scale) for q, k in zip(queries, keys, strict=True)
-        ]
+        self.scores: list[LayerScore] = [self.policy.score(q, k, scale) for q, k in zip(queries, keys, strict=True)]
         self.terms = torch.stack([score.terms for score in self.scores])
 
     @property

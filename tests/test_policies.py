@@ -23,7 +23,7 @@ def test_registry_refuses_duplicates_and_unknown_names():
     assert "cake" in policy_names()
     with pytest.raises(ValueError, match="already registered"):
         register_policy("cake", "somewhere:Else")
-    with pytest.raises(ValueError, match="unknown eviction policy 'cade'; choose one of .*cake"):
+    with pytest.raises(ValueError, match=r"unknown eviction policy 'cade'; choose one of .*cake"):
         create_policy("cade", {})
 
 

@@ -1,4 +1,4 @@
-"""The flags ``--kv-eviction*`` on vLLM's engine arguments, and the same names in ``LLM(...)`` and ``EngineArgs(...)``."""
+"""The flags ``--kv-eviction*`` of vLLM's engine arguments, and the same names as keyword arguments of ``LLM``."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -40,13 +40,13 @@ def _add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser)
     group.add_argument(
         flag(POLICY_KEY),
         choices=(OFF, *policy_names()),
-        default=None,
-        help=f"Eviction policy; {OFF} (default) leaves vLLM as it is.",
+        default=OFF,
+        help=f"Eviction policy; {OFF} leaves vLLM as it is.",
     )
     group.add_argument(
         flag(BUDGET_KEY),
         type=_argument(parse_budget),
-        default=None,
+        default=argparse.SUPPRESS,
         metavar="N|F",
         help="A whole number is the mean number of tokens that a layer keeps of a request, the window included; a "
         f"fraction in (0, 1] is a share of the prompt. Default {DEFAULT_BUDGET}.",
@@ -54,7 +54,7 @@ def _add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser)
     group.add_argument(
         flag(CONFIG_KEY),
         type=_argument(parse_options),
-        default=None,
+        default=argparse.SUPPRESS,
         metavar="JSON",
         help='Knobs of the policy as a JSON object, such as \'{"window": 32, "gamma": 200}\'.',
     )
@@ -73,7 +73,7 @@ def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     engine_args = original(cls, args)
-    given = {key: getattr(args, key) for key in KEYS if getattr(args, key, None) is not None}
+    given = {key: getattr(args, key) for key in KEYS if getattr(args, key, OFF) != OFF}
     engine_args.additional_config = merge_settings(engine_args.additional_config, given)
     return engine_args
 

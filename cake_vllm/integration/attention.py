@@ -52,7 +52,7 @@ class EvictingImpl(AttentionImpl):
     """Mixin for an ``AttentionImpl``; put it first among the bases."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs)  # type: ignore[safe-super]
         given: dict[str, Any] = dict(zip(_IMPL_ARGUMENTS, args, strict=False)) | kwargs
         checks = [
             (given.get("alibi_slopes") is not None, "ALiBi, whose bias depends on where a key lies"),
@@ -77,7 +77,9 @@ class EvictingImpl(AttentionImpl):
         **kwargs: Any,
     ) -> torch.Tensor:
         """The stock forward; then, if this step needs it, the layer is shown to the worker half."""
-        result = super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+        result = super().forward(  # type: ignore[safe-super]
+            layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+        )
         step = getattr(attn_metadata, STEP, None)
         if step is not None:
             step.observe(query)

@@ -24,7 +24,7 @@ from cake_vllm.integration.scheduler import EvictionScheduler
 from cake_vllm.metrics import EvictionPromMetrics, EvictionStats
 
 if TYPE_CHECKING:
-    from cake_vllm.integration.worker import EvictionWorker
+    pass
 
 
 class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):

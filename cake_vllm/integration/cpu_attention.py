@@ -46,7 +46,7 @@ class EvictingCPUImpl(EvictingImpl, CPUAttentionBackendImpl):
         return replace(metadata, block_table=block_table, seq_lens=seq_lens, scheduler_metadata=plan)
 
 
-class EvictingCPUBackend(EvictingBackend, CPUAttentionBackend):
+class EvictingCPUBackend(EvictingBackend, CPUAttentionBackend):  # type: ignore[misc]
     """Takes the place of ``CPU_ATTN``; without eviction it is the stock backend."""
 
     stock_impl = CPUAttentionBackendImpl

@@ -68,13 +68,12 @@ def _create_engine_config(original: Callable[..., VllmConfig], self: Any, *args:
     vllm_config = original(self, *args, **kwargs)
     refuse_model(vllm_config)
     resolved = config.resolve(vllm_config.model_config.hf_text_config)
-    vllm_config.additional_config = {**vllm_config.additional_config, **resolved.settings()}
+    vllm_config.additional_config = {**settings, **resolved.settings()}
+    kept = f"{resolved.budget} " + ("tokens" if isinstance(resolved.budget, int) else "of the prompt")
+    preset = resolved.options.get("preset", "none for this model")
+    logger.info("KV eviction is on: layers keep %s on average, %s, tau preset: %s", kept, resolved.policy, preset)
     logger.info(
-        "KV eviction is on: policy %s, budget %s, %s; compared with stock vLLM this adds one KV cache group per "
-        "full-attention layer and the KV connector %s",
-        resolved.policy_name,
-        f"{resolved.budget} tokens per layer" if isinstance(resolved.budget, int) else f"{resolved.budget} of the prompt",
-        resolved.policy(),
+        "KV eviction gives every full-attention layer a KV cache group of its own and uses the KV connector %s",
         CONNECTOR,
     )
     return vllm_config
@@ -128,9 +127,7 @@ def refuse_model(vllm_config: VllmConfig) -> None:
                 f"{flag(POLICY_KEY)} cannot evict from {what}, which {architecture} has: serve it without the flag"
             )
     if cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
-        raise ValueError(
-            f"{flag(POLICY_KEY)} does not work together with --kv-cache-dtype {cache_dtype} yet: use auto"
-        )
+        raise ValueError(f"{flag(POLICY_KEY)} does not work together with --kv-cache-dtype {cache_dtype} yet: use auto")
     backend = vllm_config.attention_config.backend
     if backend is not None and backend.name not in BACKENDS:
         raise ValueError(

@@ -33,7 +33,7 @@ class EvictionScheduler:
 
     def __init__(self, config: KVEvictionConfig, kv_cache_config: KVCacheConfig):
         self.config = config
-        self.policy = config.policy()
+        self.policy = config.policy
         self.groups = evictable_groups(kv_cache_config)
         self.block_size = kv_cache_config.kv_cache_groups[self.groups[0]].kv_cache_spec.block_size
         self.stats = EvictionStats.empty()

@@ -9,7 +9,6 @@ from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
 from cake_vllm.integration.cache_manager import EvictingManager
 
-
 # vLLM fills an empty registry only: registering first would leave its own specs without managers.
 register_all_kvcache_specs(None)
 
@@ -52,4 +51,3 @@ def evictable_groups(kv_cache_config: KVCacheConfig) -> list[int]:
             "serve it with --kv-eviction none"
         )
     return [index[layer] for layer in sorted(index)]
-

@@ -4,7 +4,7 @@ Runs in every worker process and frees no block.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ class EvictionWorker:
 
     def __init__(self, config: KVEvictionConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig):
         self.config = config
-        self.policy = config.policy()
+        self.policy = config.policy
         modules = vllm_config.compilation_config.static_forward_context
         self.layers: list[EvictableLayer] = []
         for group_id in evictable_groups(kv_cache_config):
@@ -141,8 +141,9 @@ class EvictionWorker:
         return EvictionReport(evictions) if evictions else None
 
     def _evicted_slot(self, req_id: str) -> int:
-        assert self._rows is not None and req_id in self._rows, f"request {req_id} was never evicted here"
-        return self._rows.slot(req_id)
+        slot = self._rows.slot(req_id) if self._rows is not None else 0
+        assert slot, f"request {req_id} was never evicted here"
+        return slot
 
     def _redirect(self, metadata: list[Any], seq_lens: torch.Tensor, slots: torch.Tensor) -> None:
         assert self._rows is not None

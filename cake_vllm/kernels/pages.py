@@ -50,9 +50,7 @@ class BlockLayout:
         keys = pages[:, :, self.key_index]
         return keys.transpose(0, 1).flatten(1, 2)[:, :num_tokens]
 
-    def compact(
-        self, cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor, pages: torch.Tensor
-    ) -> None:
+    def compact(self, cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor, pages: torch.Tensor) -> None:
         """Copies kept positions into whole pages, **in place** in ``cache``.
 
         Everything is read before anything is written, so ``pages`` may be among ``blocks``.

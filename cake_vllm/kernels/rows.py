@@ -77,8 +77,8 @@ class EvictedRows:
             slots: ``[R]`` int64, from :meth:`slot`.
 
         Returns:
-            ``[L, R, C]`` int32 tables and ``[L, R]`` int32 lengths, contiguous. Entries beyond a row's length are arbitrary
-            but valid block ids.
+            ``[L, R, C]`` int32 tables and ``[L, R]`` int32 lengths, contiguous. Entries beyond a row's length are
+            arbitrary but valid block ids.
         """
         num_columns = tables.shape[-1]
         num_pages = self._num_pages[slots].T.unsqueeze(-1)

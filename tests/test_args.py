@@ -1,0 +1,186 @@
+"""Flags, keyword arguments and refusals on the real engine arguments; no weights are loaded."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoConfig
+
+import cake_vllm
+from cake_vllm.integration import plugin
+
+cake_vllm.register()
+
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs  # noqa: E402
+from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
+
+VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+
+
+def save_config(path, model_type: str, architecture: str, **fields) -> str:
+    """A model directory without weights."""
+    config = AutoConfig.for_model(model_type, architectures=[architecture], **fields)
+    config.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def llama(tmp_path) -> str:
+    return save_config(tmp_path, "llama", "LlamaForCausalLM", hidden_size=64, num_hidden_layers=2, vocab_size=128)
+
+
+def configure(model: str, **kwargs):
+    return EngineArgs(model, skip_tokenizer_init=True, dtype="float32", **kwargs).create_engine_config()
+
+
+def test_registering_twice_wraps_once():
+    before = EngineArgs.create_engine_config
+    plugin.install()
+    assert EngineArgs.create_engine_config is before
+
+
+@pytest.mark.parametrize("cls", [EngineArgs, AsyncEngineArgs])
+def test_command_line(cls, llama):
+    parser = cls.add_cli_args(FlexibleArgumentParser())
+    line = ["--model", llama, "--kv-eviction", "cake", "--kv-eviction-budget", "0.5", "--kv-eviction-config.gamma", "7"]
+    args = cls.from_cli_args(parser.parse_args(line))
+    assert args.additional_config == {
+        "kv_eviction": "cake",
+        "kv_eviction_budget": 0.5,
+        "kv_eviction_config": {"gamma": 7},
+    }
+    assert cls.from_cli_args(parser.parse_args(["--model", llama])).additional_config == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--kv-eviction", "cade"], "argument --kv-eviction: invalid choice: 'cade' (choose from"),
+        (["--kv-eviction-budget", "0"], "argument --kv-eviction-budget: --kv-eviction-budget '0' is not a budget"),
+        (["--kv-eviction-config", "[]"], "--kv-eviction-config must be a JSON object"),
+    ],
+)
+def test_command_line_refusals(line, message, capsys):
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    with pytest.raises(SystemExit):
+        parser.parse_args(line)
+    assert message in capsys.readouterr().err
+
+
+def test_three_ways_are_one(llama):
+    by_name = configure(llama, kv_eviction="cake", kv_eviction_budget=512)
+    by_dict = configure(llama, additional_config={"kv_eviction": "cake", "kv_eviction_budget": 512})
+    assert by_name.additional_config == by_dict.additional_config
+    assert by_name.additional_config["kv_eviction_budget"] == 512
+
+
+def test_contradicting_ways_are_refused(llama):
+    with pytest.raises(ValueError, match="--kv-eviction-budget contradicts the key 'kv_eviction_budget'"):
+        configure(llama, kv_eviction="cake", kv_eviction_budget=512, additional_config={"kv_eviction_budget": 256})
+
+
+def test_what_is_switched_on(llama):
+    config = configure(llama, kv_eviction="cake", additional_config={"other": 1})
+    assert config.kv_transfer_config.kv_connector == plugin.CONNECTOR
+    assert not config.cache_config.enable_prefix_caching
+    assert not config.scheduler_config.disable_hybrid_kv_cache_manager
+    assert config.additional_config["other"] == 1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"kv_eviction": "cade"}, "--kv-eviction 'cade' is unknown"),
+        ({"kv_eviction_budget": 128}, "no effect without --kv-eviction"),
+        ({"kv_eviction": "cake", "kv_eviction_budget": 0}, "--kv-eviction-budget 0 is not a budget"),
+        ({"kv_eviction": "cake", "enable_prefix_caching": True}, "together with --enable-prefix-caching yet: drop it"),
+        ({"kv_eviction": "cake", "tensor_parallel_size": 2}, "--tensor-parallel-size yet: set it to 1"),
+        ({"kv_eviction": "cake", "pipeline_parallel_size": 2}, "--pipeline-parallel-size yet: set it to 1"),
+        ({"kv_eviction": "cake", "disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager yet"),
+        ({"kv_eviction": "cake", "kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 yet: use auto"),
+        ({"kv_eviction": "cake", "kv_offloading_size": 1.0}, "--kv-offloading-size yet: drop one of the two"),
+        (
+            {"kv_eviction": "cake", "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "--speculative-config yet: drop one of the two",
+        ),
+        (
+            {"kv_eviction": "cake", "attention_config": {"backend": "FLASHINFER"}},
+            "no attention backend for FLASHINFER: choose CPU_ATTN",
+        ),
+    ],
+)
+def test_refused(llama, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        configure(llama, **kwargs)
+
+
+def test_other_connectors_are_refused(llama):
+    from vllm.config import KVTransferConfig
+
+    other = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    with pytest.raises(ValueError, match="together with --kv-transfer-config yet"):
+        configure(llama, kv_eviction="cake", kv_transfer_config=other)
+
+
+def test_refusal_comes_twice_from_the_same_arguments(llama):
+    """vLLM makes a config from the same arguments in several processes."""
+    args = EngineArgs(llama, skip_tokenizer_init=True, dtype="float32", kv_eviction="cake")
+    assert args.create_engine_config().additional_config == args.create_engine_config().additional_config
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "fields", "what"),
+    [
+        ("deepseek_v2", "DeepseekV2ForCausalLM", {"hidden_size": 64, "num_hidden_layers": 2}, r"\(MLA\)"),
+        ("whisper", "WhisperForConditionalGeneration", {"d_model": 64}, "encoder-decoder attention"),
+        ("bert", "BertModel", {"hidden_size": 64, "num_attention_heads": 2}, "pooling models"),
+        ("mamba", "MambaForCausalLM", {"hidden_size": 64, "num_hidden_layers": 2}, "models without attention"),
+    ],
+)
+def test_models_that_cannot_be_evicted(tmp_path, model_type, architecture, fields, what):
+    model = save_config(tmp_path, model_type, architecture, **fields)
+    with pytest.raises(ValueError, match=f"--kv-eviction cannot evict from .*{what}.* {architecture} has"):
+        configure(model, kv_eviction="cake")
+
+
+@pytest.mark.parametrize(
+    ("version", "supported"), [("0.31.9", False), ("0.32.0+cpu", True), ("0.32.1.post1", True), ("0.33.0rc1", False)]
+)
+def test_versions(version, supported):
+    assert plugin.is_supported(version) is supported
+
+
+def test_other_vllm_versions_are_refused_when_eviction_is_used(llama, monkeypatch):
+    monkeypatch.setattr(plugin, "vllm", SimpleNamespace(__version__="0.40.0"))
+    configure(llama)
+    with pytest.raises(ValueError, match=r"--kv-eviction needs vLLM >= 0\.32 and < 0\.33, and this is 0\.40\.0"):
+        configure(llama, kv_eviction="cake")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["serve", "run-batch", "bench throughput", "bench latency"])
+def test_every_command_has_the_flags(command):
+    run = subprocess.run(
+        [*VLLM, *command.split(), "--help=KVEviction"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+    )
+    for name in ("--kv-eviction {none,cake}", "--kv-eviction-budget N|F", "--kv-eviction-config JSON"):
+        assert name in run.stdout
+
+
+@pytest.mark.slow
+def test_the_server_refuses_before_it_loads_anything(llama):
+    run = subprocess.run(
+        [*VLLM, "serve", llama, "--kv-eviction", "cake", "--kv-eviction-config", '{"gama": 1}'],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode != 0
+    assert "--kv-eviction-config: unknown key 'gama'" in run.stderr
+    assert "Loading" not in run.stderr + run.stdout

@@ -1,0 +1,104 @@
+"""The three settings: what is accepted, what is refused and with which words."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from cake_vllm.config import KVEvictionConfig, parse_budget
+
+
+def parse(**settings) -> KVEvictionConfig | None:
+    return KVEvictionConfig.from_settings({f"kv_eviction{key}": value for key, value in settings.items()})
+
+
+@pytest.mark.parametrize("settings", [{}, {"": None}, {"": "none"}])
+def test_off(settings):
+    assert parse(**settings) is None
+
+
+def test_defaults():
+    config = parse(**{"": "cake"})
+    assert config.budget == 1024
+    assert (config.policy.window, config.policy.gamma, config.policy.pool_kernel) == (32, 200, 5)
+    assert (config.policy.tau1, config.policy.tau2) == (1.0, 1.0)
+
+
+def test_settings_survive_the_trip_between_processes():
+    config = parse(**{"": "cake", "_budget": "0.25", "_config": '{"window": 16, "gamma": 5}'})
+    assert KVEvictionConfig.from_settings(json.loads(json.dumps(config.settings()))) == config
+
+
+@pytest.mark.parametrize(("text", "value"), [("1024", 1024), (64, 64), ("0.2", 0.2), ("1.0", 1.0), (0.5, 0.5)])
+def test_budget(text, value):
+    parsed = parse_budget(text)
+    assert (parsed, type(parsed)) == (value, type(value))
+
+
+def test_a_fraction_is_exact_and_never_below_the_window():
+    config = parse(**{"": "cake", "_budget": 0.29})
+    assert config.tokens(1000) == 290
+    assert config.tokens(50) == config.policy.window
+
+
+BAD = [
+    ({"": "cade"}, "--kv-eviction 'cade' is unknown: choose none, cake"),
+    ({"": "cake", "_budget": 0}, "--kv-eviction-budget 0 is not a budget: give a positive whole number"),
+    ({"": "cake", "_budget": -5}, "--kv-eviction-budget -5 is not a budget"),
+    ({"": "cake", "_budget": "-5"}, "--kv-eviction-budget '-5' is not a budget"),
+    ({"": "cake", "_budget": 1.5}, "--kv-eviction-budget 1.5 is not a budget"),
+    ({"": "cake", "_budget": 0.0}, "--kv-eviction-budget 0.0 is not a budget"),
+    ({"": "cake", "_budget": "nan"}, "--kv-eviction-budget 'nan' is not a budget"),
+    ({"": "cake", "_budget": "much"}, "--kv-eviction-budget 'much' is not a budget"),
+    ({"": "cake", "_budget": True}, "--kv-eviction-budget True is not a budget"),
+    ({"": "cake", "_budget": [1]}, r"--kv-eviction-budget \[1\] is not a budget"),
+    ({"": "cake", "_budget": 32}, "--kv-eviction-budget 32 leaves nothing beside the window of 32 tokens: give more"),
+    ({"_budget": 512}, "--kv-eviction-budget has no effect without --kv-eviction: name a policy or drop it"),
+    ({"": "none", "_config": {"gamma": 1}}, "--kv-eviction-config has no effect without --kv-eviction"),
+    ({"": "cake", "_config": "{gamma: 1}"}, "--kv-eviction-config is not valid JSON"),
+    ({"": "cake", "_config": "[1]"}, "--kv-eviction-config must be a JSON object"),
+    ({"": "cake", "_config": {"gama": 1}}, "--kv-eviction-config: unknown key 'gama' .* known keys: .*gamma"),
+    ({"": "cake", "_config": {"gamma": "big"}}, "--kv-eviction-config: gamma must be of type float, not 'big'"),
+    ({"": "cake", "_config": {"gamma": -1}}, "--kv-eviction-config: gamma must be a finite number of at least 0"),
+    ({"": "cake", "_config": {"gamma": float("nan")}}, "--kv-eviction-config: gamma must be a finite number"),
+    ({"": "cake", "_config": {"window": 1}}, "--kv-eviction-config: window must be at least 2"),
+    ({"": "cake", "_config": {"window": 3.5}}, "--kv-eviction-config: window must be of type int"),
+    ({"": "cake", "_config": {"tau1": 0}}, "--kv-eviction-config: tau1 must be a finite number of at least 0.1"),
+    ({"": "cake", "_config": {"tau2": -1.0}}, "--kv-eviction-config: tau2 must be a finite number of at least 0.1"),
+    ({"": "cake", "_config": {"pool_kernel": 4}}, "--kv-eviction-config: pool_kernel must be a positive odd number"),
+    ({"": "cake", "_config": {"cascade": 1}}, "--kv-eviction-config: cascade must be of type bool"),
+    ({"": "cake", "_config": {"preset": "gpt"}}, "--kv-eviction-config: unknown preset 'gpt'; choose llama2-13b@1024"),
+    ({"": "cake", "_config": {"preset": 7}}, "--kv-eviction-config: unknown preset 7"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        parse(**settings)
+
+
+LLAMA31 = SimpleNamespace(model_type="llama", num_hidden_layers=32, hidden_size=4096, vocab_size=128256)
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "taus"),
+    [
+        (1024, {}, (1.6, 0.4)),
+        (128, {}, (1.6, 0.6)),
+        (300, {}, (1.6, 0.6)),
+        (512, {}, (1.6, 0.4)),
+        (0.1, {}, (1.6, 0.4)),
+        (1024, {"tau1": 2.0}, (2.0, 1.0)),
+        (1024, {"preset": "qwen2.5-7b@128"}, (0.4, 0.6)),
+        (1024, {"preset": "qwen2.5-7b@128", "tau2": 3.0}, (0.4, 3.0)),
+    ],
+)
+def test_presets(budget, options, taus):
+    policy = parse(**{"": "cake", "_budget": budget, "_config": options}).resolve(LLAMA31).policy
+    assert (policy.tau1, policy.tau2) == taus
+
+
+def test_no_preset_for_an_unknown_model():
+    config = parse(**{"": "cake"})
+    assert config.resolve(SimpleNamespace(model_type="llama", num_hidden_layers=30)) is config
