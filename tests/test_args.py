@@ -137,6 +137,7 @@ def test_refusal_comes_twice_from_the_same_arguments(llama):
         ("whisper", "WhisperForConditionalGeneration", {"d_model": 64}, "encoder-decoder attention"),
         ("bert", "BertModel", {"hidden_size": 64, "num_attention_heads": 2}, "pooling models"),
         ("mamba", "MambaForCausalLM", {"hidden_size": 64, "num_hidden_layers": 2}, "models without attention"),
+        ("mistral", "MistralForCausalLM", {"hidden_size": 64, "num_hidden_layers": 2}, "a sliding window in every"),
     ],
 )
 def test_models_that_cannot_be_evicted(tmp_path, model_type, architecture, fields, what):

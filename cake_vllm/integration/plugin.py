@@ -118,6 +118,7 @@ def refuse_model(vllm_config: VllmConfig) -> None:
         (model.is_attention_free, "models without attention"),
         (model.is_hybrid, "models that mix attention with state-space layers"),
         (model.attention_chunk_size is not None, "chunked local attention"),
+        (vllm_config.cache_config.sliding_window is not None, "a sliding window in every layer"),
         (getattr(model, "rswa_window", None) is not None, "reference sliding-window attention"),
     ]
     for refused, what in checks:
