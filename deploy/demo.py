@@ -95,7 +95,9 @@ def main() -> None:
     kept = [round(seen[key]) for key in sorted((key for key in seen if key.isdigit()), key=int)]
     print(f"Prompt tokens:         {prompt_len}")
     print(f"Kept in each layer:    {' '.join(map(str, kept))}")
-    print(f"Mean kept:             {sum(kept) / len(kept):.0f} ({sum(kept) / len(kept) / prompt_len:.0%} of the prompt)")
+    print(
+        f"Mean kept:             {sum(kept) / len(kept):.0f} ({sum(kept) / len(kept) / prompt_len:.0%} of the prompt)"
+    )
     print(f"Blocks freed:          {seen['freed_blocks']:.0f} (of {len(kept) * (prompt_len // 32)}, of 32 tokens each)")
 
 

@@ -120,7 +120,7 @@ def start_engine(_engines: dict, model_dir: str):
 
     def start(model: str = model_dir, **kwargs) -> Engine:
         key = repr((model, sorted(kwargs.items())))
-        if key not in _engines:
+        if key not in _engines or not hasattr(_engines[key], "core"):
             while _engines:
                 _engines.popitem()[1].shutdown()
             _engines[key] = Engine(model, **kwargs)

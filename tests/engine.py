@@ -115,5 +115,8 @@ class Engine:
         return stats
 
     def shutdown(self) -> None:
+        """Ends the engine; harmless if it has ended."""
+        if not hasattr(self, "core"):
+            return
         self.core.shutdown()
         del self.llm, self.core, self.scheduler, self.manager, self.pool

@@ -107,7 +107,7 @@ def test_what_is_switched_on(llama):
         ),
         (
             {"kv_eviction": "cake", "attention_config": {"backend": "FLASHINFER"}},
-            "no attention backend for FLASHINFER: choose CPU_ATTN",
+            "no attention backend for FLASHINFER: choose CPU_ATTN, FLASH_ATTN, TRITON_ATTN",
         ),
     ],
 )

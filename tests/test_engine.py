@@ -15,7 +15,7 @@ pytestmark = pytest.mark.engine
 
 def lengths(is_v2: bool) -> list[int]:
     """Twenty prompt lengths from 10 to 4,000 (fewer and shorter on the interpreted runner)."""
-    count, longest = (8, 1500) if is_v2 else (20, 4000)
+    count, longest = (6, 1500) if is_v2 else (20, 4000)
     return [round(10 * (longest / 10) ** (i / (count - 1))) for i in range(count)]
 
 
@@ -189,7 +189,7 @@ def test_eviction_in_place_when_the_pool_is_full(start_engine, text_ids):
 
 def test_sixteen_requests_run_in_a_pool_for_three(start_engine, text_ids, is_v2):
     """One full prompt is in prefill while the evicted ones decode; stock vLLM runs three."""
-    length, concurrent = (2000, 16) if not is_v2 else (1000, 8)
+    length, concurrent = (800, 8) if is_v2 else (2000, 16)
     pool = {"max_model_len": length + 300, "max_num_batched_tokens": length}
     per_prompt = -(-(length + 60) // 32)
     prompts = [text_ids[200 * i : 200 * i + length] for i in range(concurrent)]

@@ -8,7 +8,7 @@ from cake_vllm.policies.cake import Cake
 
 pytestmark = pytest.mark.engine
 
-NUM_TOKENS = 24
+NUM_TOKENS = 16
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,11 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing is handed to another engine."""
         return False
 
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """A full CUDA graph would replay the tables of its capture instead of the redirected ones."""
+        return True
+
     # Scheduler side
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:

@@ -24,6 +24,8 @@ CONNECTOR = "KVEvictionConnector"
 #: Stock attention backends that can evict, and the class that takes each one's place.
 BACKENDS = {
     "CPU_ATTN": "cake_vllm.integration.cpu_attention.EvictingCPUBackend",
+    "FLASH_ATTN": "cake_vllm.integration.gpu_attention.EvictingFlashBackend",
+    "TRITON_ATTN": "cake_vllm.integration.gpu_attention.EvictingTritonBackend",
 }
 
 

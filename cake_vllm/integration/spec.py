@@ -47,7 +47,7 @@ def evictable_groups(kv_cache_config: KVCacheConfig) -> list[int]:
             index[group.kv_cache_spec.layer_index] = group_id
     if not index:
         raise RuntimeError(
-            "--kv-eviction found no full-attention layer that it can evict from in this model: "
-            "serve it with --kv-eviction none"
+            "--kv-eviction found no layer to evict from: this model has no full-attention layer, or vLLM chose an "
+            "attention backend other than CPU_ATTN, FLASH_ATTN and TRITON_ATTN (set --attention-backend)"
         )
     return [index[layer] for layer in sorted(index)]

@@ -1,0 +1,67 @@
+"""``FLASH_ATTN`` and ``TRITON_ATTN`` with eviction."""
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from cake_vllm.integration.attention import EvictingBackend, EvictingImpl
+from cake_vllm.kernels import BlockLayout
+
+
+class HeadMajorImpl(EvictingImpl):
+    """For caches of shape ``[num_blocks, Hkv, B, 2 * D]``, a slot's key and value side by side."""
+
+    def block_layout(self, layer: Any, block_size: int) -> BlockLayout:
+        """See the base class."""
+        return side_by_side(block_size, self.head_size, layer.kv_cache.device)
+
+    def flat_cache(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """See the base class; never a copy, whatever the stride between blocks."""
+        return kv_cache.view(*kv_cache.shape[:2], -1)
+
+    def with_rows(self, layer: Any, metadata: Any, block_table: torch.Tensor, seq_lens: torch.Tensor) -> Any:
+        """See the base class; a schedule computed ahead for other lengths is dropped, kernels then make their own."""
+        return replace(metadata, block_table=block_table, seq_lens=seq_lens, scheduler_metadata=None)
+
+
+class HeadMajorBackend(EvictingBackend):
+    """Asks for a layout in which a KV head's part of a block is contiguous."""
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...] | None:
+        """The head-major layout while eviction is on, else what the stock backend says."""
+        return (KVCacheLayout.LBHNC,) if cls._is_on else super().supported_kv_cache_layouts()  # type: ignore[misc]
+
+
+class EvictingFlashImpl(HeadMajorImpl, FlashAttentionImpl):
+    """FlashAttention that shows its keys to the worker half."""
+
+
+class EvictingFlashBackend(HeadMajorBackend, FlashAttentionBackend):  # type: ignore[misc]
+    """Takes the place of ``FLASH_ATTN``; without eviction it is the stock backend."""
+
+    stock_impl = FlashAttentionImpl
+    evicting_impl = EvictingFlashImpl
+
+
+class EvictingTritonImpl(HeadMajorImpl, TritonAttentionImpl):
+    """Triton attention that shows its keys to the worker half."""
+
+
+class EvictingTritonBackend(HeadMajorBackend, TritonAttentionBackend):  # type: ignore[misc]
+    """Takes the place of ``TRITON_ATTN``; without eviction it is the stock backend."""
+
+    stock_impl = TritonAttentionImpl
+    evicting_impl = EvictingTritonImpl
+
+
+@lru_cache
+def side_by_side(block_size: int, head_size: int, device: torch.device) -> BlockLayout:
+    """Slot after slot, each its key and then its value."""
+    place = torch.arange(block_size * 2 * head_size, device=device).view(block_size, 2, head_size)
+    return BlockLayout(key_index=place[:, 0], value_index=place[:, 1])

@@ -1,0 +1,59 @@
+"""The real server over HTTP, as the README's demo runs it."""
+
+import sys
+
+import pytest
+from conftest import ROOT
+from openai import OpenAI
+
+sys.path.insert(0, str(ROOT / "deploy"))
+
+from demo import metrics, server
+
+pytestmark = pytest.mark.slow
+
+FLAGS = ["--dtype", "float32", "--block-size", "32", "--max-model-len", "4096", "--enforce-eager"]
+
+
+@pytest.fixture(scope="module")
+def url(model_dir):
+    budget = ["--kv-eviction-budget", "256", "--kv-eviction-config", '{"gamma": 100}']
+    with server(model_dir, "--kv-eviction", "cake", *budget, *FLAGS) as address:
+        yield address
+
+
+def test_chat_completions_and_metrics(url):
+    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    before = metrics(url)
+    assert before["requests"] == before["evicted_tokens"] == before["freed_blocks"] == 0
+
+    short = client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": "Say hello."}], max_tokens=8, temperature=0
+    )
+    assert short.choices[0].message.content
+    assert metrics(url)["requests"] == 0
+
+    document = (ROOT / "LICENSE").read_text()
+    prompt_lens = []
+    for question in ("What is this?", "Who is the licensor?"):
+        stream = client.chat.completions.create(
+            model="demo",
+            messages=[{"role": "user", "content": f"{document}\n{question}"}],
+            max_tokens=20,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        *_, last = stream
+        prompt_lens.append(last.usage.prompt_tokens)
+
+    after = metrics(url)
+    assert after["requests"] == 2
+    layers = [key for key in after if key.isdigit()]
+    assert len(layers) == 30
+    # Each layer's gauge is that of the last request; all of them together keep the budget and the rounding.
+    kept = sum(after[layer] for layer in layers)
+    assert 30 * 256 <= kept < 30 * (256 + 32)
+    assert after["evicted_tokens"] == pytest.approx(30 * sum(prompt_lens) - 2 * kept, rel=0.02)
+    assert 0 < after["freed_blocks"] <= after["evicted_tokens"] / 32 + 30 * 2
+    assert after["in_place"] == 0
