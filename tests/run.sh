@@ -7,5 +7,5 @@ deploy/setup.sh >/dev/null
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
-.venv/bin/python -m pytest --runner v2 -m engine "$@"
+.venv/bin/python -m pytest -c pyproject.toml tests "$@"
+.venv/bin/python -m pytest -c pyproject.toml tests --runner v2 -m engine "$@"
