@@ -57,7 +57,7 @@ class KVEvictionConfig:
         if name not in policy_names():
             raise ValueError(f"{flag(POLICY_KEY)} {name!r} is unknown: choose {', '.join((OFF, *policy_names()))}")
         config = cls(name, parse_budget(DEFAULT_BUDGET if budget is None else budget), parse_options(options))
-        window = config.policy.window
+        window = config.policy.window_size
         if isinstance(config.budget, int) and config.budget <= window:
             raise ValueError(
                 f"{flag(BUDGET_KEY)} {config.budget} leaves nothing beside the window of {window} tokens: "
@@ -91,7 +91,7 @@ class KVEvictionConfig:
         """The budget for a prompt of ``prompt_len`` tokens, in tokens per layer, at least the window."""
         if isinstance(self.budget, int):
             return self.budget
-        return max(int(Fraction(str(self.budget)) * prompt_len), self.policy.window)
+        return max(int(Fraction(str(self.budget)) * prompt_len), self.policy.window_size)
 
     def resolve(self, model: Any) -> "KVEvictionConfig":
         """Chooses the tau preset for ``model`` where the user chose neither a preset nor taus.

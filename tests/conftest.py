@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         type=Path,
-        help="another folder of recorded official outputs (cake_*.npz), beside tests/golden; may be repeated",
+        help="another folder of recorded official outputs (*.npz), beside tests/golden; may be repeated",
     )
 
 
@@ -61,11 +61,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
+    patterns = {"case": "cake_*", "decode_case": "cake_2*", "kvpress_case": "kvpress_*", "defensive_case": "defensive*"}
+    for fixture in patterns.keys() & set(metafunc.fixturenames):
         folders = [ROOT / "tests" / "golden", *metafunc.config.getoption("--golden-dir")]
-        files = {file.stem: file for folder in folders for file in sorted(folder.glob("cake_*.npz"))}
-        assert files, f"no cake_*.npz in {', '.join(map(str, folders))}"
-        metafunc.parametrize("case", files.values(), ids=files.keys(), indirect=True, scope="module")
+        files = {file.stem: file for folder in folders for file in sorted(folder.glob(patterns[fixture] + ".npz"))}
+        assert files, f"no {patterns[fixture]}.npz in {', '.join(map(str, folders))}"
+        metafunc.parametrize(fixture, files.values(), ids=files.keys(), indirect=True, scope="module")
 
 
 @pytest.fixture(scope="session")

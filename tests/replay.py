@@ -11,7 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from cake_vllm.policies import PagedPrompt, Policy
+from cake_vllm.policies import LayerInputs, PagedPrompt, Policy
+
+#: The longest window that a replayed policy may have.
+MOST_QUERIES = 64
 
 
 class Replay:
@@ -27,7 +30,7 @@ class Replay:
         self, prompt: list[int], num_tokens: int, policy: Policy, budget: int, block_size: int
     ) -> tuple[list[int], list[list[list[int]]]]:
         """Greedy tokens, and the positions kept per layer and KV head."""
-        cache, queries, logits = copy.deepcopy(self._prefill(tuple(prompt), policy.window))
+        cache, queries, logits = copy.deepcopy(self._prefill(tuple(prompt)))
         kept = self._prune(cache, queries, len(prompt), policy, budget, block_size)
         tokens = [int(logits[0, -1].argmax())]
         while len(tokens) < num_tokens:
@@ -36,14 +39,12 @@ class Replay:
             tokens.append(int(logits[0, -1].argmax()))
         return tokens, kept
 
-    def _prefill(
-        self, prompt: tuple[int, ...], window: int
-    ) -> tuple[DynamicCache, dict[int, torch.Tensor], torch.Tensor]:
-        """The full cache, the window's post-RoPE queries by layer, and the last logits; computed once a prompt."""
+    def _prefill(self, prompt: tuple[int, ...]) -> tuple[DynamicCache, dict[int, torch.Tensor], torch.Tensor]:
+        """The full cache, the last post-RoPE queries by layer, and the last logits; computed once a prompt."""
         if prompt not in self._prefilled:
             queries: dict[int, torch.Tensor] = {}
             hooks = [
-                layer.self_attn.register_forward_pre_hook(_capture(queries, index, window), with_kwargs=True)
+                layer.self_attn.register_forward_pre_hook(_capture(queries, index), with_kwargs=True)
                 for index, layer in enumerate(self.model.model.layers)
             ]
             cache = DynamicCache()
@@ -65,10 +66,22 @@ class Replay:
         everything = list(range(prompt_len))
         if not policy.is_evicted(prompt_len, budget):
             return [[everything] * layer.keys.shape[1] for layer in cache.layers]
-        scale = queries[0].shape[-1] ** -0.5
-        scores = [policy.score(queries[i], layer.keys[0], scale) for i, layer in enumerate(cache.layers)]
-        counts = policy.budgets(torch.stack([score.terms for score in scores]), prompt_len, budget)
-        paged = PagedPrompt(prompt_len, policy.window, block_size)
+        weights = [layer.self_attn.o_proj.weight for layer in self.model.model.layers]
+        scores = [
+            policy.score(
+                LayerInputs(
+                    queries[i][:, queries[i].shape[1] - policy.num_queries :],
+                    layer.keys[0],
+                    layer.keys.shape[-1] ** -0.5,
+                    values=layer.values[0],
+                    output_weight=weights[i],
+                    layer_index=i,
+                )
+            )
+            for i, layer in enumerate(cache.layers)
+        ]
+        counts = policy.budgets(scores, prompt_len, budget)
+        paged = PagedPrompt(prompt_len, policy.protected, block_size)
         kept = []
         for layer, score, count in zip(cache.layers, scores, counts, strict=True):
             pages = paged.pages(count)
@@ -76,9 +89,13 @@ class Replay:
                 kept.append([everything] * layer.keys.shape[1])
                 continue
             tail = torch.arange(paged.full_len, prompt_len).expand(layer.keys.shape[1], -1)
-            positions = torch.cat([paged.positions(score, pages), tail], dim=1)
-            for chosen, head in zip(policy.keep(score, count).tolist(), positions.tolist(), strict=True):
-                assert set(chosen) <= set(head), "rounding to whole blocks lost a position that the policy chose"
+            ratio = budget / prompt_len
+            moved = paged.positions(policy.rank(score, prompt_len, ratio), pages)
+            positions = torch.cat([moved, tail], dim=1)
+            for chosen, head in zip(
+                policy.keep(score, [count] * len(moved), prompt_len, ratio), positions.tolist(), strict=True
+            ):
+                assert set(chosen.tolist()) <= set(head), "rounding to whole blocks lost a position that was chosen"
             index = positions[None, :, :, None].expand(-1, -1, -1, layer.keys.shape[-1])
             layer.keys = layer.keys.gather(2, index)
             layer.values = layer.values.gather(2, index)
@@ -86,7 +103,7 @@ class Replay:
         return kept
 
 
-def _capture(queries: dict[int, torch.Tensor], index: int, window: int):
+def _capture(queries: dict[int, torch.Tensor], index: int, window: int = MOST_QUERIES):
     def hook(attention, args, kwargs):
         hidden = kwargs.get("hidden_states", args[0] if args else None)[:, -window:]
         cos, sin = kwargs["position_embeddings"]

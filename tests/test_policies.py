@@ -1,12 +1,14 @@
 """Properties of the policies and of the arithmetic around them."""
 
+import copy
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from cake_vllm.policies import PagedPrompt, create_policy, policy_names, register_policy
+from cake_vllm.policies import LayerInputs, PagedPrompt, Policy, create_policy, knobs, policy_names, register_policy
 from cake_vllm.policies.base import LayerScore, total_tokens
 from cake_vllm.policies.budgets import cascade, kept_after, proportional, settle
 from cake_vllm.policies.cake import PRESETS, Cake
@@ -47,7 +49,7 @@ def test_prefix_attention(num_heads, num_kv_heads, dtype):
     queries = torch.randn(num_heads, 8, 16).to(dtype)
     keys = torch.randn(num_kv_heads, 50, 16).to(dtype)
     before = queries.clone(), keys.clone()
-    got = torch.cat(list(prefix_attention(queries, keys, 0.25)))
+    got = torch.cat(list(prefix_attention(LayerInputs(queries, keys, 0.25))))
     torch.testing.assert_close(got.double(), reference_attention(queries, keys, 0.25), rtol=1e-4, atol=1e-7)
     assert torch.equal(queries, before[0])
     assert torch.equal(keys, before[1])
@@ -55,7 +57,7 @@ def test_prefix_attention(num_heads, num_kv_heads, dtype):
 
 def test_prefix_attention_soft_cap():
     queries, keys = 3 * torch.randn(1, 4, 16), 3 * torch.randn(1, 20, 16)
-    (capped,) = prefix_attention(queries, keys, 1.0, logits_soft_cap=5.0)
+    (capped,) = prefix_attention(LayerInputs(queries, keys, 1.0, logits_soft_cap=5.0))
     logits = 5.0 * torch.tanh(queries[0] @ keys[0].T / 5.0)
     logits[:, 16:].masked_fill_(torch.ones(4, 4, dtype=torch.bool).triu(1), float("-inf"))
     torch.testing.assert_close(capped[0], logits.softmax(-1)[:, :16])
@@ -63,7 +65,7 @@ def test_prefix_attention_soft_cap():
 
 def test_prefix_attention_refuses_a_prompt_without_prefix():
     with pytest.raises(ValueError, match="no prefix"):
-        list(prefix_attention(torch.zeros(1, 8, 4), torch.zeros(1, 8, 4), 1.0))
+        list(prefix_attention(LayerInputs(torch.zeros(1, 8, 4), torch.zeros(1, 8, 4), 1.0)))
 
 
 def test_average_pool_counts_zeros_beyond_the_ends():
@@ -82,29 +84,19 @@ def test_budgets_meet_the_total_or_the_cap(preferences, cap):
     assert all(0 <= k <= min(c, cap) for k, c in zip(kept, counts, strict=True))
 
 
-def test_cake_with_unusable_scores_keeps_the_window_and_divides_equally():
-    queries, keys = torch.full((2, 4, 8), float("nan")), torch.randn(1, 40, 8)
-    policy = Cake(window=4)
-    score = policy.score(queries, keys, 1.0)
-    assert torch.isfinite(score.indicator).all()
-    assert policy.budgets(torch.stack([score.terms] * 3), 40, 14) == [10, 10, 10]
-    kept = policy.keep(score, 10)
-    assert kept.shape == (1, 14)
-    assert kept[0, -4:].tolist() == [36, 37, 38, 39]
-
-
 @pytest.mark.parametrize("prompt_len", [33, 64, 100, 129, 256])
 @pytest.mark.parametrize("block_size", [1, 16, 32, 128])
 @pytest.mark.parametrize("window", [4, 32])
 def test_paging_keeps_what_the_policy_chose(prompt_len, block_size, window):
     prompt = PagedPrompt(prompt_len, window, block_size)
-    score = LayerScore(torch.randn(3, prompt_len - window), torch.zeros(2))
+    ranks = torch.randn(3, prompt_len - window)
+    score = LayerScore(ranks, torch.zeros(2))
     for count in range(0, prompt_len - window + 1, 7):
         pages = prompt.pages(count)
-        chosen = Cake(window=window).keep(score, count)
+        chosen = Cake(window=window).keep(score, [count] * 3, prompt_len, 0.5)
         if pages == prompt.full_blocks:
             continue
-        positions = prompt.positions(score, pages)
+        positions = prompt.positions(ranks, pages)
         assert positions.shape == (3, pages * block_size)
         assert (positions.diff(dim=1) > 0).all()
         assert positions.numel() == 0 or positions.max() < prompt.full_len
@@ -113,7 +105,7 @@ def test_paging_keeps_what_the_policy_chose(prompt_len, block_size, window):
             assert set(chosen[head].tolist()) <= held
             assert len(held) == prompt.kept_len(pages) >= count + window
         if block_size == 1:
-            assert torch.equal(positions, chosen)
+            assert torch.equal(positions, torch.stack(chosen))
 
 
 def test_paging_never_needs_more_than_was_granted():
@@ -133,3 +125,114 @@ def test_presets_are_the_official_table():
     assert PRESETS["llama3.1-8b@1024"] == (1.6, 0.4)
     assert PRESETS["llama2-13b@128"] == (1.8, 2.0)
     assert len(PRESETS) == 10
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_heads: int = 8
+    num_kv_heads: int = 2
+    prompt_len: int = 90
+    num_layers: int = 3
+    dtype: torch.dtype = torch.float32
+
+    def layers(self, policy: Policy, fill: float | None = None) -> list[LayerInputs]:
+        """Random inputs, or equal ones."""
+        generator = torch.Generator().manual_seed(self.prompt_len)
+        size, hidden = 16, 24
+
+        def draw(*shape: int) -> torch.Tensor:
+            if fill is not None:
+                return torch.full(shape, fill, dtype=self.dtype)
+            return torch.randn(*shape, generator=generator).to(self.dtype)
+
+        return [
+            LayerInputs(
+                draw(self.num_heads, policy.num_queries, size),
+                draw(self.num_kv_heads, self.prompt_len, size),
+                size**-0.5,
+                values=draw(self.num_kv_heads, self.prompt_len, size),
+                output_weight=draw(hidden, self.num_heads * size),
+                layer_index=layer,
+            )
+            for layer in range(self.num_layers)
+        ]
+
+
+SHAPES = {
+    "gqa1": Shape(num_kv_heads=8),
+    "gqa3": Shape(num_heads=6),
+    "gqa4": Shape(),
+    "gqa8": Shape(num_kv_heads=1),
+    "one-layer": Shape(num_layers=1),
+    "bf16": Shape(dtype=torch.bfloat16),
+    "long": Shape(prompt_len=400),
+}
+
+
+def small(name: str) -> Policy:
+    """The policy with a window that fits the shapes above."""
+    return create_policy(name, {"window": 8} if "window" in knobs(name) else {})
+
+
+def check_kept(policy: Policy, scores: list[LayerScore], prompt_len: int, budget: int) -> None:
+    """What every policy must keep to."""
+    num_heads = len(scores[0].indicator)
+    layers = policy.budgets(scores, prompt_len, budget)
+    heads = policy.head_budgets(scores, prompt_len, budget)
+    protected = policy.protected
+    assert [len(layer) for layer in heads] == [num_heads] * len(scores)
+    for layer, counts in zip(layers, heads, strict=True):
+        assert 0 <= layer <= prompt_len - protected
+        assert layer == -(-sum(counts) // num_heads)
+    total = sum(map(sum, heads)) + protected * num_heads * len(scores)
+    # Clamped layers and PyramidKV's rounding may miss the total, but never by more than rounding upwards.
+    assert total <= budget * num_heads * len(scores) + num_heads * len(scores)
+    for score, counts in zip(scores, heads, strict=True):
+        kept = policy.keep(score, counts, prompt_len, budget / prompt_len)
+        for positions, count in zip(kept, counts, strict=True):
+            assert len(positions) == count + protected
+            assert (positions.diff() > 0).all()
+            assert positions.numel() == 0 or 0 <= positions[0] <= positions[-1] < prompt_len
+            assert set(range(prompt_len - protected, prompt_len)) <= set(positions.tolist())
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("name", policy_names())
+def test_every_policy(name, shape):
+    policy = small(name)
+    inputs = shape.layers(policy)
+    before = copy.deepcopy(inputs)
+    scores = [policy.score(layer) for layer in inputs]
+    for budget in (16, 40, shape.prompt_len):
+        check_kept(policy, scores, shape.prompt_len, budget)
+    for layer, untouched in zip(inputs, before, strict=True):
+        for field in ("queries", "keys", "values", "output_weight"):
+            assert torch.equal(getattr(layer, field), getattr(untouched, field))
+    again = [policy.score(layer) for layer in inputs]
+    assert all(torch.equal(a.indicator, b.indicator) for a, b in zip(scores, again, strict=True))
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", policy_names())
+def test_every_policy_with_equal_or_unusable_inputs(name, fill):
+    policy, shape = small(name), Shape()
+    scores = [policy.score(layer) for layer in shape.layers(policy, fill)]
+    assert all(torch.isfinite(score.indicator).all() for score in scores)
+    check_kept(policy, scores, shape.prompt_len, 40)
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_short_prompts_are_not_evicted(name):
+    policy = create_policy(name, {})
+    assert not policy.is_evicted(policy.window_size, 1)
+    assert not policy.is_evicted(100, 100)
+    assert policy.is_evicted(1000, 100)
+
+
+def test_mended_defensivekv_keeps_the_window():
+    shape = Shape(prompt_len=200)
+    for name in ("defensivekv", "layer-defensivekv"):
+        policy = create_policy(name, {"window": 8, "protect_window": True, "normalize_over": "positions"})
+        scores = [policy.score(layer) for layer in shape.layers(policy)]
+        check_kept(policy, scores, 200, 20)
+    assert policy.protected == 8

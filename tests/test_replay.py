@@ -4,6 +4,7 @@ import pytest
 from engine import Engine
 from replay import Replay
 
+from cake_vllm.policies import create_policy, policy_names
 from cake_vllm.policies.cake import Cake
 
 pytestmark = pytest.mark.engine
@@ -27,6 +28,23 @@ def test_served_tokens_equal_replay(start_engine, replay: Replay, prompts, budge
             theirs_moved = [[p for p in head if p < full_len] for head in theirs]
             assert ours is None or ours.tolist() == theirs_moved
         assert tokens == expected
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_every_policy_is_served(start_engine, replay: Replay, text_ids, name: str):
+    """Each method on the real engine: the tokens of its replay, and every page back."""
+    engine: Engine = start_engine(kv_eviction=name, kv_eviction_budget=150, max_num_batched_tokens=256)
+    prompt = text_ids[3000:3500]
+    (served,) = engine.trace([prompt], 8)
+    expected, kept = replay.generate(prompt, 8, create_policy(name, {}), 150, block_size=32)
+    assert served[0] == expected
+    for ours, theirs in zip(served[1], kept, strict=True):
+        assert ours is None or ours.tolist() == [[p for p in head if p < 480] for head in theirs]
+    stats = engine.stats()
+    assert stats["requests"] == 1
+    assert sum(stats["kept_tokens"]) + stats["rounding_tokens"] + 30 * 32 >= 30 * 150
+    assert sum(stats["kept_tokens"]) < 30 * (150 + 32 + 1)
+    assert engine.is_idle()
 
 
 def test_eviction_changes_the_output(start_engine, prompts):

@@ -33,7 +33,12 @@ class EvictingBackend:
     @classmethod
     def get_impl_cls(cls) -> type[AttentionImpl]:
         """The evicting implementation if eviction is on in the current engine, else the stock one."""
-        cls._is_on = eviction_config(get_current_vllm_config_or_none()) is not None
+        config = eviction_config(get_current_vllm_config_or_none())
+        cls._is_on = config is not None
+        if config is not None and config.policy.needs_output_weight:
+            from cake_vllm.integration.projections import remember_projections
+
+            remember_projections()
         cls._layer_index = itertools.count()
         return cls.evicting_impl if cls._is_on else cls.stock_impl
 

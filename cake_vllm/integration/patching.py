@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from vllm.logger import init_logger
@@ -12,8 +13,8 @@ logger = init_logger("vllm.cake_vllm.patching")
 _MARK = "__cake_vllm_original__"
 
 
-def wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replaces ``owner.name`` by a function that calls ``wrapper(original, *args, **kwargs)``.
+def wrap(owner: type | ModuleType, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replaces ``owner.name``, of a class or a module, by a function that calls ``wrapper(original, *args, **kwargs)``.
 
     Static and class methods stay what they are (a class method's ``original`` takes the class first). Wrapping the
     same attribute again does nothing, so that plugins may be loaded repeatedly.
@@ -35,4 +36,4 @@ def wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
 
     setattr(replacement, _MARK, original)
     setattr(owner, name, type(raw)(replacement) if isinstance(raw, staticmethod | classmethod) else replacement)
-    logger.debug("wrapped %s.%s", owner.__qualname__, name)
+    logger.debug("wrapped %s.%s", owner.__name__, name)

@@ -83,7 +83,7 @@ class EvictionScheduler:
             grant, prompt_len = self._grants.get(request_id, (None, 0))
             if grant is None or grant.epoch != eviction.epoch:
                 continue
-            prompt = PagedPrompt(prompt_len, self.policy.window, self.block_size)
+            prompt = PagedPrompt(prompt_len, self.policy.protected, self.block_size)
             self._free_prompt(request_id, grant, prompt, eviction)
             self.stats.record(prompt, eviction, in_place=grant.pages is None)
             logger.debug(
@@ -104,15 +104,17 @@ class EvictionScheduler:
         budget = self.config.tokens(prompt_len)
         if not self.policy.is_evicted(prompt_len, budget):
             return None
-        if not is_last and end <= prompt_len - self.policy.window:
+        if not is_last and end <= prompt_len - self.policy.num_queries:
             return None
         grant = self._grant(request_id, budget, prompt_len) if is_last else None
         return PromptChunk(request_id, start, end, self._tail_block(request_id, end), grant)
 
     def _grant(self, request_id: str, budget: int, prompt_len: int) -> Grant:
-        prompt = PagedPrompt(prompt_len, self.policy.window, self.block_size)
+        prompt = PagedPrompt(prompt_len, self.policy.protected, self.block_size)
         num_layers = len(self._managers)
-        wanted = prompt.max_pages(total_tokens(budget, self.policy.window, num_layers), num_layers)
+        # Policies may round a layer's share up by one.
+        most = total_tokens(budget, self.policy.protected, num_layers) + num_layers
+        wanted = prompt.max_pages(most, num_layers)
         pages = None
         if wanted <= self._pool.get_num_free_blocks():
             # Until the worker has dealt them out, the first layer owns them all.

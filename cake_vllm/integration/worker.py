@@ -5,6 +5,7 @@ Runs in every worker process and frees no block.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.attention import STEP, EvictingImpl
 from cake_vllm.integration.messages import Eviction, EvictionReport, Grant, PromptChunk, StepPlan
+from cake_vllm.integration.projections import output_projection
 from cake_vllm.integration.spec import evictable_groups
 from cake_vllm.kernels import BlockLayout, EvictedRows
-from cake_vllm.policies import LayerScore, PagedPrompt
+from cake_vllm.policies import LayerInputs, LayerScore, PagedPrompt
 
 
 @dataclass
@@ -24,7 +26,7 @@ class Prompt:
     """A prompt in progress.
 
     Attributes:
-        queries: by layer, the last queries computed so far, at most a window of them: ``[n, Hq, D]``.
+        queries: by layer, the last queries computed so far, as many as the policy needs: ``[n, Hq, D]``.
         scores: by layer, once the last chunk has passed it.
         blocks: by layer, the blocks of the prompt's row: ``[ceil(S / B)]`` int64.
     """
@@ -77,6 +79,20 @@ class EvictableLayer:
     def layout(self) -> BlockLayout:
         """Order of the elements in a block."""
         return self.impl.block_layout(self.module, self.block_size)
+
+    @cached_property
+    def output_weight(self) -> torch.Tensor:
+        """``[hidden, Hq * D]``, the weight of the projection behind the layer; kept once it was asked for.
+
+        Read off the projection's answer to the unit vectors, because kernels may have repacked or quantized the
+        weight itself.
+        """
+        projection = output_projection(self.module)
+        size = projection.input_size_per_partition
+        units = torch.eye(size, dtype=self.module.dtype, device=self.module.kv_cache.device)
+        answer, _ = projection(units)
+        offset, _ = projection(torch.zeros_like(units[:1]))
+        return (answer - offset).T.contiguous()
 
 
 class EvictionWorker:
@@ -156,29 +172,38 @@ class EvictionWorker:
     def _observe(
         self, layer_index: int, chunks: list[BatchedChunk], query: torch.Tensor, block_table: torch.Tensor
     ) -> None:
-        layer, window = self.layers[layer_index], self.policy.window
+        num_queries = self.policy.num_queries
         for batched in chunks:
             chunk = batched.chunk
             prompt = self._prompts[chunk.req_id]
-            recent = query[max(batched.first, batched.last - window) : batched.last]
+            recent = query[max(batched.first, batched.last - num_queries) : batched.last]
             if layer_index in prompt.queries:
-                recent = torch.cat([prompt.queries[layer_index], recent])[-window:]
+                recent = torch.cat([prompt.queries[layer_index], recent])[-num_queries:]
             if chunk.grant is None:
                 prompt.queries[layer_index] = recent.clone()
                 continue
             blocks = block_table[batched.row, : -(-chunk.end // self.block_size)].long()
-            keys = layer.layout.read_keys(layer.cache, blocks, chunk.end)
             prompt.blocks[layer_index] = blocks
-            prompt.scores[layer_index] = self.policy.score(
-                recent.transpose(0, 1), keys, layer.impl.scale, layer.soft_cap
-            )
+            prompt.scores[layer_index] = self.policy.score(self._inputs(layer_index, recent, blocks, chunk.end))
+
+    def _inputs(self, layer_index: int, queries: torch.Tensor, blocks: torch.Tensor, prompt_len: int) -> LayerInputs:
+        layer, policy = self.layers[layer_index], self.policy
+        return LayerInputs(
+            queries.transpose(0, 1),
+            layer.layout.read_keys(layer.cache, blocks, prompt_len),
+            layer.impl.scale,
+            layer.soft_cap,
+            layer.layout.read_values(layer.cache, blocks, prompt_len) if policy.needs_values else None,
+            layer.output_weight if policy.needs_output_weight else None,
+            layer_index,
+        )
 
     def _evict(self, chunk: PromptChunk, grant: Grant) -> Eviction:
         prompt = self._prompts.pop(chunk.req_id)
         num_layers = len(self.layers)
-        terms = torch.stack([prompt.scores[layer].terms for layer in range(num_layers)])
-        counts = self.policy.budgets(terms, chunk.end, grant.budget)
-        paged = PagedPrompt(chunk.end, self.policy.window, self.block_size)
+        scores = [prompt.scores[layer] for layer in range(num_layers)]
+        counts = self.policy.budgets(scores, chunk.end, grant.budget)
+        paged = PagedPrompt(chunk.end, self.policy.protected, self.block_size)
         bag = list(grant.pages) if grant.pages is not None else None
         private: list[list[int]] = []
         kept: list[int] = []
@@ -195,7 +220,8 @@ class EvictionWorker:
                 pages = blocks[:num_pages].tolist()
             else:
                 pages, bag = bag[:num_pages], bag[num_pages:]
-            positions = paged.positions(prompt.scores[index], num_pages)
+            ranks = self.policy.rank(scores[index], chunk.end, min(1.0, grant.budget / chunk.end))
+            positions = paged.positions(ranks, num_pages)
             layer.layout.compact(layer.cache, blocks, positions, torch.tensor(pages, device=blocks.device))
             private.append(pages)
             kept.append(paged.kept_len(num_pages))
@@ -203,11 +229,11 @@ class EvictionWorker:
         if self.trace is not None:
             self.trace[chunk.req_id] = trace
         if self._rows is None:
-            self._rows = EvictedRows(num_layers, self.block_size, terms.device)
+            self._rows = EvictedRows(num_layers, self.block_size, prompt.blocks[0].device)
         self._rows.store(chunk.req_id, private, [paged.full_blocks if pages else 0 for pages in private])
         return Eviction(
             grant.epoch,
             tuple(len(pages) for pages in private),
             tuple(kept),
-            tuple(count + self.policy.window for count in counts),
+            tuple(count + self.policy.protected for count in counts),
         )

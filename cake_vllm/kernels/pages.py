@@ -45,10 +45,16 @@ class BlockLayout:
         Returns:
             ``[Hkv, num_tokens, D]``, a copy in the cache's dtype.
         """
+        return self._read(self.key_index, cache, blocks, num_tokens)
+
+    def read_values(self, cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Values of the same positions; see :meth:`read_keys`."""
+        return self._read(self.value_index, cache, blocks, num_tokens)
+
+    def _read(self, index: torch.Tensor, cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
         used = -(-num_tokens // self.block_size)
         pages = cache.index_select(0, blocks[:used])
-        keys = pages[:, :, self.key_index]
-        return keys.transpose(0, 1).flatten(1, 2)[:, :num_tokens]
+        return pages[:, :, index].transpose(0, 1).flatten(1, 2)[:, :num_tokens]
 
     def compact(self, cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor, pages: torch.Tensor) -> None:
         """Copies kept positions into whole pages, **in place** in ``cache``.

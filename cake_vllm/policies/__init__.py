@@ -5,12 +5,37 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from cake_vllm.policies.base import LayerScore, Policy
+from cake_vllm.policies.base import LayerInputs, LayerScore, Policy
 from cake_vllm.policies.paging import PagedPrompt
 
-__all__ = ["LayerScore", "PagedPrompt", "Policy", "create_policy", "knobs", "policy_names", "register_policy"]
+__all__ = [
+    "LayerInputs",
+    "LayerScore",
+    "PagedPrompt",
+    "Policy",
+    "create_policy",
+    "knobs",
+    "policy_names",
+    "register_policy",
+]
 
-_POLICIES: dict[str, str] = {"cake": "cake_vllm.policies.cake:Cake"}
+_POLICIES: dict[str, str] = {
+    "adakv": "cake_vllm.policies.adakv:AdaKV",
+    "cake": "cake_vllm.policies.cake:Cake",
+    "cake-mean": "cake_vllm.policies.cake:CakeMean",
+    "cake-uniform": "cake_vllm.policies.cake:CakeUniform",
+    "criticaladakv": "cake_vllm.policies.criticalkv:CriticalAdaKV",
+    "criticalkv": "cake_vllm.policies.criticalkv:CriticalKV",
+    "defensivekv": "cake_vllm.policies.defensivekv:DefensiveKV",
+    "keydiff": "cake_vllm.policies.keydiff:KeyDiff",
+    "knorm": "cake_vllm.policies.knorm:KNorm",
+    "layer-defensivekv": "cake_vllm.policies.defensivekv:LayerDefensiveKV",
+    "pyramidkv": "cake_vllm.policies.pyramidkv:PyramidKV",
+    "random": "cake_vllm.policies.random:Random",
+    "snapkv": "cake_vllm.policies.snapkv:SnapKV",
+    "streamingllm": "cake_vllm.policies.streamingllm:StreamingLLM",
+    "tova": "cake_vllm.policies.tova:TOVA",
+}
 
 
 def register_policy(name: str, path: str) -> None:

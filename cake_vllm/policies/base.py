@@ -1,15 +1,15 @@
 """The contract of an eviction policy: score, budget, keep.
 
-Three pure steps. They take and return plain tensors and integers, know no model and no engine, and never change
-their inputs:
+Three pure steps. They take and return plain tensors and numbers, know no model and no engine, and never change their
+inputs:
 
-    score   window queries and keys of one layer   ->  LayerScore
-    budget  the terms of all layers                ->  tokens to keep per layer, beside the window
-    keep    scores and a count                     ->  positions per KV head
+    score   one layer's queries, keys and what else the policy asks for   ->  LayerScore
+    budget  the scores of all layers                                      ->  tokens to keep per layer and per KV head
+    keep    a layer's scores and counts                                   ->  positions per KV head
 
 Symbols used in every docstring: ``L`` layers, ``Hq`` query heads, ``Hkv`` KV heads (query head ``h`` reads KV head
-``h // (Hq // Hkv)``), ``D`` head size, ``S`` prompt length, ``w`` window. Positions are 0-based; the *window* is
-``[S - w, S)`` and is always kept, the *prefix* is ``[0, S - w)``.
+``h // G``, ``G = Hq // Hkv``), ``D`` head size, ``S`` prompt length, ``w`` window. Positions are 0-based. The last
+:attr:`Policy.protected` positions always stay; *candidates* are the ``C`` positions before them.
 """
 
 from abc import ABC, abstractmethod
@@ -20,72 +20,131 @@ import torch
 
 
 @dataclass(frozen=True)
+class LayerInputs:
+    """What a policy may look at in one layer, once the whole prompt has been computed.
+
+    Attributes:
+        queries: ``[Hq, q, D]``, any float dtype: post-RoPE queries of the last ``q`` = :attr:`Policy.num_queries`
+            positions.
+        keys: ``[Hkv, S, D]``, any float dtype, post-RoPE; ``S > q``.
+        scale: factor on the logits ``q . k``, usually ``D ** -0.5``.
+        logits_soft_cap: if positive, logits pass through ``cap * tanh(logits / cap)`` as the model's own do.
+        values: ``[Hkv, S, D]`` if :attr:`Policy.needs_values`.
+        output_weight: ``[hidden, Hq * D]``, the weight of the projection that follows attention, if
+            :attr:`Policy.needs_output_weight`.
+        layer_index: rank of the layer in model order.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    scale: float
+    logits_soft_cap: float = 0.0
+    values: torch.Tensor | None = None
+    output_weight: torch.Tensor | None = None
+    layer_index: int = 0
+
+
+@dataclass(frozen=True)
 class LayerScore:
     """What a layer's keys are worth, and what the layer tells the budget step.
 
     Attributes:
-        indicator: ``[Hkv, S - w]`` float32, finite; the higher, the more a prefix position deserves to stay.
+        indicator: ``[Hkv, N]`` float32, finite; the higher, the more a position deserves to stay. ``N`` is ``C``
+            unless the policy overrides :meth:`Policy.rank`.
         terms: ``[T]`` float32; statistics of the layer that are *sums over query heads*, so that ranks which hold
             different heads of one layer add theirs up before the budget step.
+        extra: whatever else the policy wants to see again in :meth:`Policy.rank`.
     """
 
     indicator: torch.Tensor
     terms: torch.Tensor
+    extra: tuple[torch.Tensor, ...] = ()
 
 
 class Policy(ABC):
-    """An eviction policy; implementations are frozen dataclasses whose fields are the knobs of the paper."""
+    """An eviction policy; implementations are frozen dataclasses whose fields are the knobs of the paper.
 
-    window: int
+    Attributes:
+        needs_values: whether :meth:`score` reads :attr:`LayerInputs.values`.
+        needs_output_weight: whether it reads :attr:`LayerInputs.output_weight`.
+    """
 
-    @abstractmethod
-    def score(
-        self, queries: torch.Tensor, keys: torch.Tensor, scale: float, logits_soft_cap: float = 0.0
-    ) -> LayerScore:
-        """Scores the prefix of one layer.
+    needs_values = False
+    needs_output_weight = False
 
-        Args:
-            queries: ``[Hq, w, D]``, any float dtype: the post-RoPE queries of positions ``[S - w, S)``.
-            keys: ``[Hkv, S, D]``, any float dtype: the post-RoPE keys of the whole prompt, ``S > w``.
-            scale: factor on the logits ``q . k``, usually ``D ** -0.5``.
-            logits_soft_cap: if positive, logits pass through ``cap * tanh(logits / cap)`` as the model's own do.
-        """
+    @property
+    def num_queries(self) -> int:
+        """How many of the last queries :meth:`score` reads; by default the window."""
+        return getattr(self, "window", 0)
 
-    @abstractmethod
-    def budgets(self, terms: torch.Tensor, prompt_len: int, budget: int) -> list[int]:
-        """Divides the tokens among the layers.
+    @property
+    def protected(self) -> int:
+        """How many of the last positions always stay; by default the window."""
+        return getattr(self, "window", 0)
 
-        Args:
-            terms: ``[L, T]`` float32, one row of :attr:`LayerScore.terms` per layer, in model order.
-            prompt_len: ``S``.
-            budget: mean number of tokens that a layer may keep, the window included; ``budget >= w``.
-
-        Returns:
-            ``L`` counts ``n`` of prefix positions to keep in each KV head of a layer, ``0 <= n <= S - w``.
-        """
+    @property
+    def window_size(self) -> int:
+        """The end of a prompt that a budget must exceed: what is protected, and what the scores are taken from."""
+        return max(self.protected, self.num_queries)
 
     def is_evicted(self, prompt_len: int, budget: int) -> bool:
         """Whether a prompt of ``prompt_len`` tokens loses any under ``budget``."""
-        return prompt_len > budget + self.window
+        return prompt_len > max(budget, self.window_size)
 
-    def keep(self, score: LayerScore, count: int) -> torch.Tensor:
-        """Positions that stay: the ``count`` best of the prefix, and the window.
+    @abstractmethod
+    def score(self, inputs: LayerInputs) -> LayerScore:
+        """Scores the positions of one layer."""
+
+    def budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[int]:
+        """Divides the tokens among the layers; by default equally.
+
+        Args:
+            scores: of all layers, in model order.
+            prompt_len: ``S``.
+            budget: mean number of tokens that a layer may keep, protected ones included.
 
         Returns:
-            ``[Hkv, count + w]`` int64, ascending along the last axis.
+            ``L`` counts of candidates to keep, the mean over a layer's KV heads, each in ``[0, C]``.
         """
-        indicator = score.indicator
-        num_kv_heads, prefix_len = indicator.shape
-        best = indicator.topk(count, dim=-1).indices.sort(dim=-1).values
-        window = torch.arange(prefix_len, prefix_len + self.window, device=indicator.device)
-        return torch.cat([best, window.expand(num_kv_heads, -1)], dim=-1)
+        return [min(int(budget), prompt_len) - self.protected] * len(scores)
+
+    def head_budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[list[int]]:
+        """The exact counts per layer and KV head; by default the layer's for each of its heads.
+
+        An engine that frees memory by layer uses :meth:`budgets`, which is their mean, rounded up.
+        """
+        counts = self.budgets(scores, prompt_len, budget)
+        return [[count] * len(score.indicator) for count, score in zip(counts, scores, strict=True)]
+
+    def rank(self, score: LayerScore, prompt_len: int, keep_ratio: float) -> torch.Tensor:
+        """``[Hkv, C]`` float32 by which :meth:`keep` chooses; by default the indicator itself.
+
+        Args:
+            score: the layer's.
+            prompt_len: ``S``.
+            keep_ratio: the budget as a fraction of the prompt, for policies whose order depends on it.
+        """
+        return score.indicator
+
+    def keep(self, score: LayerScore, counts: Sequence[int], prompt_len: int, keep_ratio: float) -> list[torch.Tensor]:
+        """Positions that stay in each KV head: its ``count`` best candidates, and the protected positions.
+
+        Args:
+            score: the layer's.
+            counts: one per KV head, from :meth:`head_budgets`.
+            prompt_len: ``S``.
+            keep_ratio: see :meth:`rank`.
+
+        Returns:
+            For each head ``[count + protected]`` int64, ascending.
+        """
+        ranks = self.rank(score, prompt_len, keep_ratio)
+        tail = torch.arange(prompt_len - self.protected, prompt_len, device=ranks.device)
+        return [
+            torch.cat([row.topk(count).indices.sort().values, tail]) for row, count in zip(ranks, counts, strict=True)
+        ]
 
 
-def total_tokens(budget: int, window: int, num_layers: int) -> int:
-    """Prefix tokens that all layers together may keep under a mean ``budget`` per layer, windows aside."""
-    return (budget - window) * num_layers
-
-
-def as_counts(values: Sequence[float]) -> list[int]:
-    """Truncates towards zero, as the reference implementations do."""
-    return [int(value) for value in values]
+def total_tokens(budget: float, window: int, num_layers: int) -> int:
+    """Candidates that all layers together may keep under a mean ``budget`` per layer, windows aside."""
+    return int((budget - window) * num_layers)

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from cake_vllm.policies.base import as_counts
-
 
 def proportional(preferences: Sequence[float], total: int) -> list[float]:
     """``total`` divided in proportion to ``preferences``; equally where they are all zero."""
@@ -25,7 +23,7 @@ def settle(shares: Sequence[float], total: int, cap: int) -> list[int]:
         total: what the counts should sum to.
         cap: no layer can hold more.
     """
-    counts = as_counts(shares)
+    counts = [int(share) for share in shares]
     excess = sum(max(count - cap, 0) for count in counts)
     counts = [min(count, cap) for count in counts]
     counts = _share_out(counts, excess, cap)

@@ -1,14 +1,14 @@
 """CAKE: Cascading and Adaptive KV cache Eviction with layer preferences."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from cake_vllm.policies.base import LayerScore, Policy, total_tokens
+from cake_vllm.policies.base import LayerInputs, LayerScore, Policy, total_tokens
 from cake_vllm.policies.budgets import cascade, kept_after, proportional, settle
-from cake_vllm.policies.scores import average_pool, prefix_attention
+from cake_vllm.policies.scores import average_pool, finite, prefix_attention, require_odd, require_window
 
 #: Temperatures ``(tau1, tau2)`` of the official repository, by model and by the cache size they were tuned for.
 PRESETS: Mapping[str, tuple[float, float]] = {
@@ -56,10 +56,8 @@ class Cake(Policy):
     cascade: bool = True
 
     def __post_init__(self) -> None:
-        if self.window < 2:
-            raise ValueError(f"window must be at least 2 (a variance needs two queries), not {self.window}")
-        if self.pool_kernel < 1 or self.pool_kernel % 2 == 0:
-            raise ValueError(f"pool_kernel must be a positive odd number, not {self.pool_kernel}")
+        require_window(self.window, at_least=2)
+        require_odd("pool_kernel", self.pool_kernel)
         if not (math.isfinite(self.gamma) and self.gamma >= 0):
             raise ValueError(f"gamma must be a finite number of at least 0, not {self.gamma}")
         for name in ("tau1", "tau2"):
@@ -67,34 +65,83 @@ class Cake(Policy):
             if not (math.isfinite(tau) and tau >= 0.1):
                 raise ValueError(f"{name} must be a finite number of at least 0.1, not {tau}")
 
-    def score(
-        self, queries: torch.Tensor, keys: torch.Tensor, scale: float, logits_soft_cap: float = 0.0
-    ) -> LayerScore:
+    def is_evicted(self, prompt_len: int, budget: int) -> bool:
+        """The official code lets a prompt grow by the window before it evicts."""
+        return prompt_len > budget + self.window
+
+    def score(self, inputs: LayerInputs) -> LayerScore:
         """See :meth:`Policy.score`; ``terms`` are ``(H, V)``."""
         rows = []
-        terms = torch.zeros(2, device=keys.device)
-        for attention in prefix_attention(queries, keys, scale, logits_soft_cap):
+        terms = torch.zeros(2, device=inputs.keys.device)
+        for attention in prefix_attention(inputs):
             mean = attention.mean(dim=1)
             # Two passes: torch.var_mean along this axis is ten times slower on CPUs.
             variance = (attention - mean.unsqueeze(1)).square_().sum(dim=1) / (self.window - 1)
             terms[0] -= torch.sum(attention * torch.log(attention + 1e-10))
             terms[1] += variance.sum()
             rows.append(average_pool(mean + self.gamma * variance, self.pool_kernel).mean(dim=0))
-        indicator = torch.nan_to_num(torch.stack(rows), nan=0.0)
-        return LayerScore(indicator, torch.nan_to_num(terms, nan=0.0, posinf=0.0, neginf=0.0))
+        terms = torch.nan_to_num(terms, nan=0.0, posinf=0.0, neginf=0.0)
+        return LayerScore(finite(torch.stack(rows)), terms)
 
-    def preferences(self, terms: torch.Tensor) -> list[float]:
-        """Preference of each layer from ``[L, 2]`` terms; float64."""
+    def preferences(self, scores: Sequence[LayerScore]) -> list[float]:
+        """Preference of each layer; float64."""
+        terms = torch.stack([score.terms for score in scores]).tolist()
         return [
-            max(entropy, 0.0) ** (1 / self.tau1) * max(variance, 0.0) ** (1 / self.tau2)
-            for entropy, variance in terms.tolist()
+            max(entropy, 0.0) ** (1 / self.tau1) * max(variance, 0.0) ** (1 / self.tau2) for entropy, variance in terms
         ]
 
-    def budgets(self, terms: torch.Tensor, prompt_len: int, budget: int) -> list[int]:
+    def budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[int]:
         """See :meth:`Policy.budgets`."""
         cap = prompt_len - self.window
-        total = total_tokens(budget, self.window, len(terms))
-        preferences = self.preferences(terms)
+        total = total_tokens(budget, self.window, len(scores))
+        preferences = self.preferences(scores)
         if self.cascade:
             return kept_after(cascade(preferences, total, cap), cap)
         return [min(count, cap) for count in settle(proportional(preferences, total), total, cap)]
+
+    def trim(
+        self, queries: torch.Tensor, keys: torch.Tensor, count: int, scale: float, logits_soft_cap: float = 0.0
+    ) -> torch.Tensor:
+        """What a layer keeps when its cache outgrows its budget while decoding (official decode stage).
+
+        Only the current query judges; there is no variance and no history. Scores are pooled in *cache order*,
+        which after an eviction is not the order of positions.
+
+        Args:
+            queries: ``[Hq, 1, D]``, the current token's.
+            keys: ``[Hkv, n, D]`` in cache order, the current token's last; ``n > count + w``.
+            count: entries to keep beside the last ``w``.
+            scale: factor on the logits.
+            logits_soft_cap: see :class:`LayerInputs`.
+
+        Returns:
+            ``[Hkv, count + w]`` int64 indices into the cache, in the new cache order: the best by descending score,
+            then the last ``w``.
+        """
+        num_cached = keys.shape[1]
+        rows = []
+        for head_queries, head_keys in zip(queries.unflatten(0, (len(keys), -1)), keys, strict=True):
+            logits = head_queries.float() @ head_keys.float().T * scale
+            if logits_soft_cap > 0:
+                logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
+            attention = logits.softmax(dim=-1)[:, 0, : num_cached - self.window]
+            rows.append(average_pool(attention, self.pool_kernel).mean(dim=0))
+        best = finite(torch.stack(rows)).topk(count, dim=-1).indices
+        last = torch.arange(num_cached - self.window, num_cached, device=keys.device)
+        return torch.cat([best, last.expand(len(keys), -1)], dim=1)
+
+
+@dataclass(frozen=True)
+class CakeUniform(Cake):
+    """CAKE's indicator with the same budget for every layer: what its layer preferences are worth (an ablation)."""
+
+    def budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[int]:
+        """See :meth:`Policy.budgets`."""
+        return Policy.budgets(self, scores, prompt_len, budget)
+
+
+@dataclass(frozen=True)
+class CakeMean(Cake):
+    """CAKE's budgets with the mean attention as indicator: what its variance term is worth (an ablation)."""
+
+    gamma: float = 0.0

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 
 import torch
 
-from cake_vllm.policies.base import LayerScore
-
 
 @dataclass(frozen=True)
 class PagedPrompt:
@@ -25,7 +23,7 @@ class PagedPrompt:
 
     Attributes:
         prompt_len: ``S``, tokens.
-        window: ``w``, tokens; ``w < S``.
+        window: ``w``, last positions that always stay, tokens; ``0 <= w <= S``.
         block_size: ``B``, tokens in a block.
     """
 
@@ -62,11 +60,11 @@ class PagedPrompt:
         """Tokens that a layer holds after it was compacted into ``pages`` blocks."""
         return pages * self.block_size + self.prompt_len - self.full_len
 
-    def positions(self, score: LayerScore, pages: int) -> torch.Tensor:
+    def positions(self, ranks: torch.Tensor, pages: int) -> torch.Tensor:
         """Positions of the full blocks that stay.
 
         Args:
-            score: the layer's scores; ``indicator`` is ``[Hkv, S - w]``.
+            ranks: ``[Hkv, S - w]``, from :meth:`Policy.rank`.
             pages: from :meth:`pages`.
 
         Returns:
@@ -74,7 +72,7 @@ class PagedPrompt:
             ``[full_len, S)``, stay beside them.
         """
         in_window = self.window_in_full_blocks
-        candidates = score.indicator[:, : self.full_len - in_window]
+        candidates = ranks[:, : self.full_len - in_window]
         best = candidates.topk(pages * self.block_size - in_window, dim=-1).indices.sort(dim=-1).values
         window = torch.arange(self.full_len - in_window, self.full_len, device=best.device)
         return torch.cat([best, window.expand(len(best), -1)], dim=-1)

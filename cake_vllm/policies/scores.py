@@ -1,44 +1,39 @@
-"""Attention of the window over the prompt, the one thing that every window-based policy looks at."""
+"""What several policies look at: the window's attention over the prompt, and the size of projected values."""
 
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
+from cake_vllm.policies.base import LayerInputs
 
-def prefix_attention(
-    queries: torch.Tensor, keys: torch.Tensor, scale: float, logits_soft_cap: float = 0.0
-) -> Iterator[torch.Tensor]:
-    """Attention weights of the last ``w`` queries on the prefix, one KV head at a time.
 
-    The softmax runs in float32 over all ``S`` keys, causal inside the window; the window's own columns are cut off
+def prefix_attention(inputs: LayerInputs) -> Iterator[torch.Tensor]:
+    """Attention weights of the last ``w`` queries on the positions before them, one KV head at a time.
+
+    The softmax runs in float32 over all ``S`` keys, causal among the last ``w``; the columns of these are cut off
     afterwards and the rest is *not* renormalised (antgroup/cakekv, scoring block of the attention forward; SnapKV
     and kvpress do the same). One head at a time keeps the peak at ``G * w * S`` floats, whatever the model's width.
 
-    Args:
-        queries: ``[Hq, w, D]``.
-        keys: ``[Hkv, S, D]``.
-        scale: factor on the logits.
-        logits_soft_cap: see :meth:`Policy.score`.
-
     Yields:
-        ``[G, w, S - w]`` float32 for each KV head, ``G = Hq // Hkv``.
+        ``[G, w, S - w]`` float32 for each KV head.
 
     Raises:
         ValueError: if the prompt is not longer than the window or the heads do not divide.
     """
-    num_heads, window, _ = queries.shape
-    num_kv_heads, prompt_len, _ = keys.shape
+    num_heads, window, _ = inputs.queries.shape
+    num_kv_heads, prompt_len, _ = inputs.keys.shape
     if prompt_len <= window:
         raise ValueError(f"a prompt of {prompt_len} tokens has no prefix before a window of {window}")
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
-    grouped = queries.unflatten(0, (num_kv_heads, num_heads // num_kv_heads))
-    future = torch.ones(window, window, dtype=torch.bool, device=queries.device).triu(1)
-    for head_queries, head_keys in zip(grouped, keys, strict=True):
-        logits = head_queries.float() @ head_keys.float().T * scale
-        if logits_soft_cap > 0:
-            logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
+    grouped = inputs.queries.unflatten(0, (num_kv_heads, num_heads // num_kv_heads))
+    future = torch.ones(window, window, dtype=torch.bool, device=inputs.queries.device).triu(1)
+    cap = inputs.logits_soft_cap
+    for head_queries, head_keys in zip(grouped, inputs.keys, strict=True):
+        logits = head_queries.float() @ head_keys.float().T * inputs.scale
+        if cap > 0:
+            logits = cap * torch.tanh(logits / cap)
         logits[..., prompt_len - window :].masked_fill_(future, float("-inf"))
         yield logits.softmax(dim=-1)[..., : prompt_len - window]
 
@@ -49,3 +44,48 @@ def average_pool(scores: torch.Tensor, kernel: int) -> torch.Tensor:
         return scores
     flat = scores.reshape(-1, 1, scores.shape[-1])
     return F.avg_pool1d(flat, kernel, stride=1, padding=kernel // 2).reshape(scores.shape)
+
+
+def projected_value_norms(inputs: LayerInputs, chunk: int = 1024) -> torch.Tensor:
+    """L1 norm of what each value becomes behind the output projection, mean over the query heads that read it.
+
+    Args:
+        inputs: with ``values`` and ``output_weight``.
+        chunk: positions projected at once; the peak is ``G * chunk * hidden`` floats.
+
+    Returns:
+        ``[Hkv, S]`` float32.
+    """
+    assert inputs.values is not None, "the policy says that it needs values"
+    assert inputs.output_weight is not None, "the policy says that it needs the output projection"
+    num_kv_heads, prompt_len, head_size = inputs.values.shape
+    # [Hkv, G, hidden, D]
+    weight = inputs.output_weight.float().unflatten(1, (num_kv_heads, -1, head_size)).permute(1, 2, 0, 3)
+    norms = torch.empty(num_kv_heads, prompt_len, device=inputs.values.device)
+    for start in range(0, prompt_len, chunk):
+        values = inputs.values[:, None, start : start + chunk].float()
+        norms[:, start : start + chunk] = (values @ weight.transpose(-1, -2)).abs().sum(dim=-1).mean(dim=1)
+    return norms
+
+
+def finite(scores: torch.Tensor) -> torch.Tensor:
+    """``scores`` with NaN as the lowest and infinities as the largest finite numbers of float32."""
+    return torch.nan_to_num(scores.float(), nan=torch.finfo(torch.float32).min)
+
+
+def require_window(window: int, at_least: int = 1) -> None:
+    """Raises ``ValueError`` for a window that is too small."""
+    if window < at_least:
+        raise ValueError(f"window must be at least {at_least}, not {window}")
+
+
+def require_odd(name: str, kernel: int) -> None:
+    """Raises ``ValueError`` unless ``kernel`` is a positive odd number."""
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"{name} must be a positive odd number, not {kernel}")
+
+
+def require_fraction(name: str, value: float) -> None:
+    """Raises ``ValueError`` unless ``value`` lies in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie between 0 and 1, not {value}")

@@ -1,0 +1,128 @@
+"""DefensiveKV and Layer-DefensiveKV."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cake_vllm.policies.base import LayerInputs, LayerScore, Policy
+from cake_vllm.policies.scores import (
+    average_pool,
+    finite,
+    prefix_attention,
+    projected_value_norms,
+    require_odd,
+    require_window,
+)
+
+
+@dataclass(frozen=True)
+class DefensiveKV(Policy):
+    """The worst case over the window's queries instead of the mean: a token that mattered once stays.
+
+    Paper: Feng et al., "Taming the Fragility of KV Cache Eviction in LLM Inference", arXiv 2510.13334;
+    code: FFY0/DefensiveKV. The risk of a position is the largest pooled attention that any query of the window, in
+    any head of the group, pays it, at least the mean risk of its head; times the size of its projected value. What
+    holds most of the mean attention is protected beforehand. The heads of a layer compete for its budget.
+
+    The official code has two slips, which the defaults reproduce and two options mend.
+
+    Attributes:
+        window: number of last prompt tokens whose queries judge.
+        pool_kernel: width of the pooling over positions, odd.
+        normalize_over: ``"heads"`` divides the values' size by its sum over the KV heads of a position, as the
+            official code does; ``"positions"`` by its sum over the positions of a head, as the paper means.
+        protect_window: keep the window in every head. In the official code its entries only share the layer's
+            largest score, so that a flat layer can lose it under a budget that layers or heads compete for.
+    """
+
+    needs_values = True
+    needs_output_weight = True
+
+    window: int = 32
+    pool_kernel: int = 5
+    normalize_over: str = "heads"
+    protect_window: bool = False
+
+    def __post_init__(self) -> None:
+        require_window(self.window)
+        require_odd("pool_kernel", self.pool_kernel)
+        if self.normalize_over not in ("heads", "positions"):
+            raise ValueError(f"normalize_over must be 'heads' or 'positions', not {self.normalize_over!r}")
+
+    @property
+    def protected(self) -> int:
+        """The window, if it is asked for."""
+        return self.window if self.protect_window else 0
+
+    def score(self, inputs: LayerInputs) -> LayerScore:
+        """See :meth:`Policy.score`.
+
+        ``indicator`` is ``[Hkv, S - w]``; ``extra`` is the mean attention normalised over positions, of the same
+        shape, and the mean mass on the last ``w`` prefix positions, a scalar.
+        """
+        risks, means, mass = [], [], []
+        for attention in prefix_attention(inputs):
+            pooled = average_pool(attention, self.pool_kernel)
+            pooled = pooled * (attention.sum(dim=-1, keepdim=True) / pooled.sum(dim=-1, keepdim=True))
+            risk = pooled.amax(dim=(0, 1))
+            risks.append(risk.clamp(min=risk.mean()))
+            mean = attention.mean(dim=(0, 1))
+            means.append(mean / mean.sum())
+            # Taken after the window's columns are cut off, hence of the prefix's end: as the official code has it.
+            mass.append(attention[..., -self.window :].sum(dim=-1).mean())
+        norms = projected_value_norms(inputs)[:, : -self.window]
+        norms = norms / norms.sum(dim=0 if self.normalize_over == "heads" else 1, keepdim=True)
+        extra = (finite(torch.stack(means)), torch.stack(mass).mean())
+        return LayerScore(finite(torch.stack(risks) * norms), torch.empty(0), extra)
+
+    def rank(self, score: LayerScore, prompt_len: int, keep_ratio: float) -> torch.Tensor:
+        """See :meth:`Policy.rank`: protected entries and the window share the layer's largest score."""
+        mean, bias = score.extra
+        prefix_len = prompt_len - self.window
+        order = mean.sort(dim=-1, descending=True)
+        crossed = order.values.cumsum(dim=-1) >= 0.9 - bias
+        count = torch.where(crossed.any(dim=-1), crossed.int().argmax(dim=-1), prefix_len)
+        most = int(prefix_len * keep_ratio - self.window)
+        ranks = score.indicator.clone()
+        largest = ranks.max()
+        for head in range(len(ranks)):
+            # A negative bound ends the slice from behind, as in the official code.
+            ranks[head, order.indices[head, : min(int(count[head]), most)]] = largest
+        if self.protect_window:
+            return ranks
+        return torch.cat([ranks, largest.expand(len(ranks), self.window)], dim=1)
+
+    def budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[int]:
+        """See :meth:`Policy.budgets`: the mean over heads, rounded up."""
+        return [-(-sum(heads) // len(heads)) for heads in self.head_budgets(scores, prompt_len, budget)]
+
+    def head_budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[list[int]]:
+        """See :meth:`Policy.head_budgets`."""
+        ranks = [self.rank(score, prompt_len, budget / prompt_len) for score in scores]
+        return [best_by_head(layer, self._candidates(layer, prompt_len, budget)) for layer in ranks]
+
+    def _candidates(self, ranks: torch.Tensor, prompt_len: int, budget: float) -> int:
+        """How many of one layer's candidates stay, over all heads."""
+        num_heads = len(ranks)
+        return min(max(int(budget * num_heads) - self.protected * num_heads, 0), ranks.numel())
+
+
+@dataclass(frozen=True)
+class LayerDefensiveKV(DefensiveKV):
+    """DefensiveKV with one budget that all layers and heads compete for."""
+
+    def head_budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[list[int]]:
+        """See :meth:`Policy.head_budgets`: the best of all layers, scores compared as they are."""
+        ranks = torch.stack([self.rank(score, prompt_len, budget / prompt_len) for score in scores])
+        num_layers, num_heads, _ = ranks.shape
+        total = int(budget * num_heads * num_layers) - self.protected * num_heads * num_layers
+        chosen = ranks.flatten().topk(min(max(total, 0), ranks.numel())).indices
+        by_layer = torch.bincount(chosen // ranks[0].numel(), minlength=num_layers).tolist()
+        return [best_by_head(layer, count) for layer, count in zip(ranks, by_layer, strict=True)]
+
+
+def best_by_head(ranks: torch.Tensor, count: int) -> list[int]:
+    """How many of the ``count`` best entries of ``[Hkv, C]`` lie in each head."""
+    chosen = ranks.flatten().topk(count).indices // ranks.shape[1]
+    return torch.bincount(chosen, minlength=len(ranks)).tolist()
