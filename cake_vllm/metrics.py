@@ -1,18 +1,19 @@
 """What eviction did, for vLLM's periodic statistics and for ``/metrics``."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from cake_vllm.integration.messages import Eviction
-from cake_vllm.policies import PagedPrompt
 
 _COUNTERS = {
     "requests": "Requests whose prompt was evicted.",
     "evicted_tokens": "Tokens evicted, summed over layers (counted once for all KV heads of a layer).",
     "freed_blocks": "Blocks of evicted prompts that went back to the pool, summed over layers.",
     "rounding_tokens": "Tokens kept beyond the policy's choice because memory is freed in whole blocks, over layers.",
+    "trims": "Times that a decoding request gave blocks back.",
     "in_place": "Evictions that reused the prompt's own blocks because the pool had none to spare.",
 }
 
@@ -28,35 +29,39 @@ class EvictionStats(KVConnectorStats):
         """Statistics of nothing."""
         return cls({**dict.fromkeys(_COUNTERS, 0), "kept_tokens": []})
 
-    def record(self, prompt: PagedPrompt, eviction: Eviction, in_place: bool) -> None:
-        """Adds one eviction."""
+    def record_prompt(self, prompt_len: int, block_size: int, eviction: Eviction, in_place: bool) -> None:
+        """Adds the eviction of a prompt."""
         kept = eviction.kept
         shrunk = [pages for pages in eviction.pages if pages]
-        self._add(
-            {
-                "requests": 1,
-                "evicted_tokens": len(kept) * prompt.prompt_len - sum(kept),
-                "freed_blocks": len(shrunk) * prompt.full_blocks - sum(shrunk),
-                "rounding_tokens": sum(kept) - sum(eviction.wanted),
-                "in_place": int(in_place),
-                "kept_tokens": list(kept),
-            }
-        )
+        self.data["requests"] += 1
+        self.data["evicted_tokens"] += len(kept) * prompt_len - sum(kept)
+        self.data["freed_blocks"] += len(shrunk) * (prompt_len // block_size) - sum(shrunk)
+        self.data["rounding_tokens"] += sum(kept) - sum(eviction.wanted)
+        self.data["in_place"] += in_place
+        self._add_kept(kept)
+
+    def record_trim(self, num_blocks: int, block_size: int) -> None:
+        """Adds blocks that a decoding request gave back."""
+        if num_blocks:
+            self.data["trims"] += 1
+            self.data["freed_blocks"] += num_blocks
+            self.data["evicted_tokens"] += num_blocks * block_size
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Adds another interval to this one."""
-        self._add(other.data)
+        for name in _COUNTERS:
+            self.data[name] += other.data[name]
+        self._add_kept(other.data["kept_tokens"])
         return self
 
     def reduce(self) -> dict[str, int | float]:
         """The line that vLLM logs."""
-        requests = self.data["requests"]
-        kept = [tokens / requests for tokens in self.data["kept_tokens"]]
-        return {f"KV eviction {name}": self.data[name] for name in _COUNTERS} | {
-            "mean tokens kept per layer": round(sum(kept) / len(kept), 1),
-            "least": round(min(kept), 1),
-            "most": round(max(kept), 1),
-        }
+        line: dict[str, int | float] = {f"KV eviction {name}": self.data[name] for name in _COUNTERS}
+        kept = [tokens / self.data["requests"] for tokens in self.data["kept_tokens"]]
+        if kept:
+            line["mean tokens kept per layer"] = round(sum(kept) / len(kept), 1)
+            line |= {"least": round(min(kept), 1), "most": round(max(kept), 1)}
+        return line
 
     def reset(self) -> None:
         """Back to nothing."""
@@ -64,13 +69,11 @@ class EvictionStats(KVConnectorStats):
 
     def is_empty(self) -> bool:
         """Whether nothing was evicted."""
-        return self.data["requests"] == 0
+        return not any(self.data[name] for name in _COUNTERS)
 
-    def _add(self, data: dict[str, Any]) -> None:
-        for name in _COUNTERS:
-            self.data[name] += data[name]
-        ours, theirs = self.data["kept_tokens"], data["kept_tokens"]
-        self.data["kept_tokens"] = [a + b for a, b in zip(ours, theirs, strict=True)] if ours else list(theirs)
+    def _add_kept(self, kept: Sequence[int]) -> None:
+        ours = self.data["kept_tokens"] or [0] * len(kept)
+        self.data["kept_tokens"] = [a + b for a, b in zip(ours, kept, strict=True)] if kept else ours
 
 
 class EvictionPromMetrics(KVConnectorPromMetrics):
@@ -84,10 +87,12 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        self._counters: dict[str, Any] = {
-            name: self._counter_cls(f"vllm:kv_eviction_{name}", text, labelnames=labelnames)
-            for name, text in _COUNTERS.items()
-        }
+        # Made for every engine at once, so that they show 0 before the first eviction.
+        self._counters: dict[str, dict[int, Any]] = {}
+        for name, text in _COUNTERS.items():
+            counter: Any = self._counter_cls(f"vllm:kv_eviction_{name}", text, labelnames=labelnames)
+            engines = per_engine_labelvalues.items()
+            self._counters[name] = {engine: counter.labels(*values) for engine, values in engines}
         self._kept: Any = self._gauge_cls(
             "vllm:kv_eviction_kept_tokens",
             "Tokens a layer keeps per KV head: mean over the requests evicted in the last interval that had any.",
@@ -96,9 +101,9 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Adds one interval."""
-        labels = self.per_engine_labelvalues[engine_idx]
         for name, counter in self._counters.items():
-            counter.labels(*labels).inc(transfer_stats_data[name])
-        requests = transfer_stats_data["requests"]
-        for layer, tokens in enumerate(transfer_stats_data["kept_tokens"]):
-            self._kept.labels(*labels, str(layer)).set(tokens / requests)
+            counter[engine_idx].inc(transfer_stats_data[name])
+        labels, requests = self.per_engine_labelvalues[engine_idx], transfer_stats_data["requests"]
+        if requests:
+            for layer, tokens in enumerate(transfer_stats_data["kept_tokens"]):
+                self._kept.labels(*labels, str(layer)).set(tokens / requests)

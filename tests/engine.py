@@ -102,6 +102,11 @@ class Engine:
         """vLLM's own count."""
         return self.scheduler.get_request_counts()[0]
 
+    @property
+    def decoding(self) -> bool:
+        """Whether a request is past its prompt."""
+        return any(request.num_output_tokens > 1 for request in self.scheduler.requests.values())
+
     def stats(self) -> dict[str, Any]:
         """What was evicted since the last call, as vLLM's metrics see it; empty if nothing was."""
         stats, self._stats = self._stats, EvictionStats.empty()

@@ -66,6 +66,7 @@ BAD = [
     ({"": "cake", "_config": {"tau1": 0}}, "--kv-eviction-config: tau1 must be a finite number of at least 0.1"),
     ({"": "cake", "_config": {"tau2": -1.0}}, "--kv-eviction-config: tau2 must be a finite number of at least 0.1"),
     ({"": "cake", "_config": {"pool_kernel": 4}}, "--kv-eviction-config: pool_kernel must be a positive odd number"),
+    ({"": "cake", "_config": {"decode": "on"}}, "--kv-eviction-config: decode must be 'off' or 'cake', not 'on'"),
     ({"": "cake", "_config": {"cascade": 1}}, "--kv-eviction-config: cascade must be of type bool"),
     ({"": "cake", "_config": {"preset": "gpt"}}, "--kv-eviction-config: unknown preset 'gpt'; choose llama2-13b@1024"),
     ({"": "cake", "_config": {"preset": 7}}, "--kv-eviction-config: unknown preset 7"),

@@ -38,12 +38,34 @@ def test_every_policy_is_served(start_engine, replay: Replay, text_ids, name: st
     (served,) = engine.trace([prompt], 8)
     expected, kept = replay.generate(prompt, 8, create_policy(name, {}), 150, block_size=32)
     assert served[0] == expected
-    for ours, theirs in zip(served[1], kept, strict=True):
-        assert ours is None or ours.tolist() == [[p for p in head if p < 480] for head in theirs]
+    for ours, theirs, ranks in zip(served[1], kept, replay.ranks, strict=True):
+        for head in range(len(theirs)) if ours is not None else ():
+            # Rounding differs between the two programs: positions may swap where their ranks are tied.
+            swapped = sorted(set(ours[head].tolist()) ^ {p for p in theirs[head] if p < 480})
+            worth = ranks[head, swapped]
+            assert len(swapped) == 0 or worth.max() - worth.min() <= 1e-5 * worth.abs().max()
     stats = engine.stats()
     assert stats["requests"] == 1
-    assert sum(stats["kept_tokens"]) + stats["rounding_tokens"] + 30 * 32 >= 30 * 150
-    assert sum(stats["kept_tokens"]) < 30 * (150 + 32 + 1)
+    # The last 20 tokens lie in a partial block and stay in any case.
+    assert 30 * 150 - 30 <= sum(stats["kept_tokens"]) < 30 * (150 + 32 + 20)
+    assert engine.is_idle()
+
+
+@pytest.mark.parametrize("prompt_len", [100, 300], ids=["short-prompt", "evicted-prompt"])
+def test_long_output_stays_in_its_budget(start_engine, replay: Replay, text_ids, prompt_len: int, is_v2):
+    """Generated tokens are evicted block by block; no layer holds more than its budget and two blocks."""
+    budget, num_tokens = 128, 150 if is_v2 else 400
+    engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=budget)
+    prompt = text_ids[5000 : 5000 + prompt_len]
+    name = engine.add(prompt, num_tokens)
+    done, most = {}, 0
+    while engine.llm.llm_engine.has_unfinished_requests():
+        done |= engine.step()
+        most = max(most, engine.num_free - engine.pool.get_num_free_blocks() if engine.decoding else 0)
+    expected, _ = replay.generate(prompt, num_tokens, Cake(), budget, block_size=32)
+    assert done[name] == expected
+    assert engine.stats()["trims"] >= num_tokens // 32 - 4
+    assert most <= 30 * (budget // 32 + 2)
     assert engine.is_idle()
 
 

@@ -19,15 +19,21 @@ class EvictingManager(FullAttentionManager):
         super().__init__(*args, **kwargs)
         self.private_blocks: defaultdict[str, list[KVCacheBlock]] = defaultdict(list)
 
-    def release_prompt(self, request_id: str, num_blocks: int) -> None:
-        """Frees the row's blocks ``[0, num_blocks)`` and leaves null blocks in their place."""
+    def exchange(self, request_id: str, num_blocks: int, pages: list[KVCacheBlock]) -> None:
+        """Frees the row's blocks ``[0, num_blocks)``; private ``pages`` hold what is kept of them."""
+        self.private_blocks[request_id] = pages
         self._remove_blocks_in_range(request_id, 0, num_blocks)
 
-    def keep_first_blocks(self, request_id: str, num_blocks: int) -> None:
-        """Makes the row's blocks ``[0, num_blocks)`` private pages and leaves null blocks in their place."""
+    def shrink(self, request_id: str, num_blocks: int, num_pages: int) -> None:
+        """Keeps the first ``num_pages`` of the private pages and the row's blocks ``[0, num_blocks)``, frees the rest.
+
+        What is kept becomes, or stays, private; the row has null blocks in its place.
+        """
         row = self.req_to_blocks[request_id]
-        self.private_blocks[request_id] += row[:num_blocks]
+        held = self.private_blocks[request_id] + [block for block in row[:num_blocks] if not block.is_null]
         row[:num_blocks] = [self._null_block] * num_blocks
+        self.private_blocks[request_id] = held[:num_pages]
+        self.block_pool.free_blocks(reversed(held[num_pages:]))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """See the base class; private pages come first, so that they are reused last."""

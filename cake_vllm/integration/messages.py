@@ -37,6 +37,24 @@ class PromptChunk:
     grant: Grant | None = None
 
 
+@dataclass(frozen=True)
+class Trim:
+    """A decoding request has filled a block: layers that are over their budget give one back, in place.
+
+    Attributes:
+        epoch: see :class:`Grant`.
+        budget: mean tokens per layer, for a request whose prompt was not evicted.
+        end: logical length after this step, a multiple of the block size.
+        tail_block: see :class:`PromptChunk`.
+    """
+
+    req_id: str
+    epoch: int
+    budget: int
+    end: int
+    tail_block: int
+
+
 @dataclass
 class StepPlan(KVConnectorMetadata):
     """Scheduler to worker.
@@ -44,20 +62,22 @@ class StepPlan(KVConnectorMetadata):
     Attributes:
         released: requests that finished or were preempted; what the worker knows of them is void.
         chunks: prompts in progress.
+        trims: decoding requests that may have to give blocks back.
         evicted: ``{tail block: request id}`` of scheduled requests that were evicted in an earlier step.
     """
 
     released: tuple[str, ...] = ()
     chunks: tuple[PromptChunk, ...] = ()
+    trims: tuple[Trim, ...] = ()
     evicted: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Eviction:
-    """What the worker did for one :class:`Grant`.
+    """What the worker did for one :class:`Grant` or one :class:`Trim`.
 
     Attributes:
-        pages: private pages that each layer took; 0 where it kept everything.
+        pages: private pages that each layer now holds in place of all full blocks; 0 where nothing changed.
         kept: tokens that each layer still holds per KV head.
         wanted: tokens that the policy chose for each layer per KV head, before rounding up to whole blocks.
     """

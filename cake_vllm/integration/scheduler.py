@@ -5,6 +5,7 @@ Runs in the scheduler's process and touches no KV tensor.
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -14,13 +15,22 @@ from vllm.v1.request import Request
 
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.cache_manager import EvictingManager
-from cake_vllm.integration.messages import Eviction, Grant, PromptChunk, StepPlan
+from cake_vllm.integration.messages import Eviction, Grant, PromptChunk, StepPlan, Trim
 from cake_vllm.integration.spec import evictable_groups
 from cake_vllm.metrics import EvictionStats
 from cake_vllm.policies import PagedPrompt
 from cake_vllm.policies.base import total_tokens
 
 logger = init_logger("vllm.cake_vllm.scheduler")
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An eviction that the worker has not reported yet: of a prompt if it has a grant, else while decoding."""
+
+    request_id: str
+    length: int
+    grant: Grant | None
 
 
 class EvictionScheduler:
@@ -40,8 +50,10 @@ class EvictionScheduler:
         self._requests: dict[str, Request] = {}
         self._past_prefill: set[str] = set()
         self._epochs = itertools.count(1)
-        # Evicted requests, from the step that evicts them on: their grant, and the length at which it was given.
-        self._grants: dict[str, tuple[Grant, int]] = {}
+        # Requests whose rows the worker redirects, from the step that evicts them on.
+        self._evicted: set[str] = set()
+        # Evictions under way, by epoch.
+        self._pending: dict[int, Pending] = {}
 
     def bind(self, manager: KVCacheManager) -> None:
         """Takes hold of the block managers of the evictable layers."""
@@ -64,35 +76,41 @@ class EvictionScheduler:
         preempted = output.preempted_req_ids or ()
         for request_id in preempted:
             self._restart(request_id)
-        chunks, evicted = [], {}
+        chunks, trims, evicted = [], [], {}
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             request = self._requests[request_id]
             start = request.num_computed_tokens
             end = start + num_tokens
             if request_id in self._past_prefill:
-                if request_id in self._grants:
+                if request_id in self._evicted:
                     evicted[self._tail_block(request_id, end)] = request_id
+                if trim := self._plan_trim(request, end):
+                    trims.append(trim)
             elif chunk := self._plan_chunk(request, start, end):
                 chunks.append(chunk)
         released = tuple(output.finished_req_ids | set(preempted))
-        return StepPlan(released, tuple(chunks), evicted)
+        return StepPlan(released, tuple(chunks), tuple(trims), evicted)
 
     def finish(self, evictions: Iterable[tuple[str, Eviction]]) -> None:
         """Frees what the worker reports as given up. Reports for requests that left meanwhile are void."""
         for request_id, eviction in evictions:
-            grant, prompt_len = self._grants.get(request_id, (None, 0))
-            if grant is None or grant.epoch != eviction.epoch:
+            pending = self._pending.pop(eviction.epoch, None)
+            if pending is None:
                 continue
-            prompt = PagedPrompt(prompt_len, self.policy.protected, self.block_size)
-            self._free_prompt(request_id, grant, prompt, eviction)
-            self.stats.record(prompt, eviction, in_place=grant.pages is None)
+            length, grant = pending.length, pending.grant
+            if grant is not None:
+                self._free_prompt(request_id, grant, length // self.block_size, eviction)
+                self.stats.record_prompt(length, self.block_size, eviction, in_place=grant.pages is None)
+            else:
+                freed = self._free_trimmed(request_id, length // self.block_size, eviction)
+                self.stats.record_trim(freed, self.block_size)
             logger.debug(
-                "evicted request %s at %d tokens: layers keep %s tokens in %s pages%s",
+                "evicted request %s at %d tokens%s: layers keep %s tokens, %s pages",
                 request_id,
-                prompt_len,
+                length,
+                " while decoding" if grant is None else " in place" if grant.pages is None else "",
                 eviction.kept,
                 eviction.pages,
-                " (in place)" if grant.pages is None else "",
             )
 
     def _plan_chunk(self, request: Request, start: int, end: int) -> PromptChunk | None:
@@ -122,20 +140,39 @@ class EvictionScheduler:
             self._managers[0].private_blocks[request_id] = bag
             pages = tuple(block.block_id for block in bag)
         grant = Grant(next(self._epochs), budget, pages)
-        self._grants[request_id] = (grant, prompt_len)
+        self._pending[grant.epoch] = Pending(request_id, prompt_len, grant)
+        self._evicted.add(request_id)
         return grant
 
-    def _free_prompt(self, request_id: str, grant: Grant, prompt: PagedPrompt, eviction: Eviction) -> None:
+    def _plan_trim(self, request: Request, end: int) -> Trim | None:
+        if not self.policy.trims or end % self.block_size:
+            return None
+        request_id = request.request_id
+        budget = self.config.tokens(request.num_prompt_tokens)
+        if request_id not in self._evicted and end <= budget:
+            return None
+        trim = Trim(request_id, next(self._epochs), budget, end, self._tail_block(request_id, end))
+        self._pending[trim.epoch] = Pending(request_id, end, None)
+        self._evicted.add(request_id)
+        return trim
+
+    def _free_prompt(self, request_id: str, grant: Grant, num_blocks: int, eviction: Eviction) -> None:
         bag = self._managers[0].private_blocks.pop(request_id, [])
         for manager, pages in zip(self._managers, eviction.pages, strict=True):
-            if pages == 0:
-                continue
-            if grant.pages is None:
-                manager.keep_first_blocks(request_id, pages)
-            else:
-                manager.private_blocks[request_id], bag = bag[:pages], bag[pages:]
-            manager.release_prompt(request_id, prompt.full_blocks)
+            if pages and grant.pages is None:
+                manager.shrink(request_id, num_blocks, pages)
+            elif pages:
+                manager.exchange(request_id, num_blocks, bag[:pages])
+                bag = bag[pages:]
         self._pool.free_blocks(bag)
+
+    def _free_trimmed(self, request_id: str, num_blocks: int, eviction: Eviction) -> int:
+        """Frees what decoding gave back; how many blocks that was."""
+        before = self._pool.get_num_free_blocks()
+        for manager, pages in zip(self._managers, eviction.pages, strict=True):
+            if pages:
+                manager.shrink(request_id, num_blocks, pages)
+        return self._pool.get_num_free_blocks() - before
 
     def _tail_block(self, request_id: str, end: int) -> int:
         """Id of the block that position ``end - 1`` lies in, in the first layer."""
@@ -143,4 +180,8 @@ class EvictionScheduler:
 
     def _restart(self, request_id: str) -> None:
         self._past_prefill.discard(request_id)
-        self._grants.pop(request_id, None)
+        if request_id in self._evicted:
+            self._evicted.discard(request_id)
+            void = [epoch for epoch, pending in self._pending.items() if pending.request_id == request_id]
+            for epoch in void:
+                del self._pending[epoch]

@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.attention import STEP, EvictingImpl
-from cake_vllm.integration.messages import Eviction, EvictionReport, Grant, PromptChunk, StepPlan
+from cake_vllm.integration.messages import Eviction, EvictionReport, Grant, PromptChunk, StepPlan, Trim
 from cake_vllm.integration.projections import output_projection
 from cake_vllm.integration.spec import evictable_groups
 from cake_vllm.kernels import BlockLayout, EvictedRows
@@ -37,27 +37,50 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class BatchedChunk:
-    """Where a prompt's chunk lies in the batch: row ``row``, query tokens ``[first, last)``."""
+class Batched:
+    """Where a prompt's chunk or a trimmed request lies in the batch: row ``row``, query tokens ``[first, last)``."""
 
-    chunk: PromptChunk
+    what: PromptChunk | Trim
     row: int
     first: int
     last: int
+
+
+@dataclass
+class Held:
+    """What an evicted request holds in place of its full blocks, by layer; see :mod:`cake_vllm.kernels.rows`.
+
+    Attributes:
+        pages: private pages.
+        start: first block of the logical row that is still read.
+        counts: candidates that the policy gave the layer.
+    """
+
+    pages: list[list[int]]
+    start: list[int]
+    counts: list[int]
+
+
+@dataclass
+class Trimming:
+    """A trim in progress: by layer, the row's blocks and the positions in them to keep, where the layer is over."""
+
+    trim: Trim
+    chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class LayerStep:
     """Hung on a layer's attention metadata for one step; called by the layer after its forward."""
 
-    callback: Callable[[int, "list[BatchedChunk]", torch.Tensor, torch.Tensor], None]
+    callback: Callable[[int, list[Batched], torch.Tensor, torch.Tensor], None]
     layer_index: int
-    chunks: list[BatchedChunk]
+    batched: list[Batched]
     block_table: torch.Tensor
 
     def observe(self, query: torch.Tensor) -> None:
         """``query`` is the step's ``[num_tokens, Hq, D]``, post-RoPE."""
-        self.callback(self.layer_index, self.chunks, query, self.block_table)
+        self.callback(self.layer_index, self.batched, query, self.block_table)
 
 
 class EvictableLayer:
@@ -110,6 +133,8 @@ class EvictionWorker:
         self.block_size = self.layers[0].block_size
         self._prompts: dict[str, Prompt] = {}
         self._granted: list[tuple[PromptChunk, Grant]] = []
+        self._held: dict[str, Held] = {}
+        self._trimmings: dict[str, Trimming] = {}
         self._rows: EvictedRows | None = None
         #: Kept positions of evicted prompts, for tests: ``{request id: [positions of each layer]}``.
         self.trace: dict[str, list[torch.Tensor | None]] | None = None
@@ -121,9 +146,10 @@ class EvictionWorker:
         """
         for req_id in plan.released:
             self._prompts.pop(req_id, None)
+            self._held.pop(req_id, None)
             if self._rows is not None:
                 self._rows.discard(req_id)
-        if not attn_metadata or not (plan.chunks or plan.evicted):
+        if not attn_metadata or not (plan.chunks or plan.trims or plan.evicted):
             return
         metadata = [attn_metadata[layer.name] for layer in self.layers]
         seq_lens = metadata[0].seq_lens
@@ -131,29 +157,35 @@ class EvictionWorker:
         row_of_tail = {
             tail: row for row, tail in enumerate(metadata[0].block_table.gather(1, tails[:, None])[:, 0].tolist())
         }
-        if plan.evicted:
-            slots = torch.zeros(len(seq_lens), dtype=torch.int64)
-            for tail, req_id in plan.evicted.items():
-                slots[row_of_tail[tail]] = self._evicted_slot(req_id)
+        slots = torch.zeros(len(seq_lens), dtype=torch.int64)
+        for tail, req_id in plan.evicted.items():
+            slots[row_of_tail[tail]] = self._evicted_slot(req_id)
+        if slots.any():
             self._redirect(metadata, seq_lens, slots.to(seq_lens.device))
-        chunks = []
-        if plan.chunks:
+        batched = []
+        if plan.chunks or plan.trims:
             query_start = metadata[0].query_start_loc.tolist()
-            for chunk in plan.chunks:
-                row = row_of_tail[chunk.tail_block]
-                chunks.append(BatchedChunk(chunk, row, query_start[row], query_start[row + 1]))
-                self._prompts.setdefault(chunk.req_id, Prompt())
-                if chunk.grant is not None:
-                    self._granted.append((chunk, chunk.grant))
+            work: list[PromptChunk | Trim] = [*plan.chunks, *plan.trims]
+            for what in work:
+                row = row_of_tail[what.tail_block]
+                batched.append(Batched(what, row, query_start[row], query_start[row + 1]))
+                if isinstance(what, Trim):
+                    self._trimmings[what.req_id] = Trimming(what)
+                    continue
+                self._prompts.setdefault(what.req_id, Prompt())
+                if what.grant is not None:
+                    self._granted.append((what, what.grant))
         for index, (layer, changed) in enumerate(zip(self.layers, metadata, strict=True)):
             attn_metadata[layer.name] = changed
-            if chunks:
-                setattr(changed, STEP, LayerStep(self._observe, index, chunks, changed.block_table))
+            if batched:
+                setattr(changed, STEP, LayerStep(self._observe, index, batched, changed.block_table))
 
     def finish(self) -> EvictionReport | None:
         """Compacts the prompts that were granted pages in this step: called after the last layer."""
         granted, self._granted = self._granted, []
+        trimmings, self._trimmings = self._trimmings, {}
         evictions = {chunk.req_id: self._evict(chunk, grant) for chunk, grant in granted}
+        evictions |= {req_id: self._trim(trimming) for req_id, trimming in trimmings.items()}
         return EvictionReport(evictions) if evictions else None
 
     def _evicted_slot(self, req_id: str) -> int:
@@ -170,21 +202,46 @@ class EvictionWorker:
             metadata[index] = layer.impl.with_rows(layer.module, metadata[index], tables[index], lengths[index])
 
     def _observe(
-        self, layer_index: int, chunks: list[BatchedChunk], query: torch.Tensor, block_table: torch.Tensor
+        self, layer_index: int, batched: list[Batched], query: torch.Tensor, block_table: torch.Tensor
+    ) -> None:
+        for place in batched:
+            if isinstance(place.what, Trim):
+                self._observe_trim(layer_index, place, place.what, query, block_table)
+            else:
+                self._observe_chunk(layer_index, place, place.what, query, block_table)
+
+    def _observe_chunk(
+        self, layer_index: int, place: Batched, chunk: PromptChunk, query: torch.Tensor, block_table: torch.Tensor
     ) -> None:
         num_queries = self.policy.num_queries
-        for batched in chunks:
-            chunk = batched.chunk
-            prompt = self._prompts[chunk.req_id]
-            recent = query[max(batched.first, batched.last - num_queries) : batched.last]
-            if layer_index in prompt.queries:
-                recent = torch.cat([prompt.queries[layer_index], recent])[-num_queries:]
-            if chunk.grant is None:
-                prompt.queries[layer_index] = recent.clone()
-                continue
-            blocks = block_table[batched.row, : -(-chunk.end // self.block_size)].long()
-            prompt.blocks[layer_index] = blocks
-            prompt.scores[layer_index] = self.policy.score(self._inputs(layer_index, recent, blocks, chunk.end))
+        prompt = self._prompts[chunk.req_id]
+        recent = query[max(place.first, place.last - num_queries) : place.last]
+        if layer_index in prompt.queries:
+            recent = torch.cat([prompt.queries[layer_index], recent])[-num_queries:]
+        if chunk.grant is None:
+            prompt.queries[layer_index] = recent.clone()
+            return
+        blocks = block_table[place.row, : -(-chunk.end // self.block_size)].long()
+        prompt.blocks[layer_index] = blocks
+        prompt.scores[layer_index] = self.policy.score(self._inputs(layer_index, recent, blocks, chunk.end))
+
+    def _observe_trim(
+        self, layer_index: int, place: Batched, trim: Trim, query: torch.Tensor, block_table: torch.Tensor
+    ) -> None:
+        layer, policy, held = self.layers[layer_index], self.policy, self._held.get(trim.req_id)
+        count = held.counts[layer_index] if held else trim.budget - policy.protected
+        num_pages = -(-(count + policy.protected) // self.block_size)
+        num_blocks = trim.end // self.block_size
+        if held:
+            num_blocks += len(held.pages[layer_index]) - held.start[layer_index]
+        if num_blocks <= num_pages:
+            return
+        blocks = block_table[place.row, :num_blocks].long()
+        keys = layer.layout.read_keys(layer.cache, blocks, num_blocks * self.block_size)
+        current = query[place.last - 1 : place.last].transpose(0, 1)
+        count = num_pages * self.block_size - policy.protected
+        chosen = policy.trim(current, keys, count, layer.impl.scale, layer.soft_cap).sort(dim=-1).values
+        self._trimmings[trim.req_id].chosen[layer_index] = blocks, chosen
 
     def _inputs(self, layer_index: int, queries: torch.Tensor, blocks: torch.Tensor, prompt_len: int) -> LayerInputs:
         layer, policy = self.layers[layer_index], self.policy
@@ -228,12 +285,39 @@ class EvictionWorker:
             trace.append(positions)
         if self.trace is not None:
             self.trace[chunk.req_id] = trace
-        if self._rows is None:
-            self._rows = EvictedRows(num_layers, self.block_size, prompt.blocks[0].device)
-        self._rows.store(chunk.req_id, private, [paged.full_blocks if pages else 0 for pages in private])
+        starts = [paged.full_blocks if pages else 0 for pages in private]
+        self._hold(chunk.req_id, Held(private, starts, counts))
         return Eviction(
             grant.epoch,
             tuple(len(pages) for pages in private),
             tuple(kept),
             tuple(count + self.policy.protected for count in counts),
         )
+
+    def _trim(self, trimming: Trimming) -> Eviction:
+        trim, num_layers = trimming.trim, len(self.layers)
+        num_blocks = trim.end // self.block_size
+        held = self._held.get(trim.req_id)
+        if held is None:
+            counts = [trim.budget - self.policy.protected] * num_layers
+            held = Held([[] for _ in range(num_layers)], [0] * num_layers, counts)
+        for index, (blocks, chosen) in trimming.chosen.items():
+            layer = self.layers[index]
+            pages = blocks[: chosen.shape[1] // self.block_size]
+            layer.layout.compact(layer.cache, blocks, chosen, pages)
+            held.pages[index], held.start[index] = pages.tolist(), num_blocks
+        self._hold(trim.req_id, held)
+        sizes = [len(pages) + num_blocks - start for pages, start in zip(held.pages, held.start, strict=True)]
+        return Eviction(
+            trim.epoch,
+            tuple(len(held.pages[index]) if index in trimming.chosen else 0 for index in range(num_layers)),
+            tuple(blocks * self.block_size for blocks in sizes),
+            tuple(count + self.policy.protected for count in held.counts),
+        )
+
+    def _hold(self, req_id: str, held: Held) -> None:
+        if self._rows is None:
+            self._rows = EvictedRows(len(self.layers), self.block_size, self.layers[0].module.kv_cache.device)
+        self._held[req_id] = held
+        self._rows.discard(req_id)
+        self._rows.store(req_id, held.pages, held.start)

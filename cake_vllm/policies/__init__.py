@@ -1,7 +1,9 @@
 """Eviction policies by name. A policy is imported when it is first asked for."""
 
 import dataclasses
+import functools
 import importlib
+import importlib.metadata
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +18,6 @@ __all__ = [
     "create_policy",
     "knobs",
     "policy_names",
-    "register_policy",
 ]
 
 _POLICIES: dict[str, str] = {
@@ -38,31 +39,34 @@ _POLICIES: dict[str, str] = {
 }
 
 
-def register_policy(name: str, path: str) -> None:
-    """Makes ``--kv-eviction name`` mean the class at ``path`` (``module:Class``).
+@functools.cache
+def third_party_policies() -> Mapping[str, str]:
+    """Policies of other distributions: entry points of the group ``cake_vllm.policies``, by name.
 
     Raises:
-        ValueError: if ``name`` is taken.
+        ValueError: if one has the name of a policy of this package.
     """
-    if name in _POLICIES:
-        raise ValueError(f"eviction policy {name!r} is already registered as {_POLICIES[name]}")
-    _POLICIES[name] = path
+    found = {entry.name: entry.value for entry in importlib.metadata.entry_points(group="cake_vllm.policies")}
+    for name in found.keys() & _POLICIES.keys():
+        raise ValueError(f"the policy name {name!r} of {found[name]} is taken by {_POLICIES[name]}")
+    return found
 
 
 def policy_names() -> tuple[str, ...]:
-    """Names of all registered policies, sorted."""
-    return tuple(sorted(_POLICIES))
+    """Names of all policies, sorted."""
+    return tuple(sorted({*_POLICIES, *third_party_policies()}))
 
 
 def policy_class(name: str) -> type[Policy]:
-    """The class registered as ``name``.
+    """The class of policy ``name``.
 
     Raises:
         ValueError: if there is none; the message lists the names.
     """
-    if name not in _POLICIES:
+    path = _POLICIES.get(name) or third_party_policies().get(name)
+    if path is None:
         raise ValueError(f"unknown eviction policy {name!r}; choose one of {', '.join(policy_names())}")
-    module, _, attribute = _POLICIES[name].partition(":")
+    module, _, attribute = path.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 

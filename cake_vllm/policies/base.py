@@ -67,9 +67,11 @@ class Policy(ABC):
     Attributes:
         needs_values: whether :meth:`score` reads :attr:`LayerInputs.values`.
         needs_output_weight: whether it reads :attr:`LayerInputs.output_weight`.
+        trims: whether it also evicts while decoding, by :meth:`trim`.
     """
 
     needs_values = False
+    trims = False
     needs_output_weight = False
 
     @property
@@ -143,6 +145,23 @@ class Policy(ABC):
         return [
             torch.cat([row.topk(count).indices.sort().values, tail]) for row, count in zip(ranks, counts, strict=True)
         ]
+
+    def trim(
+        self, queries: torch.Tensor, keys: torch.Tensor, count: int, scale: float, logits_soft_cap: float = 0.0
+    ) -> torch.Tensor:
+        """What a layer keeps when its cache has outgrown its budget while decoding; only if :attr:`trims`.
+
+        Args:
+            queries: ``[Hq, 1, D]``, the current token's.
+            keys: ``[Hkv, n, D]`` in cache order, the current token's last; ``n > count + protected``.
+            count: entries to keep beside the last :attr:`protected`.
+            scale: factor on the logits.
+            logits_soft_cap: see :class:`LayerInputs`.
+
+        Returns:
+            ``[Hkv, count + protected]`` int64 indices into the cache.
+        """
+        raise NotImplementedError
 
 
 def total_tokens(budget: float, window: int, num_layers: int) -> int:

@@ -46,6 +46,7 @@ class Cake(Policy):
         tau2: temperature of the variance.
         pool_kernel: width of the average pooling over positions, odd.
         cascade: redivide after each layer (official default), or once at the end.
+        decode: ``"cake"`` evicts generated tokens too, see :meth:`trim`; ``"off"`` lets a request grow by its output.
     """
 
     window: int = 32
@@ -54,8 +55,11 @@ class Cake(Policy):
     tau2: float = 1.0
     pool_kernel: int = 5
     cascade: bool = True
+    decode: str = "cake"
 
     def __post_init__(self) -> None:
+        if self.decode not in ("off", "cake"):
+            raise ValueError(f"decode must be 'off' or 'cake', not {self.decode!r}")
         require_window(self.window, at_least=2)
         require_odd("pool_kernel", self.pool_kernel)
         if not (math.isfinite(self.gamma) and self.gamma >= 0):
@@ -64,6 +68,11 @@ class Cake(Policy):
             tau = getattr(self, name)
             if not (math.isfinite(tau) and tau >= 0.1):
                 raise ValueError(f"{name} must be a finite number of at least 0.1, not {tau}")
+
+    @property
+    def trims(self) -> bool:  # type: ignore[override]
+        """Whether generated tokens are evicted too."""
+        return self.decode == "cake"
 
     def is_evicted(self, prompt_len: int, budget: int) -> bool:
         """The official code lets a prompt grow by the window before it evicts."""
@@ -102,21 +111,14 @@ class Cake(Policy):
     def trim(
         self, queries: torch.Tensor, keys: torch.Tensor, count: int, scale: float, logits_soft_cap: float = 0.0
     ) -> torch.Tensor:
-        """What a layer keeps when its cache outgrows its budget while decoding (official decode stage).
+        """See :meth:`Policy.trim` (official decode stage).
 
         Only the current query judges; there is no variance and no history. Scores are pooled in *cache order*,
-        which after an eviction is not the order of positions.
+        which after an eviction is not the order of positions. The indices come in the official cache order: the
+        best by descending score, then the last ``w``.
 
-        Args:
-            queries: ``[Hq, 1, D]``, the current token's.
-            keys: ``[Hkv, n, D]`` in cache order, the current token's last; ``n > count + w``.
-            count: entries to keep beside the last ``w``.
-            scale: factor on the logits.
-            logits_soft_cap: see :class:`LayerInputs`.
-
-        Returns:
-            ``[Hkv, count + w]`` int64 indices into the cache, in the new cache order: the best by descending score,
-            then the last ``w``.
+        In the paged engine this runs once per block instead of once per token: when a layer holds one full block
+        more than its budget needs, it gives one back; and the cache stays in ascending order.
         """
         num_cached = keys.shape[1]
         rows = []
