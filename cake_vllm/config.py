@@ -1,7 +1,7 @@
 """The plugin's settings: three keys, parsed once into one frozen object. Imports no vLLM.
 
 The command line flags, the keyword arguments of ``LLM`` and the keys of ``VllmConfig.additional_config`` are the same
-three names. The front-end process validates them and writes them back *resolved* (presets replaced by numbers), so
+three names. The front-end process validates them and writes them back with the preset that fits the model, so
 that every other process reads what was decided once.
 """
 

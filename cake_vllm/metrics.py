@@ -32,7 +32,7 @@ class EvictionStats(KVConnectorStats):
     def record_prompt(self, prompt_len: int, block_size: int, eviction: Eviction, in_place: bool) -> None:
         """Adds the eviction of a prompt."""
         kept = eviction.kept
-        shrunk = [pages for pages in eviction.pages if pages]
+        shrunk = [pages for pages in eviction.pages if pages is not None]
         self.data["requests"] += 1
         self.data["evicted_tokens"] += len(kept) * prompt_len - sum(kept)
         self.data["freed_blocks"] += len(shrunk) * (prompt_len // block_size) - sum(shrunk)

@@ -81,6 +81,12 @@ def test_contradicting_ways_are_refused(llama):
         configure(llama, kv_eviction="cake", kv_eviction_budget=512, additional_config={"kv_eviction_budget": 256})
 
 
+def test_none_is_as_good_as_nothing(llama):
+    assert configure(llama, kv_eviction="none").additional_config == {}
+    with pytest.raises(ValueError, match="--kv-eviction contradicts the key 'kv_eviction'"):
+        configure(llama, kv_eviction="none", additional_config={"kv_eviction": "cake"})
+
+
 def test_what_is_switched_on(llama):
     config = configure(llama, kv_eviction="cake", additional_config={"other": 1})
     assert config.kv_transfer_config.kv_connector == plugin.CONNECTOR

@@ -53,6 +53,14 @@ def test_compact(layout, pages):
     assert torch.equal(cache[untouched], before[untouched])
 
 
+def test_compact_to_nothing(layout):
+    cache = torch.randn(BLOCKS, HEADS, 2 * BLOCK * SIZE)
+    before = cache.clone()
+    nothing = torch.empty(HEADS, 0, dtype=torch.int64)
+    layout.compact(cache, torch.tensor([0, 1]), nothing, torch.empty(0, dtype=torch.int64))
+    assert torch.equal(cache, before)
+
+
 def test_compact_refuses_a_partial_page(layout):
     cache = torch.zeros(BLOCKS, HEADS, 2 * BLOCK * SIZE)
     positions = torch.zeros(HEADS, BLOCK + 1, dtype=torch.int64)

@@ -69,6 +69,18 @@ def test_long_output_stays_in_its_budget(start_engine, replay: Replay, text_ids,
     assert engine.is_idle()
 
 
+def test_layers_may_keep_their_last_block_only(start_engine, replay: Replay, text_ids):
+    """A layer of budget 0 whose window lies in the partial block gives all its full blocks back."""
+    options = {"window": 8, "tau1": 0.2, "tau2": 0.2}
+    engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=10, kv_eviction_config=options)
+    prompt = text_ids[7000:7340]
+    (served,) = engine.trace([prompt], 30)
+    expected, _ = replay.generate(prompt, 30, Cake(**options), 10, block_size=32)
+    assert served[0] == expected
+    assert any(positions.shape[1] == 0 for positions in served[1])
+    assert engine.is_idle()
+
+
 def test_eviction_changes_the_output(start_engine, prompts):
     """The comparison above would be empty if eviction changed nothing."""
     tight = start_engine(kv_eviction="cake", kv_eviction_budget=64).generate(list(prompts.values()), NUM_TOKENS)

@@ -40,8 +40,8 @@ def _add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser)
     group.add_argument(
         flag(POLICY_KEY),
         choices=(OFF, *policy_names()),
-        default=OFF,
-        help=f"Eviction policy; {OFF} leaves vLLM as it is.",
+        default=argparse.SUPPRESS,
+        help=f"Eviction policy; {OFF}, the default, leaves vLLM as it is.",
     )
     group.add_argument(
         flag(BUDGET_KEY),
@@ -73,7 +73,7 @@ def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     engine_args = original(cls, args)
-    given = {key: getattr(args, key) for key in KEYS if getattr(args, key, OFF) != OFF}
+    given = {key: getattr(args, key) for key in KEYS if hasattr(args, key)}
     engine_args.additional_config = merge_settings(engine_args.additional_config, given)
     return engine_args
 
@@ -97,6 +97,7 @@ def merge_settings(additional_config: Any, given: Mapping[str, Any]) -> Any:
     for key, value in given.items():
         if additional_config.get(key, value) != value:
             raise ValueError(f"{flag(key)} contradicts the key {key!r} of --additional-config: give one of them")
+    given = {key: value for key, value in given.items() if value not in (None, OFF)}
     if not given and not any(key in additional_config for key in KEYS):
         return additional_config
     merged = {**additional_config, **given}

@@ -77,13 +77,13 @@ class Eviction:
     """What the worker did for one :class:`Grant` or one :class:`Trim`.
 
     Attributes:
-        pages: private pages that each layer now holds in place of all full blocks; 0 where nothing changed.
+        pages: private pages that each layer now holds in place of all full blocks; ``None`` where nothing changed.
         kept: tokens that each layer still holds per KV head.
         wanted: tokens that the policy chose for each layer per KV head, before rounding up to whole blocks.
     """
 
     epoch: int
-    pages: tuple[int, ...]
+    pages: tuple[int | None, ...]
     kept: tuple[int, ...]
     wanted: tuple[int, ...]
 

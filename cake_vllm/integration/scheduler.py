@@ -159,9 +159,11 @@ class EvictionScheduler:
     def _free_prompt(self, request_id: str, grant: Grant, num_blocks: int, eviction: Eviction) -> None:
         bag = self._managers[0].private_blocks.pop(request_id, [])
         for manager, pages in zip(self._managers, eviction.pages, strict=True):
-            if pages and grant.pages is None:
+            if pages is None:
+                continue
+            if grant.pages is None:
                 manager.shrink(request_id, num_blocks, pages)
-            elif pages:
+            else:
                 manager.exchange(request_id, num_blocks, bag[:pages])
                 bag = bag[pages:]
         self._pool.free_blocks(bag)
@@ -170,7 +172,7 @@ class EvictionScheduler:
         """Frees what decoding gave back; how many blocks that was."""
         before = self._pool.get_num_free_blocks()
         for manager, pages in zip(self._managers, eviction.pages, strict=True):
-            if pages:
+            if pages is not None:
                 manager.shrink(request_id, num_blocks, pages)
         return self._pool.get_num_free_blocks() - before
 

@@ -122,7 +122,6 @@ class EvictionWorker:
     """Per-worker state: prompts in progress and evicted rows."""
 
     def __init__(self, config: KVEvictionConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig):
-        self.config = config
         self.policy = config.policy
         modules = vllm_config.compilation_config.static_forward_context
         self.layers: list[EvictableLayer] = []
@@ -262,13 +261,14 @@ class EvictionWorker:
         counts = self.policy.budgets(scores, chunk.end, grant.budget)
         paged = PagedPrompt(chunk.end, self.policy.protected, self.block_size)
         bag = list(grant.pages) if grant.pages is not None else None
-        private: list[list[int]] = []
+        held = Held([], [], counts)
         kept: list[int] = []
         trace: list[torch.Tensor | None] = []
         for index, (layer, count) in enumerate(zip(self.layers, counts, strict=True)):
             num_pages = paged.pages(count)
             if num_pages == paged.full_blocks:
-                private.append([])
+                held.pages.append([])
+                held.start.append(0)
                 kept.append(chunk.end)
                 trace.append(None)
                 continue
@@ -280,16 +280,16 @@ class EvictionWorker:
             ranks = self.policy.rank(scores[index], chunk.end, min(1.0, grant.budget / chunk.end))
             positions = paged.positions(ranks, num_pages)
             layer.layout.compact(layer.cache, blocks, positions, torch.tensor(pages, device=blocks.device))
-            private.append(pages)
+            held.pages.append(pages)
+            held.start.append(paged.full_blocks)
             kept.append(paged.kept_len(num_pages))
             trace.append(positions)
         if self.trace is not None:
             self.trace[chunk.req_id] = trace
-        starts = [paged.full_blocks if pages else 0 for pages in private]
-        self._hold(chunk.req_id, Held(private, starts, counts))
+        self._hold(chunk.req_id, held)
         return Eviction(
             grant.epoch,
-            tuple(len(pages) for pages in private),
+            tuple(len(pages) if start else None for pages, start in zip(held.pages, held.start, strict=True)),
             tuple(kept),
             tuple(count + self.policy.protected for count in counts),
         )
@@ -310,7 +310,7 @@ class EvictionWorker:
         sizes = [len(pages) + num_blocks - start for pages, start in zip(held.pages, held.start, strict=True)]
         return Eviction(
             trim.epoch,
-            tuple(len(held.pages[index]) if index in trimming.chosen else 0 for index in range(num_layers)),
+            tuple(len(held.pages[index]) if index in trimming.chosen else None for index in range(num_layers)),
             tuple(blocks * self.block_size for blocks in sizes),
             tuple(count + self.policy.protected for count in held.counts),
         )

@@ -70,6 +70,8 @@ class BlockLayout:
         num_kv_heads, num_kept = positions.shape
         if num_kept != len(pages) * self.block_size:
             raise ValueError(f"{num_kept} positions do not fill {len(pages)} pages of {self.block_size}")
+        if not len(pages):
+            return
         block_of = blocks[positions // self.block_size].unsqueeze(-1)
         head = torch.arange(num_kv_heads, device=cache.device).view(-1, 1, 1)
         kept = cache[block_of, head, self.both_index[positions % self.block_size]]
