@@ -22,7 +22,10 @@ CONFIG_KEY = "kv_eviction_config"
 KEYS = (POLICY_KEY, BUDGET_KEY, CONFIG_KEY)
 
 OFF = "none"
+AUTO = "auto"
 DEFAULT_BUDGET = 1024
+#: What a layer keeps of a request at least under the budget ``auto``, in tokens.
+AUTO_FLOOR = 256
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,12 @@ class KVEvictionConfig:
     Attributes:
         policy_name: a registered policy.
         budget: an int is the mean number of tokens per layer and request, window included (CAKE's ``cache_size``);
-            a float in (0, 1] is a fraction of the prompt.
+            a float in (0, 1] is a fraction of the prompt; ``"auto"`` is a share of the pool.
         options: the policy's knobs as the user gave them; see :meth:`resolve` for presets.
     """
 
     policy_name: str
-    budget: int | float
+    budget: int | float | str
     options: Mapping[str, Any]
 
     @classmethod
@@ -87,10 +90,17 @@ class KVEvictionConfig:
         except ValueError as error:
             raise ValueError(f"{flag(CONFIG_KEY)}: {error}") from None
 
-    def tokens(self, prompt_len: int) -> int:
-        """The budget for a prompt of ``prompt_len`` tokens, in tokens per layer, at least the window."""
+    def tokens(self, prompt_len: int, share: int) -> int:
+        """The budget for a request, in tokens per layer, at least the window.
+
+        Args:
+            prompt_len: tokens of its prompt.
+            share: tokens per layer of the pool that fall to it; read only if the budget is ``"auto"``.
+        """
         if isinstance(self.budget, int):
             return self.budget
+        if isinstance(self.budget, str):
+            return max(share, AUTO_FLOOR, self.policy.window_size + 1)
         return max(int(Fraction(str(self.budget)) * prompt_len), self.policy.window_size)
 
     def resolve(self, model: Any) -> "KVEvictionConfig":
@@ -119,16 +129,18 @@ def flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def parse_budget(value: Any) -> int | float:
-    """Reads a budget: ``"1024"`` or 1024 are tokens, ``"0.2"`` or 0.2 a fraction of the prompt.
+def parse_budget(value: Any) -> int | float | str:
+    """Reads a budget: ``"1024"`` or 1024 are tokens, ``"0.2"`` or 0.2 a fraction of the prompt, ``"auto"`` is itself.
 
     Raises:
         ValueError: one sentence that names the flag and the fix.
     """
     refusal = ValueError(
         f"{flag(BUDGET_KEY)} {value!r} is not a budget: give a positive whole number of tokens, "
-        "or a fraction of the prompt above 0 and up to 1.0"
+        "a fraction of the prompt above 0 and up to 1.0, or auto"
     )
+    if value == AUTO:
+        return AUTO
     if isinstance(value, str):
         try:
             value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)

@@ -176,7 +176,7 @@ def test_every_command_has_the_flags(command):
         check=True,
         env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
     )
-    for name in ("--kv-eviction {none,adakv,cake,", "--kv-eviction-budget N|F", "--kv-eviction-config JSON"):
+    for name in ("--kv-eviction {none,adakv,cake,", "--kv-eviction-budget N|F|auto", "--kv-eviction-config JSON"):
         assert name in run.stdout
 
 

@@ -29,7 +29,9 @@ def test_settings_survive_the_trip_between_processes():
     assert KVEvictionConfig.from_settings(json.loads(json.dumps(config.settings()))) == config
 
 
-@pytest.mark.parametrize(("text", "value"), [("1024", 1024), (64, 64), ("0.2", 0.2), ("1.0", 1.0), (0.5, 0.5)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("1024", 1024), (64, 64), ("0.2", 0.2), ("1.0", 1.0), (0.5, 0.5), ("auto", "auto")]
+)
 def test_budget(text, value):
     parsed = parse_budget(text)
     assert (parsed, type(parsed)) == (value, type(value))
@@ -37,8 +39,16 @@ def test_budget(text, value):
 
 def test_a_fraction_is_exact_and_never_below_the_window():
     config = parse(**{"": "cake", "_budget": 0.29})
-    assert config.tokens(1000) == 290
-    assert config.tokens(50) == config.policy.window
+    assert config.tokens(1000, 0) == 290
+    assert config.tokens(50, 0) == config.policy.window
+
+
+def test_an_automatic_budget_is_the_share_and_has_a_floor():
+    config = parse(**{"": "cake", "_budget": "auto"})
+    assert config.tokens(1000, 700) == 700
+    assert config.tokens(1000, 7) == 256
+    wide = parse(**{"": "cake", "_budget": "auto", "_config": {"window": 400}})
+    assert wide.tokens(1000, 7) == 401
 
 
 BAD = [

@@ -150,7 +150,8 @@ def test_a_preempted_request_is_evicted_again(start_engine, text_ids):
     """A pool too small for the load: everything finishes, and what was not preempted keeps its tokens."""
     # Two requests of 10 blocks a layer fit, one of them evicted; their output does not.
     pool = {"max_model_len": 512, "num_gpu_blocks_override": 30 * 16 + 1}
-    engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=128, **pool)
+    options = {"decode": "off"}
+    engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=128, kv_eviction_config=options, **pool)
     prompts = [text_ids[400 * i : 400 * i + 320] for i in range(2)]
     alone = [engine.generate([prompt], 110)[0] for prompt in prompts]
     engine.stats()
@@ -198,6 +199,25 @@ def test_sixteen_requests_run_in_a_pool_for_three(start_engine, text_ids, is_v2)
         kv_eviction="cake", kv_eviction_budget=0.1, num_gpu_blocks_override=30 * 3 * per_prompt + 1, **pool
     )
     assert most_running(engine, prompts, 60) == concurrent
+
+
+def test_an_automatic_budget_fits_the_load(start_engine, text_ids, is_v2):
+    """One request keeps everything; many share a pool that holds three of them."""
+    length, concurrent = (1600, 4) if is_v2 else (1600, 8)
+    blocks = 30 * 3 * -(-(length + 30) // 32) + 1
+    engine: Engine = start_engine(
+        kv_eviction="cake",
+        kv_eviction_budget="auto",
+        max_model_len=length + 100,
+        max_num_batched_tokens=length,
+        num_gpu_blocks_override=blocks,
+    )
+    engine.stats()
+    engine.generate([text_ids[:length]], 4)
+    assert not engine.stats()
+    prompts = [text_ids[200 * i : 200 * i + length] for i in range(concurrent)]
+    assert most_running(engine, prompts, 20) == concurrent
+    assert engine.stats()["requests"] >= concurrent - 1
 
 
 def most_running(engine: Engine, prompts: list[list[int]], num_tokens: int) -> int:

@@ -47,9 +47,10 @@ def _add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser)
         flag(BUDGET_KEY),
         type=_argument(parse_budget),
         default=argparse.SUPPRESS,
-        metavar="N|F",
+        metavar="N|F|auto",
         help="A whole number is the mean number of tokens that a layer keeps of a request, the window included; a "
-        f"fraction in (0, 1] is a share of the prompt. Default {DEFAULT_BUDGET}.",
+        "fraction in (0, 1] is a share of the prompt; auto divides the pool among the requests. "
+        f"Default {DEFAULT_BUDGET}.",
     )
     group.add_argument(
         flag(CONFIG_KEY),

@@ -36,7 +36,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         assert config is not None, "the connector is set up only where eviction is on"
         self._report: EvictionReport | None = None
         if role == KVConnectorRole.SCHEDULER:
-            self.scheduler = EvictionScheduler(config, kv_cache_config)
+            max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+            self.scheduler = EvictionScheduler(config, kv_cache_config, max_num_seqs)
         else:
             from cake_vllm.integration.worker import EvictionWorker
 

@@ -71,9 +71,8 @@ def _create_engine_config(original: Callable[..., VllmConfig], self: Any, *args:
     refuse_model(vllm_config)
     resolved = config.resolve(vllm_config.model_config.hf_text_config)
     vllm_config.additional_config = {**settings, **resolved.settings()}
-    kept = f"{resolved.budget} " + ("tokens" if isinstance(resolved.budget, int) else "of the prompt")
     preset = resolved.options.get("preset", "none for this model")
-    logger.info("KV eviction is on: layers keep %s on average, %s, tau preset: %s", kept, resolved.policy, preset)
+    logger.info("KV eviction is on: budget %s, %s, tau preset: %s", resolved.budget, resolved.policy, preset)
     logger.info(
         "KV eviction gives every full-attention layer a KV cache group of its own and uses the KV connector %s",
         CONNECTOR,

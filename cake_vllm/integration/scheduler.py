@@ -13,7 +13,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
-from cake_vllm.config import KVEvictionConfig
+from cake_vllm.config import AUTO, KVEvictionConfig
 from cake_vllm.integration.cache_manager import EvictingManager
 from cake_vllm.integration.messages import Eviction, Grant, PromptChunk, StepPlan, Trim
 from cake_vllm.integration.spec import evictable_groups
@@ -41,8 +41,9 @@ class EvictionScheduler:
     at that length.
     """
 
-    def __init__(self, config: KVEvictionConfig, kv_cache_config: KVCacheConfig):
+    def __init__(self, config: KVEvictionConfig, kv_cache_config: KVCacheConfig, max_num_seqs: int):
         self.config = config
+        self.max_num_seqs = max_num_seqs
         self.policy = config.policy
         self.groups = evictable_groups(kv_cache_config)
         self.block_size = kv_cache_config.kv_cache_groups[self.groups[0]].kv_cache_spec.block_size
@@ -113,13 +114,25 @@ class EvictionScheduler:
                 eviction.pages,
             )
 
+    def _budget(self, prompt_len: int) -> int:
+        """Tokens per layer for a request with a prompt of this length."""
+        if self.config.budget != AUTO:
+            return self.config.tokens(prompt_len, 0)
+        capacity = self._pool.num_gpu_blocks // len(self._managers) * self.block_size
+        sharing = min(len(self._requests), self.max_num_seqs)
+        if sharing > 1:
+            # Room for one full prompt in prefill, whoever's it is; the rest is divided.
+            longest = max(request.num_tokens for request in self._requests.values())
+            capacity = max(capacity - longest, 0) // sharing
+        return self.config.tokens(prompt_len, capacity)
+
     def _plan_chunk(self, request: Request, start: int, end: int) -> PromptChunk | None:
         request_id, prompt_len = request.request_id, request.num_tokens
         is_last = end >= prompt_len
         if is_last:
             self._past_prefill.add(request_id)
             prompt_len = end
-        budget = self.config.tokens(prompt_len)
+        budget = self._budget(prompt_len)
         if not self.policy.is_evicted(prompt_len, budget):
             return None
         if not is_last and end <= prompt_len - self.policy.num_queries:
@@ -148,7 +161,7 @@ class EvictionScheduler:
         if not self.policy.trims or end % self.block_size:
             return None
         request_id = request.request_id
-        budget = self.config.tokens(request.num_prompt_tokens)
+        budget = self._budget(request.num_prompt_tokens)
         if request_id not in self._evicted and end <= budget:
             return None
         trim = Trim(request_id, next(self._epochs), budget, end, self._tail_block(request_id, end))
