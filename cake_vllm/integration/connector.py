@@ -1,6 +1,6 @@
 """The KV connector through which the two halves of the plugin talk. It transfers no KV."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -23,9 +23,6 @@ from cake_vllm.integration.plugin import eviction_config
 from cake_vllm.integration.scheduler import EvictionScheduler
 from cake_vllm.metrics import EvictionPromMetrics, EvictionStats
 
-if TYPE_CHECKING:
-    pass
-
 
 class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
     """One object per process; each forwards vLLM's hooks to the half that belongs there."""
@@ -41,7 +38,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             from cake_vllm.integration.worker import EvictionWorker
 
-            self.worker: EvictionWorker = EvictionWorker(config, vllm_config, kv_cache_config)
+            self.worker = EvictionWorker(config, vllm_config, kv_cache_config)
 
     @property
     def requires_kv_delivery(self) -> bool:

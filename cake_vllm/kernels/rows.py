@@ -27,9 +27,6 @@ class EvictedRows:
         self._slots: dict[str, int] = {}
         self._free = [1]
 
-    def __contains__(self, req_id: str) -> bool:
-        return req_id in self._slots
-
     def __len__(self) -> int:
         return len(self._slots)
 

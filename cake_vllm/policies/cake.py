@@ -8,7 +8,14 @@ import torch
 
 from cake_vllm.policies.base import LayerInputs, LayerScore, Policy, total_tokens
 from cake_vllm.policies.budgets import cascade, kept_after, proportional, settle
-from cake_vllm.policies.scores import average_pool, finite, prefix_attention, require_odd, require_window
+from cake_vllm.policies.scores import (
+    attention_logits,
+    average_pool,
+    finite,
+    prefix_attention,
+    require_odd,
+    require_window,
+)
 
 #: Temperatures ``(tau1, tau2)`` of the official repository, by model and by the cache size they were tuned for.
 PRESETS: Mapping[str, tuple[float, float]] = {
@@ -123,9 +130,7 @@ class Cake(Policy):
         num_cached = keys.shape[1]
         rows = []
         for head_queries, head_keys in zip(queries.unflatten(0, (len(keys), -1)), keys, strict=True):
-            logits = head_queries.float() @ head_keys.float().T * scale
-            if logits_soft_cap > 0:
-                logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
+            logits = attention_logits(head_queries, head_keys, scale, logits_soft_cap)
             attention = logits.softmax(dim=-1)[:, 0, : num_cached - self.window]
             rows.append(average_pool(attention, self.pool_kernel).mean(dim=0))
         best = finite(torch.stack(rows)).topk(count, dim=-1).indices

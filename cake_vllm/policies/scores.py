@@ -29,13 +29,16 @@ def prefix_attention(inputs: LayerInputs) -> Iterator[torch.Tensor]:
         raise ValueError(f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
     grouped = inputs.queries.unflatten(0, (num_kv_heads, num_heads // num_kv_heads))
     future = torch.ones(window, window, dtype=torch.bool, device=inputs.queries.device).triu(1)
-    cap = inputs.logits_soft_cap
     for head_queries, head_keys in zip(grouped, inputs.keys, strict=True):
-        logits = head_queries.float() @ head_keys.float().T * inputs.scale
-        if cap > 0:
-            logits = cap * torch.tanh(logits / cap)
+        logits = attention_logits(head_queries, head_keys, inputs.scale, inputs.logits_soft_cap)
         logits[..., prompt_len - window :].masked_fill_(future, float("-inf"))
         yield logits.softmax(dim=-1)[..., : prompt_len - window]
+
+
+def attention_logits(queries: torch.Tensor, keys: torch.Tensor, scale: float, soft_cap: float) -> torch.Tensor:
+    """``[..., q, S]`` float32 logits of ``[..., q, D]`` queries on ``[S, D]`` keys; see :class:`LayerInputs`."""
+    logits = queries.float() @ keys.float().T * scale
+    return soft_cap * torch.tanh(logits / soft_cap) if soft_cap > 0 else logits
 
 
 def average_pool(scores: torch.Tensor, kernel: int) -> torch.Tensor:
