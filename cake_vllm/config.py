@@ -26,6 +26,8 @@ AUTO = "auto"
 DEFAULT_BUDGET = 1024
 #: What a layer keeps of a request at least under the budget ``auto``, in tokens.
 AUTO_FLOOR = 256
+#: Ways to compute a prompt, the default first: whole and then evicted, or evicted after every chunk.
+PREFILLS = ("exact", "progressive")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class KVEvictionConfig:
         policy_name: a registered policy.
         budget: an int is the mean number of tokens per layer and request, window included (CAKE's ``cache_size``);
             a float in (0, 1] is a fraction of the prompt; ``"auto"`` is a share of the pool.
-        options: the policy's knobs as the user gave them; see :meth:`resolve` for presets.
+        options: the policy's knobs as the user gave them, and beside them ``preset`` (see :meth:`resolve`),
+            ``decode`` and ``prefill``.
     """
 
     policy_name: str
@@ -61,6 +64,12 @@ class KVEvictionConfig:
             raise ValueError(f"{flag(POLICY_KEY)} {name!r} is unknown: choose {', '.join((OFF, *policy_names()))}")
         config = cls(name, parse_budget(DEFAULT_BUDGET if budget is None else budget), parse_options(options))
         window = config.policy.window_size
+        for option, choices in (("decode", config.policy.decodes), ("prefill", PREFILLS)):
+            if config.options.get(option, choices[0]) not in choices:
+                raise ValueError(
+                    f"{flag(CONFIG_KEY)}: {option} {config.options[option]!r} is unknown to {name}: "
+                    f"choose {', '.join(choices)}"
+                )
         if isinstance(config.budget, int) and config.budget <= window:
             raise ValueError(
                 f"{flag(BUDGET_KEY)} {config.budget} leaves nothing beside the window of {window} tokens: "
@@ -79,7 +88,13 @@ class KVEvictionConfig:
         Raises:
             ValueError: for an unknown or bad knob, naming the flag.
         """
-        options = dict(self.options)
+        known = {*knobs(self.policy_name), "decode", "prefill", *(("preset",) if self._has_presets else ())}
+        for key in sorted(self.options.keys() - known):
+            raise ValueError(
+                f"{flag(CONFIG_KEY)}: unknown key {key!r} for policy {self.policy_name!r}; "
+                f"known keys: {', '.join(sorted(known))}"
+            )
+        options = {key: value for key, value in self.options.items() if key not in ("decode", "prefill")}
         preset = options.pop("preset", None) if self._has_presets else None
         if preset is not None:
             if preset not in PRESETS:
@@ -89,6 +104,34 @@ class KVEvictionConfig:
             return create_policy(self.policy_name, options)
         except ValueError as error:
             raise ValueError(f"{flag(CONFIG_KEY)}: {error}") from None
+
+    @property
+    def decode(self) -> str:
+        """How generated tokens are evicted; one of :attr:`Policy.decodes`."""
+        return self.options.get("decode", self.policy.decodes[0])
+
+    @property
+    def is_progressive(self) -> bool:
+        """Whether prompts are evicted after every chunk."""
+        return self.options.get("prefill", PREFILLS[0]) == "progressive"
+
+    def never_evicted_len(self) -> int:
+        """Prompts up to this length are kept whole, and nothing asks for their last queries; in tokens."""
+        if not isinstance(self.budget, int) or self.decode == "window":
+            return 0
+        lengths = range(self.budget, self.budget + 4096)
+        return next((length for length in lengths if self.policy.is_evicted(length + 1, self.budget)), 0)
+
+    def max_request_tokens(self, max_model_len: int, max_in_flight: int) -> int | None:
+        """What a layer holds of a request at most, in the mean over layers; ``None`` where nothing bounds it.
+
+        Args:
+            max_model_len: the longest request, tokens.
+            max_in_flight: tokens that may be scheduled before the report on an earlier chunk is back.
+        """
+        if not self.is_progressive or self.decode == "off":
+            return None
+        return self.tokens(max_model_len, 0) + self.policy.window_size + max_in_flight
 
     def tokens(self, prompt_len: int, share: int) -> int:
         """The budget for a request, in tokens per layer, at least the window.

@@ -13,8 +13,9 @@ _COUNTERS = {
     "evicted_tokens": "Tokens evicted, summed over layers (counted once for all KV heads of a layer).",
     "freed_blocks": "Blocks of evicted prompts that went back to the pool, summed over layers.",
     "rounding_tokens": "Tokens kept beyond the policy's choice because memory is freed in whole blocks, over layers.",
-    "trims": "Times that a decoding request gave blocks back.",
+    "trims": "Times that a request gave blocks back before the end of its prompt or while decoding.",
     "in_place": "Evictions that reused the prompt's own blocks because the pool had none to spare.",
+    "failures": "Evictions given up because the policy raised; the request keeps what it holds.",
 }
 
 
@@ -29,23 +30,18 @@ class EvictionStats(KVConnectorStats):
         """Statistics of nothing."""
         return cls({**dict.fromkeys(_COUNTERS, 0), "kept_tokens": []})
 
-    def record_prompt(self, prompt_len: int, block_size: int, eviction: Eviction, in_place: bool) -> None:
-        """Adds the eviction of a prompt."""
-        kept = eviction.kept
-        shrunk = [pages for pages in eviction.pages if pages is not None]
-        self.data["requests"] += 1
-        self.data["evicted_tokens"] += len(kept) * prompt_len - sum(kept)
-        self.data["freed_blocks"] += len(shrunk) * (prompt_len // block_size) - sum(shrunk)
-        self.data["rounding_tokens"] += sum(kept) - sum(eviction.wanted)
+    def record(self, eviction: Eviction, num_blocks: int, block_size: int, is_prompt_end: bool, in_place: bool) -> None:
+        """Adds an eviction, by which a request came to hold ``num_blocks`` blocks fewer."""
+        self.data["freed_blocks"] += num_blocks
+        self.data["evicted_tokens"] += num_blocks * block_size
         self.data["in_place"] += in_place
-        self._add_kept(kept)
-
-    def record_trim(self, num_blocks: int, block_size: int) -> None:
-        """Adds blocks that a decoding request gave back."""
-        if num_blocks:
+        self.data["failures"] += eviction.failed
+        if is_prompt_end:
+            self.data["requests"] += 1
+            self.data["rounding_tokens"] += sum(eviction.kept) - sum(eviction.wanted)
+            self._add_kept(eviction.kept)
+        elif num_blocks:
             self.data["trims"] += 1
-            self.data["freed_blocks"] += num_blocks
-            self.data["evicted_tokens"] += num_blocks * block_size
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """Adds another interval to this one."""

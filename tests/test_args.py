@@ -90,7 +90,7 @@ def test_none_is_as_good_as_nothing(llama):
 def test_what_is_switched_on(llama):
     config = configure(llama, kv_eviction="cake", additional_config={"other": 1})
     assert config.kv_transfer_config.kv_connector == plugin.CONNECTOR
-    assert not config.cache_config.enable_prefix_caching
+    assert config.cache_config.enable_prefix_caching
     assert not config.scheduler_config.disable_hybrid_kv_cache_manager
     assert config.additional_config["other"] == 1
 
@@ -101,7 +101,6 @@ def test_what_is_switched_on(llama):
         ({"kv_eviction": "cade"}, "--kv-eviction 'cade' is unknown"),
         ({"kv_eviction_budget": 128}, "no effect without --kv-eviction"),
         ({"kv_eviction": "cake", "kv_eviction_budget": 0}, "--kv-eviction-budget 0 is not a budget"),
-        ({"kv_eviction": "cake", "enable_prefix_caching": True}, "together with --enable-prefix-caching yet: drop it"),
         ({"kv_eviction": "cake", "tensor_parallel_size": 2}, "--tensor-parallel-size yet: set it to 1"),
         ({"kv_eviction": "cake", "pipeline_parallel_size": 2}, "--pipeline-parallel-size yet: set it to 1"),
         ({"kv_eviction": "cake", "disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager yet"),

@@ -127,7 +127,7 @@ def test_decode_steps(decode_case: CakeCase, tag: str):
             order = torch.cat([order, new], dim=1)
             if order.shape[1] > count + case.window:
                 cached = keys.gather(1, order[:, :, None].expand(-1, -1, keys.shape[-1]))
-                picked = case.policy.trim(case.tensor("dec_q")[step, layer], cached, count, case.scale)
+                picked = case.policy.trim(LayerInputs(case.tensor("dec_q")[step, layer], cached, case.scale), count)
                 order = order.gather(1, picked)
             assert order.tolist() == case.data[f"{tag}_dec{step}_order_l{layer}"].tolist()
 

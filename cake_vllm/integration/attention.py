@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec, replace_as
 
 from cake_vllm.integration.plugin import eviction_config
 from cake_vllm.kernels import BlockLayout
@@ -27,30 +27,43 @@ class EvictingBackend:
     stock_impl: ClassVar[type[AttentionImpl]]
     evicting_impl: ClassVar[type[AttentionImpl]]
     # Layers are built under the engine's config, specs are asked for later without one.
-    _is_on: ClassVar[bool] = False
+    _spec_fields: ClassVar[dict[str, Any] | None] = None
     _layer_index: ClassVar[itertools.count]
 
     @classmethod
     def get_impl_cls(cls) -> type[AttentionImpl]:
         """The evicting implementation if eviction is on in the current engine, else the stock one."""
-        config = eviction_config(get_current_vllm_config_or_none())
-        cls._is_on = config is not None
-        if config is not None and config.policy.needs_output_weight:
+        vllm_config = get_current_vllm_config_or_none()
+        config = eviction_config(vllm_config)
+        cls._layer_index = itertools.count()
+        if config is None or vllm_config is None:
+            cls._spec_fields = None
+            return cls.stock_impl
+        if config.policy.needs_output_weight:
             from cake_vllm.integration.projections import remember_projections
 
             remember_projections()
-        cls._layer_index = itertools.count()
-        return cls.evicting_impl if cls._is_on else cls.stock_impl
+        max_model_len, in_flight = vllm_config.model_config.max_model_len, vllm_config.max_in_flight_tokens
+        cls._spec_fields = {
+            "num_queries": config.policy.num_queries,
+            "never_evicted_len": config.never_evicted_len(),
+            "max_request_tokens": config.max_request_tokens(max_model_len, in_flight),
+        }
+        return cls.evicting_impl
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Gives each layer of full attention a spec that no other layer shares."""
         spec = super().customize_spec(spec)  # type: ignore[misc]
-        if not cls._is_on or type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
+        if cls._spec_fields is None:
             return spec
-        from cake_vllm.integration.spec import EvictableSpec
+        from cake_vllm.integration.spec import EvictableSpec, ExactSlidingWindowSpec
 
-        return replace_as(spec, EvictableSpec, layer_index=next(cls._layer_index))
+        if type(spec) is SlidingWindowSpec:
+            return replace_as(spec, ExactSlidingWindowSpec)
+        if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
+            return spec
+        return replace_as(spec, EvictableSpec, layer_index=next(cls._layer_index), **cls._spec_fields)
 
 
 class EvictingImpl(AttentionImpl):

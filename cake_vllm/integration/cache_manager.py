@@ -1,43 +1,134 @@
-"""The block manager of one evictable layer, and the check that no page is lost."""
+"""The block managers while eviction is on, and the check that no page is lost."""
 
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+from typing import Any
 
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.request import Request
 
 
-class EvictingManager(FullAttentionManager):
-    """Full attention whose requests may trade the full blocks of their prompt for fewer private pages.
+class ExactPrefixManager(SingleTypeKVCacheManager):
+    """Mixin: what was computed from an evicted cache never enters the prefix cache.
 
-    The logical row of a request keeps its length: blocks that were given back are null blocks in it, as under a
-    sliding window. Private pages are owned beside the row and leave with it, so that finish, abort and preemption
-    return them without knowing of them.
+    Attributes:
+        exact_len: by request, the length up to which its tokens were computed from everything before them.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.private_blocks: defaultdict[str, list[KVCacheBlock]] = defaultdict(list)
+        self.exact_len: dict[str, int] = {}
 
-    def exchange(self, request_id: str, num_blocks: int, pages: list[KVCacheBlock]) -> None:
-        """Frees the row's blocks ``[0, num_blocks)``; private ``pages`` hold what is kept of them."""
-        self.private_blocks[request_id] = pages
-        self._remove_blocks_in_range(request_id, 0, num_blocks)
-
-    def shrink(self, request_id: str, num_blocks: int, num_pages: int) -> None:
-        """Keeps the first ``num_pages`` of the private pages and the row's blocks ``[0, num_blocks)``, frees the rest.
-
-        What is kept becomes, or stays, private; the row has null blocks in its place.
-        """
-        row = self.req_to_blocks[request_id]
-        held = self.private_blocks[request_id] + [block for block in row[:num_blocks] if not block.is_null]
-        row[:num_blocks] = [self._null_block] * num_blocks
-        self.private_blocks[request_id] = held[:num_pages]
-        self.block_pool.free_blocks(reversed(held[num_pages:]))
+    def cache_blocks(self, request: Request, num_tokens: int, *args, **kwargs) -> None:
+        """See the base class."""
+        exact_len = self.exact_len.get(request.request_id, num_tokens)
+        super().cache_blocks(request, min(num_tokens, exact_len), *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """See the base class; private pages come first, so that they are reused last."""
-        return self.private_blocks.pop(request_id, []) + super().pop_blocks_for_free(request_id)
+        """See the base class."""
+        self.exact_len.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+
+class ExactSlidingWindowManager(ExactPrefixManager, SlidingWindowManager):
+    """A sliding-window layer beside evictable ones."""
+
+
+class EvictingManager(ExactPrefixManager, FullAttentionManager):
+    """Full attention whose requests may trade the full blocks of their row for fewer pages of their own.
+
+    The logical row of a request keeps its length: blocks that were given back are null blocks in it, as under a
+    sliding window. Private pages are owned beside the row and leave with it, so that finish, abort and preemption
+    return them without knowing of them.
+
+    Attributes:
+        private_blocks: by request that was cut in this layer, its pages.
+        lent_blocks: by request, pages that were granted to it and not yet dealt out; in the first layer only.
+        layers: the managers of all evictable layers, this one included.
+    """
+
+    def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs):
+        most = getattr(kv_cache_spec, "max_request_blocks", None)
+        super().__init__(kv_cache_spec, max_admission_blocks_per_request=most, **kwargs)
+        self.private_blocks: dict[str, list[KVCacheBlock]] = {}
+        self.lent_blocks: dict[str, list[KVCacheBlock]] = {}
+        self.layers: Sequence[EvictingManager] = [self]
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: Any,
+        *args,
+        **kwargs,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """See the base class; a prompt that will be evicted computes at least the window's queries.
+
+        The first layer is asked first and with all but the last token of the prompt, which is how it knows where
+        the window begins; the others are asked for no more than it found.
+        """
+        if kv_cache_spec.layer_index == 0 and max_length + 1 > kv_cache_spec.never_evicted_len:
+            max_length = max(max_length + 1 - kv_cache_spec.num_queries, 0)
+        return super().find_longest_cache_hit(
+            block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
+        )
+
+    def num_shared(self, request_id: str, num_blocks: int) -> int:
+        """How many leading blocks of the row ``[0, num_blocks)`` other requests may read too."""
+        row = self.req_to_blocks[request_id]
+        return next((i for i in range(num_blocks, 0, -1) if row[i - 1].ref_cnt > 1), 0)
+
+    def exchange(self, request_id: str, num_blocks: int, pages: list[KVCacheBlock]) -> list[KVCacheBlock]:
+        """Takes the row's blocks ``[0, num_blocks)`` out and returns them; ``pages`` hold what is kept of them."""
+        assert request_id not in self.private_blocks
+        self.private_blocks[request_id] = pages
+        return self._clear(request_id, num_blocks)
+
+    def shrink(self, request_id: str, num_blocks: int, num_pages: int) -> list[KVCacheBlock]:
+        """Keeps the last ``num_pages`` of the request's pages and its row's blocks ``[0, num_blocks)``.
+
+        What is kept becomes, or stays, private; the row has null blocks in its place. Returns the rest.
+        """
+        held = self.private_blocks.get(request_id, []) + self._clear(request_id, num_blocks)
+        self.private_blocks[request_id] = held[len(held) - num_pages :]
+        return held[: len(held) - num_pages]
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """See the base class; gives the blocks of all evictable layers at once.
+
+        Freed from its end, the list gives up the pages that no one can hit and then the row's tails, layer by layer:
+        a prefix is hit as far as all layers have it.
+        """
+        rows = [super(EvictingManager, layer).pop_blocks_for_free(request_id) for layer in self.layers]
+        private = [block for layer in self.layers for block in layer.private_blocks.pop(request_id, [])]
+        return interleave(rows) + private + self.lent_blocks.pop(request_id, [])
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """None: cascade attention would read the row and not what takes its place."""
+        return 0
+
+    def _clear(self, request_id: str, num_blocks: int) -> list[KVCacheBlock]:
+        row = self.req_to_blocks[request_id]
+        blocks = [block for block in row[:num_blocks] if not block.is_null]
+        row[:num_blocks] = [self._null_block] * num_blocks
+        return blocks
+
+
+def interleave(rows: Iterable[Sequence[KVCacheBlock]]) -> list[KVCacheBlock]:
+    """The first blocks of all rows, then their second ones, and so on; null blocks left out."""
+    return [block for column in zip_longest(*rows) for block in column if block is not None and not block.is_null]
 
 
 def check_integrity(manager: KVCacheManager) -> None:
@@ -48,7 +139,9 @@ def check_integrity(manager: KVCacheManager) -> None:
     """
     owners: Counter[int] = Counter()
     for group in manager.coordinator.single_type_managers:
-        rows = list(group.req_to_blocks.values()) + list(getattr(group, "private_blocks", {}).values())
+        rows = list(group.req_to_blocks.values())
+        if isinstance(group, EvictingManager):
+            rows += [*group.private_blocks.values(), *group.lent_blocks.values()]
         owners.update(block.block_id for row in rows for block in row if not block.is_null)
     pool = manager.block_pool
     for block in pool.blocks:

@@ -33,8 +33,10 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         assert config is not None, "the connector is set up only where eviction is on"
         self._report: EvictionReport | None = None
         if role == KVConnectorRole.SCHEDULER:
-            max_num_seqs = vllm_config.scheduler_config.max_num_seqs
-            self.scheduler = EvictionScheduler(config, kv_cache_config, max_num_seqs)
+            limits = vllm_config.scheduler_config
+            self.scheduler = EvictionScheduler(
+                config, kv_cache_config, limits.max_num_seqs, limits.max_num_batched_tokens
+            )
         else:
             from cake_vllm.integration.worker import EvictionWorker
 

@@ -35,7 +35,7 @@ class HeadMajorBackend(EvictingBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...] | None:
         """The head-major layout while eviction is on, else what the stock backend says."""
-        return (KVCacheLayout.LBHNC,) if cls._is_on else super().supported_kv_cache_layouts()  # type: ignore[misc]
+        return (KVCacheLayout.LBHNC,) if cls._spec_fields is not None else super().supported_kv_cache_layouts()  # type: ignore[misc]
 
 
 class EvictingFlashImpl(HeadMajorImpl, FlashAttentionImpl):

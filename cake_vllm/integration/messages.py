@@ -7,52 +7,45 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 @dataclass(frozen=True)
 class Grant:
-    """Leave to evict a prompt at the end of this step.
+    """Leave to evict a request at the end of this step.
+
+    A layer that was cut before holds pages of its own and is compacted in them. One that still reads the blocks of
+    its row, which other requests may share, is copied out to ``pages``; without them it is compacted in those of its
+    blocks that it does not share.
 
     Attributes:
         epoch: number of this eviction, unique in the engine; a report for another epoch is stale.
         budget: mean tokens per layer, window included.
-        pages: private pages to deal out to the layers in order; ``None``: each layer reuses its own first pages.
+        divides: whether the budget is divided among the layers anew, as for a prompt; a decoding request's layers
+            go back to what they were given, all of them to ``budget`` if its prompt was not evicted.
+        pages: pages to deal out, in order, to the layers that still read their row; ``None``: the pool had none.
+        num_shared: leading blocks of the row that must not be written to.
     """
 
     epoch: int
     budget: int
+    divides: bool
     pages: tuple[int, ...] | None
+    num_shared: int = 0
 
 
 @dataclass(frozen=True)
-class PromptChunk:
-    """A step's part of a prompt that will be evicted: positions ``[start, end)``.
+class Observation:
+    """A scheduled request that the worker has to look at: its queries are kept, and with a grant it is evicted.
 
     Attributes:
+        end: logical length after this step.
         tail_block: id of the block that position ``end - 1`` lies in, in the first evictable layer. No other
             request's row ends in it, so it tells which row of the batch this is.
-        grant: present in the last chunk only.
+        grant: see :class:`Grant`.
+        is_last: whether its queries may be forgotten after this step.
     """
 
     req_id: str
-    start: int
     end: int
     tail_block: int
     grant: Grant | None = None
-
-
-@dataclass(frozen=True)
-class Trim:
-    """A decoding request has filled a block: layers that are over their budget give one back, in place.
-
-    Attributes:
-        epoch: see :class:`Grant`.
-        budget: mean tokens per layer, for a request whose prompt was not evicted.
-        end: logical length after this step, a multiple of the block size.
-        tail_block: see :class:`PromptChunk`.
-    """
-
-    req_id: str
-    epoch: int
-    budget: int
-    end: int
-    tail_block: int
+    is_last: bool = True
 
 
 @dataclass
@@ -61,31 +54,31 @@ class StepPlan(KVConnectorMetadata):
 
     Attributes:
         released: requests that finished or were preempted; what the worker knows of them is void.
-        chunks: prompts in progress.
-        trims: decoding requests that may have to give blocks back.
+        observations: requests to look at in this step.
         evicted: ``{tail block: request id}`` of scheduled requests that were evicted in an earlier step.
     """
 
     released: tuple[str, ...] = ()
-    chunks: tuple[PromptChunk, ...] = ()
-    trims: tuple[Trim, ...] = ()
+    observations: tuple[Observation, ...] = ()
     evicted: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Eviction:
-    """What the worker did for one :class:`Grant` or one :class:`Trim`.
+    """What the worker did for one :class:`Grant`.
 
     Attributes:
-        pages: private pages that each layer now holds in place of all full blocks; ``None`` where nothing changed.
+        pages: pages that each layer now holds in place of all full blocks; ``None`` where nothing changed.
         kept: tokens that each layer still holds per KV head.
         wanted: tokens that the policy chose for each layer per KV head, before rounding up to whole blocks.
+        failed: whether the policy raised; layers with ``pages`` of ``None`` then hold what they held.
     """
 
     epoch: int
     pages: tuple[int | None, ...]
     kept: tuple[int, ...]
     wanted: tuple[int, ...]
+    failed: bool = False
 
 
 @dataclass

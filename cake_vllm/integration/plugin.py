@@ -63,9 +63,6 @@ def _create_engine_config(original: Callable[..., VllmConfig], self: Any, *args:
             "install a supported vLLM or another release of cake_vllm"
         )
     refuse_arguments(self)
-    if self.enable_prefix_caching is None:
-        logger.info("prefix caching is switched off while %s is on", flag(POLICY_KEY))
-    self.enable_prefix_caching = False
     self.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
     vllm_config = original(self, *args, **kwargs)
     refuse_model(vllm_config)
@@ -88,7 +85,6 @@ def refuse_arguments(args: Any) -> None:
     """
     ours = args.kv_transfer_config is not None and args.kv_transfer_config.kv_connector == CONNECTOR
     checks = [
-        (args.enable_prefix_caching is True, "--enable-prefix-caching", "drop it, prefix caching is off meanwhile"),
         (args.kv_transfer_config is not None and not ours, "--kv-transfer-config", "drop one of the two"),
         (args.kv_offloading_size is not None, "--kv-offloading-size", "drop one of the two"),
         (args.disable_hybrid_kv_cache_manager is True, "--disable-hybrid-kv-cache-manager", "drop it"),

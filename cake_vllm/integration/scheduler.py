@@ -1,4 +1,4 @@
-"""The scheduler half: decides when a prompt is evicted, grants pages for it, and frees what the worker gave up.
+"""The scheduler half: decides when a request is evicted, grants pages for it, and frees what the worker gave up.
 
 Runs in the scheduler's process and touches no KV tensor.
 """
@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
 from cake_vllm.config import AUTO, KVEvictionConfig
-from cake_vllm.integration.cache_manager import EvictingManager
-from cake_vllm.integration.messages import Eviction, Grant, PromptChunk, StepPlan, Trim
+from cake_vllm.integration.cache_manager import EvictingManager, ExactPrefixManager, interleave
+from cake_vllm.integration.messages import Eviction, Grant, Observation, StepPlan
 from cake_vllm.integration.spec import evictable_groups
 from cake_vllm.metrics import EvictionStats
 from cake_vllm.policies import PagedPrompt
@@ -24,73 +25,99 @@ from cake_vllm.policies.base import total_tokens
 logger = init_logger("vllm.cake_vllm.scheduler")
 
 
+@dataclass
+class Tracked:
+    """A request since it was last started from its first token.
+
+    Attributes:
+        first_computed: position of the first token that was not taken from the prefix cache; ``None`` before it ran.
+        is_decoding: whether its prompt is behind it.
+        is_evicted: whether the worker redirects its rows.
+        wanted: tokens that each layer was given, once the worker has told; all of them the budget before that.
+        failed: whether the policy raised; the request keeps what it has from then on.
+    """
+
+    request: Request
+    first_computed: int | None = None
+    is_decoding: bool = False
+    is_evicted: bool = False
+    wanted: tuple[int, ...] | None = None
+    failed: bool = False
+
+
 @dataclass(frozen=True)
 class Pending:
-    """An eviction that the worker has not reported yet: of a prompt if it has a grant, else while decoding."""
+    """An eviction that the worker has not reported yet.
+
+    Attributes:
+        length: logical length of the request after the step, tokens.
+        is_prompt_end: whether its prompt ended with the step.
+        pages: what was lent for it.
+    """
 
     request_id: str
     length: int
-    grant: Grant | None
+    is_prompt_end: bool
+    grant: Grant
+    pages: list[KVCacheBlock]
 
 
 class EvictionScheduler:
     """Follows every request from its first chunk to its last token.
 
-    A request is *prefilling* until its last chunk is scheduled; then it is *evicted*, or, if its prompt is short,
-    left alone. Preemption puts it back to the start: it will compute its prompt and its tokens again and be evicted
-    at that length.
+    A request is *prefilling* until its last chunk is scheduled. Then its prompt is evicted, with progressive prefill
+    after every chunk that leaves more than the budget; if it is short, it is left alone. While it decodes it may have
+    to give back a block whenever it has filled one. Preemption puts it back to the start: it will compute its prompt
+    and its tokens again and be evicted at that length.
     """
 
-    def __init__(self, config: KVEvictionConfig, kv_cache_config: KVCacheConfig, max_num_seqs: int):
+    def __init__(self, config: KVEvictionConfig, kv_cache_config: KVCacheConfig, max_num_seqs: int, max_chunk: int):
         self.config = config
         self.max_num_seqs = max_num_seqs
+        self.max_chunk = max_chunk
         self.policy = config.policy
         self.groups = evictable_groups(kv_cache_config)
         self.block_size = kv_cache_config.kv_cache_groups[self.groups[0]].kv_cache_spec.block_size
         self.stats = EvictionStats.empty()
-        self._requests: dict[str, Request] = {}
-        self._past_prefill: set[str] = set()
+        self._tracked: dict[str, Tracked] = {}
         self._epochs = itertools.count(1)
-        # Requests whose rows the worker redirects, from the step that evicts them on.
-        self._evicted: set[str] = set()
         # Evictions under way, by epoch.
         self._pending: dict[int, Pending] = {}
 
     def bind(self, manager: KVCacheManager) -> None:
-        """Takes hold of the block managers of the evictable layers."""
-        managers = [manager.coordinator.single_type_managers[group] for group in self.groups]
-        assert all(isinstance(layer, EvictingManager) for layer in managers)
-        self._managers: list[EvictingManager] = managers  # type: ignore[assignment]
+        """Takes hold of the block managers."""
+        every = manager.coordinator.single_type_managers
+        self._managers: list[EvictingManager] = [every[group] for group in self.groups]  # type: ignore[misc]
+        for layer in self._managers:
+            layer.layers = self._managers
+        self._exact = [group for group in every if isinstance(group, ExactPrefixManager)]
         self._pool = manager.block_pool
 
     def add(self, request: Request) -> None:
         """A request has arrived."""
-        self._requests[request.request_id] = request
+        self._tracked[request.request_id] = Tracked(request)
 
     def remove(self, request_id: str) -> None:
         """A request has finished or was aborted; its pages leave with its block rows."""
-        self._requests.pop(request_id, None)
-        self._restart(request_id)
+        if self._tracked.pop(request_id, None):
+            self._forget_pending(request_id)
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """What the worker has to know for the step that ``output`` describes."""
         preempted = output.preempted_req_ids or ()
         for request_id in preempted:
-            self._restart(request_id)
-        chunks, trims, evicted = [], [], {}
+            self._tracked[request_id] = Tracked(self._tracked[request_id].request)
+            self._forget_pending(request_id)
+        observations, evicted = [], {}
         for request_id, num_tokens in output.num_scheduled_tokens.items():
-            request = self._requests[request_id]
-            start = request.num_computed_tokens
-            end = start + num_tokens
-            if request_id in self._past_prefill:
-                if request_id in self._evicted:
-                    evicted[self._tail_block(request_id, end)] = request_id
-                if trim := self._plan_trim(request, end):
-                    trims.append(trim)
-            elif chunk := self._plan_chunk(request, start, end):
-                chunks.append(chunk)
-        released = tuple(output.finished_req_ids | set(preempted))
-        return StepPlan(released, tuple(chunks), tuple(trims), evicted)
+            tracked = self._tracked[request_id]
+            end = tracked.request.num_computed_tokens + num_tokens
+            if tracked.is_evicted:
+                evicted[self._tail_block(request_id, end)] = request_id
+            observe = self._observe_decoding if tracked.is_decoding else self._observe_prompt
+            if observation := observe(tracked, end):
+                observations.append(observation)
+        return StepPlan(tuple(output.finished_req_ids | set(preempted)), tuple(observations), evicted)
 
     def finish(self, evictions: Iterable[tuple[str, Eviction]]) -> None:
         """Frees what the worker reports as given up. Reports for requests that left meanwhile are void."""
@@ -98,18 +125,19 @@ class EvictionScheduler:
             pending = self._pending.pop(eviction.epoch, None)
             if pending is None:
                 continue
-            length, grant = pending.length, pending.grant
-            if grant is not None:
-                self._free_prompt(request_id, grant, length // self.block_size, eviction)
-                self.stats.record_prompt(length, self.block_size, eviction, in_place=grant.pages is None)
+            tracked = self._tracked[request_id]
+            if eviction.failed:
+                tracked.failed = True
             else:
-                freed = self._free_trimmed(request_id, length // self.block_size, eviction)
-                self.stats.record_trim(freed, self.block_size)
+                tracked.wanted = eviction.wanted
+            num_blocks = self._free(request_id, pending, eviction)
+            in_place = pending.grant.pages is None and pending.grant.divides
+            self.stats.record(eviction, num_blocks, self.block_size, pending.is_prompt_end, in_place)
             logger.debug(
                 "evicted request %s at %d tokens%s: layers keep %s tokens, %s pages",
                 request_id,
-                length,
-                " while decoding" if grant is None else " in place" if grant.pages is None else "",
+                pending.length,
+                " in place" if pending.grant.pages is None else "",
                 eviction.kept,
                 eviction.pages,
             )
@@ -119,84 +147,112 @@ class EvictionScheduler:
         if self.config.budget != AUTO:
             return self.config.tokens(prompt_len, 0)
         capacity = self._pool.num_gpu_blocks // len(self._managers) * self.block_size
-        sharing = min(len(self._requests), self.max_num_seqs)
-        if sharing > 1:
-            # Room for one full prompt in prefill, whoever's it is; the rest is divided.
-            longest = max(request.num_tokens for request in self._requests.values())
-            capacity = max(capacity - longest, 0) // sharing
+        sharing = min(len(self._tracked), self.max_num_seqs)
+        if sharing > 1 or self.config.is_progressive:
+            # Room for one prompt in prefill, whoever's it is; the rest is divided.
+            prefill = max(tracked.request.num_tokens for tracked in self._tracked.values())
+            if self.config.is_progressive:
+                prefill = min(prefill, 2 * self.max_chunk)
+            capacity = max(capacity - prefill, 0) // sharing
         return self.config.tokens(prompt_len, capacity)
 
-    def _plan_chunk(self, request: Request, start: int, end: int) -> PromptChunk | None:
-        request_id, prompt_len = request.request_id, request.num_tokens
+    def _observe_prompt(self, tracked: Tracked, end: int) -> Observation | None:
+        request, policy = tracked.request, self.policy
+        if tracked.first_computed is None:
+            tracked.first_computed = request.num_computed_tokens
+        prompt_len = request.num_tokens
         is_last = end >= prompt_len
         if is_last:
-            self._past_prefill.add(request_id)
+            tracked.is_decoding = True
             prompt_len = end
         budget = self._budget(prompt_len)
-        if not self.policy.is_evicted(prompt_len, budget):
+        rescored = self.config.decode == "window"
+        # Without the whole window the scores would be others: served in full.
+        is_whole = tracked.is_evicted or prompt_len - tracked.first_computed >= policy.num_queries
+        if tracked.failed or not is_whole or not (rescored or policy.is_evicted(prompt_len, budget)):
             return None
-        if not is_last and end <= prompt_len - self.policy.num_queries:
+        grant = None
+        if (is_last or self.config.is_progressive) and policy.is_evicted(end, budget):
+            grant = self._grant(tracked, end, budget, divides=True)
+        if grant is None and end <= prompt_len - policy.num_queries and not self.config.is_progressive:
             return None
-        grant = self._grant(request_id, budget, prompt_len) if is_last else None
-        return PromptChunk(request_id, start, end, self._tail_block(request_id, end), grant)
+        tail = self._tail_block(request.request_id, end)
+        return Observation(request.request_id, end, tail, grant, is_last and not rescored)
 
-    def _grant(self, request_id: str, budget: int, prompt_len: int) -> Grant:
-        prompt = PagedPrompt(prompt_len, self.policy.protected, self.block_size)
-        num_layers = len(self._managers)
-        # Policies may round a layer's share up by one.
-        most = total_tokens(budget, self.policy.protected, num_layers) + num_layers
-        wanted = prompt.max_pages(most, num_layers)
-        pages = None
-        if wanted <= self._pool.get_num_free_blocks():
-            # Until the worker has dealt them out, the first layer owns them all.
-            bag = self._pool.get_new_blocks(wanted)
-            self._managers[0].private_blocks[request_id] = bag
-            pages = tuple(block.block_id for block in bag)
-        grant = Grant(next(self._epochs), budget, pages)
-        self._pending[grant.epoch] = Pending(request_id, prompt_len, grant)
-        self._evicted.add(request_id)
+    def _observe_decoding(self, tracked: Tracked, end: int) -> Observation | None:
+        decode, request = self.config.decode, tracked.request
+        if decode == "off" or tracked.failed:
+            return None
+        budget = self._budget(request.num_prompt_tokens)
+        to_boundary = -end % self.block_size
+        num_queries = max(self.policy.num_queries if decode == "window" else 1, 1)
+        num_pages = -(-budget // self.block_size)
+        if to_boundary >= num_queries or not (tracked.is_evicted or end > num_pages * self.block_size - to_boundary):
+            return None
+        # Right after its prompt an eviction may not be reported yet: the next block will do.
+        is_known = tracked.wanted is not None or not tracked.is_evicted
+        grant = None if to_boundary or not is_known else self._grant(tracked, end, budget, divides=False)
+        tail = self._tail_block(request.request_id, end)
+        return Observation(request.request_id, end, tail, grant, is_last=decode != "window")
+
+    def _grant(self, tracked: Tracked, end: int, budget: int, divides: bool) -> Grant:
+        request_id, num_blocks = tracked.request.request_id, end // self.block_size
+        whole = [layer for layer, manager in enumerate(self._managers) if request_id not in manager.private_blocks]
+        if not divides:
+            # Layers that are within what they were given stay as they are.
+            wanted = tracked.wanted or (budget,) * len(self._managers)
+            targets = {layer: -(-wanted[layer] // self.block_size) for layer in whole}
+            whole = [layer for layer in whole if targets[layer] < num_blocks]
+            num_pages = sum(targets[layer] for layer in whole)
+        else:
+            # Policies may round a layer's share up by one.
+            most = total_tokens(budget, self.policy.protected, len(self._managers)) + len(self._managers)
+            num_pages = PagedPrompt(end, self.policy.protected, self.block_size).max_pages(most, len(whole))
+        pages, num_shared = None, 0
+        if num_pages <= self._pool.get_num_free_blocks():
+            pages = self._pool.get_new_blocks(num_pages)
+            self._managers[0].lent_blocks.setdefault(request_id, []).extend(pages)
+        elif whole:
+            num_shared = max(self._managers[layer].num_shared(request_id, num_blocks) for layer in whole)
+            rows = [self._managers[layer].req_to_blocks[request_id][num_shared:num_blocks] for layer in whole]
+            # Nobody may hit what is about to be overwritten.
+            self._pool.evict_blocks({block.block_id for block in interleave(rows)})
+        if not tracked.is_evicted:
+            tracked.is_evicted = True
+            for group in self._exact:
+                group.exact_len[request_id] = end
+        ids = None if pages is None else tuple(block.block_id for block in pages)
+        grant = Grant(next(self._epochs), budget, divides, ids, num_shared)
+        is_prompt_end = divides and tracked.is_decoding
+        self._pending[grant.epoch] = Pending(request_id, end, is_prompt_end, grant, pages or [])
         return grant
 
-    def _plan_trim(self, request: Request, end: int) -> Trim | None:
-        if not self.policy.trims or end % self.block_size:
-            return None
-        request_id = request.request_id
-        budget = self._budget(request.num_prompt_tokens)
-        if request_id not in self._evicted and end <= budget:
-            return None
-        trim = Trim(request_id, next(self._epochs), budget, end, self._tail_block(request_id, end))
-        self._pending[trim.epoch] = Pending(request_id, end, None)
-        self._evicted.add(request_id)
-        return trim
+    def _free(self, request_id: str, pending: Pending, eviction: Eviction) -> int:
+        """Frees what the layers gave up and what they did not take of the pages that were lent.
 
-    def _free_prompt(self, request_id: str, grant: Grant, num_blocks: int, eviction: Eviction) -> None:
-        bag = self._managers[0].private_blocks.pop(request_id, [])
+        Returns how many blocks fewer the request has now than before the eviction.
+        """
+        num_blocks, bag = pending.length // self.block_size, pending.pages
+        if bag:
+            lent = self._managers[0].lent_blocks
+            lent[request_id] = lent[request_id][len(bag) :]
+        rows = []
         for manager, pages in zip(self._managers, eviction.pages, strict=True):
             if pages is None:
                 continue
-            if grant.pages is None:
-                manager.shrink(request_id, num_blocks, pages)
+            if pending.grant.pages is None or request_id in manager.private_blocks:
+                rows.append(manager.shrink(request_id, num_blocks, pages))
             else:
-                manager.exchange(request_id, num_blocks, bag[:pages])
+                rows.append(manager.exchange(request_id, num_blocks, bag[:pages]))
                 bag = bag[pages:]
-        self._pool.free_blocks(bag)
-
-    def _free_trimmed(self, request_id: str, num_blocks: int, eviction: Eviction) -> int:
-        """Frees what decoding gave back; how many blocks that was."""
-        before = self._pool.get_num_free_blocks()
-        for manager, pages in zip(self._managers, eviction.pages, strict=True):
-            if pages is not None:
-                manager.shrink(request_id, num_blocks, pages)
-        return self._pool.get_num_free_blocks() - before
+        self._pool.free_blocks([*bag, *reversed(interleave(rows))])
+        return sum(map(len, rows)) - (len(pending.pages) - len(bag))
 
     def _tail_block(self, request_id: str, end: int) -> int:
         """Id of the block that position ``end - 1`` lies in, in the first layer."""
         return self._managers[0].req_to_blocks[request_id][(end - 1) // self.block_size].block_id
 
-    def _restart(self, request_id: str) -> None:
-        self._past_prefill.discard(request_id)
-        if request_id in self._evicted:
-            self._evicted.discard(request_id)
-            void = [epoch for epoch, pending in self._pending.items() if pending.request_id == request_id]
-            for epoch in void:
-                del self._pending[epoch]
+    def _forget_pending(self, request_id: str) -> None:
+        void = [epoch for epoch, pending in self._pending.items() if pending.request_id == request_id]
+        for epoch in void:
+            del self._pending[epoch]

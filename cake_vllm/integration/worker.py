@@ -10,37 +10,44 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.attention import STEP, EvictingImpl
-from cake_vllm.integration.messages import Eviction, EvictionReport, Grant, PromptChunk, StepPlan, Trim
+from cake_vllm.integration.messages import Eviction, EvictionReport, Grant, Observation, StepPlan
 from cake_vllm.integration.projections import output_projection
 from cake_vllm.integration.spec import evictable_groups
 from cake_vllm.kernels import BlockLayout, EvictedRows
 from cake_vllm.policies import LayerInputs, LayerScore, PagedPrompt
 
+logger = init_logger("vllm.cake_vllm.worker")
+
 
 @dataclass
-class Prompt:
-    """A prompt in progress.
+class Watched:
+    """What is remembered of a request between its steps or, beside the queries, between the layers of one.
 
     Attributes:
         queries: by layer, the last queries computed so far, as many as the policy needs: ``[n, Hq, D]``.
-        scores: by layer, once the last chunk has passed it.
-        blocks: by layer, the blocks of the prompt's row: ``[ceil(S / B)]`` int64.
+        blocks: by layer, the blocks that it reads, the partial one included: ``[n]`` int64.
+        scores: by layer, if the budget is to be divided.
+        chosen: by layer, the cached positions to keep, if the layer is over what it was given.
+        error: what the policy raised.
     """
 
     queries: dict[int, torch.Tensor] = field(default_factory=dict)
-    scores: dict[int, LayerScore] = field(default_factory=dict)
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)
+    scores: dict[int, LayerScore] = field(default_factory=dict)
+    chosen: dict[int, torch.Tensor] = field(default_factory=dict)
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
 class Batched:
-    """Where a prompt's chunk or a trimmed request lies in the batch: row ``row``, query tokens ``[first, last)``."""
+    """Where an observed request lies in the batch: row ``row``, query tokens ``[first, last)``."""
 
-    what: PromptChunk | Trim
+    what: Observation
     row: int
     first: int
     last: int
@@ -52,7 +59,7 @@ class Held:
 
     Attributes:
         pages: private pages.
-        start: first block of the logical row that is still read.
+        start: first block of the logical row that is still read; 0 in a layer that was never cut.
         counts: candidates that the policy gave the layer.
     """
 
@@ -60,13 +67,9 @@ class Held:
     start: list[int]
     counts: list[int]
 
-
-@dataclass
-class Trimming:
-    """A trim in progress: by layer, the row's blocks and the positions in them to keep, where the layer is over."""
-
-    trim: Trim
-    chosen: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    def num_cached(self, layer: int, end: int, block_size: int) -> int:
+        """Tokens that a layer holds at logical length ``end``."""
+        return end - (self.start[layer] - len(self.pages[layer])) * block_size
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,10 @@ class EvictableLayer:
 
 
 class EvictionWorker:
-    """Per-worker state: prompts in progress and evicted rows."""
+    """Per-worker state: watched requests and evicted rows."""
 
     def __init__(self, config: KVEvictionConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig):
+        self.config = config
         self.policy = config.policy
         modules = vllm_config.compilation_config.static_forward_context
         self.layers: list[EvictableLayer] = []
@@ -130,10 +134,9 @@ class EvictionWorker:
             (name,) = group.layer_names
             self.layers.append(EvictableLayer(name, modules[name], group.kv_cache_spec.block_size))
         self.block_size = self.layers[0].block_size
-        self._prompts: dict[str, Prompt] = {}
-        self._granted: list[tuple[PromptChunk, Grant]] = []
+        self._watched: dict[str, Watched] = {}
+        self._observations: list[Observation] = []
         self._held: dict[str, Held] = {}
-        self._trimmings: dict[str, Trimming] = {}
         self._rows: EvictedRows | None = None
         #: Kept positions of evicted prompts, for tests: ``{request id: [positions of each layer]}``.
         self.trace: dict[str, list[torch.Tensor | None]] | None = None
@@ -144,11 +147,11 @@ class EvictionWorker:
         Replaces the metadata of the evictable layers in ``attn_metadata`` where this step needs it.
         """
         for req_id in plan.released:
-            self._prompts.pop(req_id, None)
+            self._watched.pop(req_id, None)
             self._held.pop(req_id, None)
             if self._rows is not None:
                 self._rows.discard(req_id)
-        if not attn_metadata or not (plan.chunks or plan.trims or plan.evicted):
+        if not attn_metadata or not (plan.observations or plan.evicted):
             return
         metadata = [attn_metadata[layer.name] for layer in self.layers]
         seq_lens = metadata[0].seq_lens
@@ -158,39 +161,35 @@ class EvictionWorker:
         }
         slots = torch.zeros(len(seq_lens), dtype=torch.int64)
         for tail, req_id in plan.evicted.items():
-            slots[row_of_tail[tail]] = self._evicted_slot(req_id)
+            if self._rows is not None:
+                slots[row_of_tail[tail]] = self._rows.slot(req_id)
         if slots.any():
             self._redirect(metadata, seq_lens, slots.to(seq_lens.device))
         batched = []
-        if plan.chunks or plan.trims:
+        if plan.observations:
             query_start = metadata[0].query_start_loc.tolist()
-            work: list[PromptChunk | Trim] = [*plan.chunks, *plan.trims]
-            for what in work:
+            for what in plan.observations:
                 row = row_of_tail[what.tail_block]
                 batched.append(Batched(what, row, query_start[row], query_start[row + 1]))
-                if isinstance(what, Trim):
-                    self._trimmings[what.req_id] = Trimming(what)
-                    continue
-                self._prompts.setdefault(what.req_id, Prompt())
-                if what.grant is not None:
-                    self._granted.append((what, what.grant))
+                self._watched.setdefault(what.req_id, Watched())
+            self._observations.extend(plan.observations)
         for index, (layer, changed) in enumerate(zip(self.layers, metadata, strict=True)):
             attn_metadata[layer.name] = changed
             if batched:
                 setattr(changed, STEP, LayerStep(self._observe, index, batched, changed.block_table))
 
     def finish(self) -> EvictionReport | None:
-        """Compacts the prompts that were granted pages in this step: called after the last layer."""
-        granted, self._granted = self._granted, []
-        trimmings, self._trimmings = self._trimmings, {}
-        evictions = {chunk.req_id: self._evict(chunk, grant) for chunk, grant in granted}
-        evictions |= {req_id: self._trim(trimming) for req_id, trimming in trimmings.items()}
+        """Compacts the requests that were granted it in this step: called after the last layer."""
+        observations, self._observations = self._observations, []
+        evictions = {
+            what.req_id: self._evict(what, what.grant, self._watched[what.req_id])
+            for what in observations
+            if what.grant is not None
+        }
+        for what in observations:
+            if what.is_last:
+                del self._watched[what.req_id]
         return EvictionReport(evictions) if evictions else None
-
-    def _evicted_slot(self, req_id: str) -> int:
-        slot = self._rows.slot(req_id) if self._rows is not None else 0
-        assert slot, f"request {req_id} was never evicted here"
-        return slot
 
     def _redirect(self, metadata: list[Any], seq_lens: torch.Tensor, slots: torch.Tensor) -> None:
         assert self._rows is not None
@@ -204,116 +203,126 @@ class EvictionWorker:
         self, layer_index: int, batched: list[Batched], query: torch.Tensor, block_table: torch.Tensor
     ) -> None:
         for place in batched:
-            if isinstance(place.what, Trim):
-                self._observe_trim(layer_index, place, place.what, query, block_table)
-            else:
-                self._observe_chunk(layer_index, place, place.what, query, block_table)
+            watched = self._watched[place.what.req_id]
+            if watched.error is None:
+                try:
+                    self._look(layer_index, place, watched, query, block_table[place.row])
+                except Exception as error:
+                    watched.error = error
 
-    def _observe_chunk(
-        self, layer_index: int, place: Batched, chunk: PromptChunk, query: torch.Tensor, block_table: torch.Tensor
-    ) -> None:
-        num_queries = self.policy.num_queries
-        prompt = self._prompts[chunk.req_id]
+    def _look(self, layer_index: int, place: Batched, watched: Watched, query: torch.Tensor, row: torch.Tensor) -> None:
+        what, grant, num_queries = place.what, place.what.grant, self.policy.num_queries
         recent = query[max(place.first, place.last - num_queries) : place.last]
-        if layer_index in prompt.queries:
-            recent = torch.cat([prompt.queries[layer_index], recent])[-num_queries:]
-        if chunk.grant is None:
-            prompt.queries[layer_index] = recent.clone()
+        if layer_index in watched.queries:
+            recent = torch.cat([watched.queries[layer_index], recent])
+            recent = recent[max(len(recent) - num_queries, 0) :]
+        if not what.is_last:
+            watched.queries[layer_index] = recent.clone()
+        if grant is None:
             return
-        blocks = block_table[place.row, : -(-chunk.end // self.block_size)].long()
-        prompt.blocks[layer_index] = blocks
-        prompt.scores[layer_index] = self.policy.score(self._inputs(layer_index, recent, blocks, chunk.end))
-
-    def _observe_trim(
-        self, layer_index: int, place: Batched, trim: Trim, query: torch.Tensor, block_table: torch.Tensor
-    ) -> None:
-        layer, policy, held = self.layers[layer_index], self.policy, self._held.get(trim.req_id)
-        count = held.counts[layer_index] if held else trim.budget - policy.protected
-        num_pages = -(-(count + policy.protected) // self.block_size)
-        num_blocks = trim.end // self.block_size
-        if held:
-            num_blocks += len(held.pages[layer_index]) - held.start[layer_index]
-        if num_blocks <= num_pages:
+        held = self._held.get(what.req_id)
+        num_cached = held.num_cached(layer_index, what.end, self.block_size) if held else what.end
+        blocks = row[: -(-num_cached // self.block_size)].long()
+        if grant.divides:
+            watched.scores[layer_index] = self.policy.score(self._inputs(layer_index, recent, blocks, num_cached))
+            watched.blocks[layer_index] = blocks
             return
-        blocks = block_table[place.row, :num_blocks].long()
-        keys = layer.layout.read_keys(layer.cache, blocks, num_blocks * self.block_size)
-        current = query[place.last - 1 : place.last].transpose(0, 1)
-        count = num_pages * self.block_size - policy.protected
-        chosen = policy.trim(current, keys, count, layer.impl.scale, layer.soft_cap).sort(dim=-1).values
-        self._trimmings[trim.req_id].chosen[layer_index] = blocks, chosen
+        protected = self.policy.protected
+        num_pages = self._num_pages(held.counts[layer_index] if held else grant.budget - protected)
+        if num_pages >= len(blocks):
+            return
+        count = num_pages * self.block_size - protected
+        if self.config.decode == "cake":
+            inputs = self._inputs(layer_index, query[place.last - 1 : place.last], blocks, num_cached)
+            chosen = self.policy.trim(inputs, count).sort(dim=-1).values
+        elif len(recent) < num_queries:
+            return
+        else:
+            chosen = self.policy.rescore(self._inputs(layer_index, recent, blocks, num_cached), count)
+        watched.chosen[layer_index], watched.blocks[layer_index] = chosen, blocks
 
-    def _inputs(self, layer_index: int, queries: torch.Tensor, blocks: torch.Tensor, prompt_len: int) -> LayerInputs:
+    def _inputs(self, layer_index: int, queries: torch.Tensor, blocks: torch.Tensor, length: int) -> LayerInputs:
         layer, policy = self.layers[layer_index], self.policy
         return LayerInputs(
             queries.transpose(0, 1),
-            layer.layout.read_keys(layer.cache, blocks, prompt_len),
+            layer.layout.read_keys(layer.cache, blocks, length),
             layer.impl.scale,
             layer.soft_cap,
-            layer.layout.read_values(layer.cache, blocks, prompt_len) if policy.needs_values else None,
+            layer.layout.read_values(layer.cache, blocks, length) if policy.needs_values else None,
             layer.output_weight if policy.needs_output_weight else None,
             layer_index,
         )
 
-    def _evict(self, chunk: PromptChunk, grant: Grant) -> Eviction:
-        prompt = self._prompts.pop(chunk.req_id)
-        num_layers = len(self.layers)
-        scores = [prompt.scores[layer] for layer in range(num_layers)]
-        counts = self.policy.budgets(scores, chunk.end, grant.budget)
-        paged = PagedPrompt(chunk.end, self.policy.protected, self.block_size)
-        bag = list(grant.pages) if grant.pages is not None else None
-        held = Held([], [], counts)
-        kept: list[int] = []
-        trace: list[torch.Tensor | None] = []
-        for index, (layer, count) in enumerate(zip(self.layers, counts, strict=True)):
-            num_pages = paged.pages(count)
-            if num_pages == paged.full_blocks:
-                held.pages.append([])
-                held.start.append(0)
-                kept.append(chunk.end)
-                trace.append(None)
-                continue
-            blocks = prompt.blocks[index]
-            if bag is None:
-                pages = blocks[:num_pages].tolist()
-            else:
-                pages, bag = bag[:num_pages], bag[num_pages:]
-            ranks = self.policy.rank(scores[index], chunk.end, min(1.0, grant.budget / chunk.end))
-            positions = paged.positions(ranks, num_pages)
-            layer.layout.compact(layer.cache, blocks, positions, torch.tensor(pages, device=blocks.device))
-            held.pages.append(pages)
-            held.start.append(paged.full_blocks)
-            kept.append(paged.kept_len(num_pages))
-            trace.append(positions)
-        if self.trace is not None:
-            self.trace[chunk.req_id] = trace
-        self._hold(chunk.req_id, held)
+    def _num_pages(self, count: int) -> int:
+        return -(-(count + self.policy.protected) // self.block_size)
+
+    def _evict(self, what: Observation, grant: Grant, watched: Watched) -> Eviction:
+        num_layers, num_blocks = len(self.layers), what.end // self.block_size
+        held = self._held.get(what.req_id)
+        if held is None:
+            counts = [grant.budget - self.policy.protected] * num_layers
+            held = Held([[] for _ in range(num_layers)], [0] * num_layers, counts)
+        cut: set[int] = set()
+        bag = list(grant.pages or ())
+        trace: list[torch.Tensor | None] = [None] * num_layers
+        try:
+            if watched.error is not None:
+                raise watched.error
+            if grant.divides:
+                self._divide(what, grant, watched, held, trace)
+            for index, chosen in watched.chosen.items():
+                layer, blocks = self.layers[index], watched.blocks[index]
+                num_pages = chosen.shape[1] // self.block_size
+                own = blocks[: held.num_cached(index, what.end, self.block_size) // self.block_size]
+                if held.start[index] == 0 and grant.pages is not None:
+                    pages = torch.tensor(bag[:num_pages], dtype=torch.int64, device=blocks.device)
+                    del bag[:num_pages]
+                elif held.start[index] > 0 or num_pages <= len(own) - grant.num_shared:
+                    pages = own[len(own) - num_pages :]
+                else:
+                    trace[index] = None
+                    continue
+                layer.layout.compact(layer.cache, blocks, chosen, pages)
+                held.pages[index], held.start[index] = pages.tolist(), num_blocks
+                cut.add(index)
+        except Exception as error:
+            watched.error = error
+            logger.warning_once(
+                "the eviction policy %r raised %s: %s; requests it fails on keep what they hold",
+                self.config.policy_name,
+                type(error).__name__,
+                error,
+            )
+        if cut or watched.error is None:
+            self._hold(what.req_id, held)
+        if self.trace is not None and grant.divides:
+            self.trace[what.req_id] = trace
+        watched.chosen.clear()
+        watched.scores.clear()
+        watched.blocks.clear()
         return Eviction(
             grant.epoch,
-            tuple(len(pages) if start else None for pages, start in zip(held.pages, held.start, strict=True)),
-            tuple(kept),
-            tuple(count + self.policy.protected for count in counts),
+            tuple(len(held.pages[index]) if index in cut else None for index in range(num_layers)),
+            tuple(held.num_cached(index, what.end, self.block_size) for index in range(num_layers)),
+            tuple(count + self.policy.protected for count in held.counts),
+            failed=watched.error is not None,
         )
 
-    def _trim(self, trimming: Trimming) -> Eviction:
-        trim, num_layers = trimming.trim, len(self.layers)
-        num_blocks = trim.end // self.block_size
-        held = self._held.get(trim.req_id)
-        if held is None:
-            counts = [trim.budget - self.policy.protected] * num_layers
-            held = Held([[] for _ in range(num_layers)], [0] * num_layers, counts)
-        for index, (blocks, chosen) in trimming.chosen.items():
-            layer = self.layers[index]
-            pages = blocks[: chosen.shape[1] // self.block_size]
-            layer.layout.compact(layer.cache, blocks, chosen, pages)
-            held.pages[index], held.start[index] = pages.tolist(), num_blocks
-        self._hold(trim.req_id, held)
-        sizes = [len(pages) + num_blocks - start for pages, start in zip(held.pages, held.start, strict=True)]
-        return Eviction(
-            trim.epoch,
-            tuple(len(held.pages[index]) if index in trimming.chosen else None for index in range(num_layers)),
-            tuple(blocks * self.block_size for blocks in sizes),
-            tuple(count + self.policy.protected for count in held.counts),
-        )
+    def _divide(
+        self, what: Observation, grant: Grant, watched: Watched, held: Held, trace: list[torch.Tensor | None]
+    ) -> None:
+        """Divides the budget among the layers and chooses what each keeps."""
+        protected = self.policy.protected
+        scores = [watched.scores[index] for index in range(len(self.layers))]
+        counts = self.policy.budgets(scores, what.end, grant.budget)
+        for index, (score, count) in enumerate(zip(scores, counts, strict=True)):
+            num_cached = held.num_cached(index, what.end, self.block_size)
+            held.counts[index] = count = min(count, num_cached - protected)
+            cached = PagedPrompt(num_cached, protected, self.block_size)
+            num_pages = cached.pages(count)
+            if num_pages < cached.full_blocks:
+                ranks = self.policy.rank(score, num_cached, min(1.0, grant.budget / num_cached))
+                trace[index] = watched.chosen[index] = cached.positions(ranks, num_pages)
 
     def _hold(self, req_id: str, held: Held) -> None:
         if self._rows is None:

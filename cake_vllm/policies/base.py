@@ -15,6 +15,7 @@ Symbols used in every docstring: ``L`` layers, ``Hq`` query heads, ``Hkv`` KV he
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -67,12 +68,14 @@ class Policy(ABC):
     Attributes:
         needs_values: whether :meth:`score` reads :attr:`LayerInputs.values`.
         needs_output_weight: whether it reads :attr:`LayerInputs.output_weight`.
-        trims: whether it also evicts while decoding, by :meth:`trim`.
+        decodes: the ways in which it can evict generated tokens, its default first: ``"off"`` lets a request grow by
+            its output, ``"window"`` scores the cache again with the last queries (:meth:`rescore`), ``"cake"`` with
+            the current one (:meth:`trim`).
     """
 
     needs_values = False
-    trims = False
     needs_output_weight = False
+    decodes: ClassVar[tuple[str, ...]] = ("off", "window")
 
     @property
     def num_queries(self) -> int:
@@ -146,17 +149,27 @@ class Policy(ABC):
             torch.cat([row.topk(count).indices.sort().values, tail]) for row, count in zip(ranks, counts, strict=True)
         ]
 
-    def trim(
-        self, queries: torch.Tensor, keys: torch.Tensor, count: int, scale: float, logits_soft_cap: float = 0.0
-    ) -> torch.Tensor:
-        """What a layer keeps when its cache has outgrown its budget while decoding; only if :attr:`trims`.
+    def rescore(self, inputs: LayerInputs, count: int) -> torch.Tensor:
+        """What a layer keeps when its cache has outgrown its budget while decoding: its best, scored as a prompt.
 
         Args:
-            queries: ``[Hq, 1, D]``, the current token's.
-            keys: ``[Hkv, n, D]`` in cache order, the current token's last; ``n > count + protected``.
+            inputs: keys and values in cache order, which is the order of positions with gaps; the queries are those
+                of the last :attr:`num_queries` tokens, all of them still cached. ``S > count + protected``.
             count: entries to keep beside the last :attr:`protected`.
-            scale: factor on the logits.
-            logits_soft_cap: see :class:`LayerInputs`.
+
+        Returns:
+            ``[Hkv, count + protected]`` int64 indices into the cache, ascending.
+        """
+        score, num_cached = self.score(inputs), inputs.keys.shape[1]
+        counts = [count] * len(inputs.keys)
+        return torch.stack(self.keep(score, counts, num_cached, (count + self.protected) / num_cached))
+
+    def trim(self, inputs: LayerInputs, count: int) -> torch.Tensor:
+        """As :meth:`rescore` with the current token's query alone, in any order; if ``"cake"`` is in :attr:`decodes`.
+
+        Args:
+            inputs: ``queries`` are ``[Hq, 1, D]``, the current token's; its key is the last.
+            count: see :meth:`rescore`.
 
         Returns:
             ``[Hkv, count + protected]`` int64 indices into the cache.

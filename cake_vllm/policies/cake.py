@@ -53,8 +53,9 @@ class Cake(Policy):
         tau2: temperature of the variance.
         pool_kernel: width of the average pooling over positions, odd.
         cascade: redivide after each layer (official default), or once at the end.
-        decode: ``"cake"`` evicts generated tokens too, see :meth:`trim`; ``"off"`` lets a request grow by its output.
     """
+
+    decodes = ("cake", "off", "window")
 
     window: int = 32
     gamma: float = 200.0
@@ -62,11 +63,8 @@ class Cake(Policy):
     tau2: float = 1.0
     pool_kernel: int = 5
     cascade: bool = True
-    decode: str = "cake"
 
     def __post_init__(self) -> None:
-        if self.decode not in ("off", "cake"):
-            raise ValueError(f"decode must be 'off' or 'cake', not {self.decode!r}")
         require_window(self.window, at_least=2)
         require_odd("pool_kernel", self.pool_kernel)
         if not (math.isfinite(self.gamma) and self.gamma >= 0):
@@ -75,11 +73,6 @@ class Cake(Policy):
             tau = getattr(self, name)
             if not (math.isfinite(tau) and tau >= 0.1):
                 raise ValueError(f"{name} must be a finite number of at least 0.1, not {tau}")
-
-    @property
-    def trims(self) -> bool:  # type: ignore[override]
-        """Whether generated tokens are evicted too."""
-        return self.decode == "cake"
 
     def is_evicted(self, prompt_len: int, budget: int) -> bool:
         """The official code lets a prompt grow by the window before it evicts."""
@@ -115,9 +108,7 @@ class Cake(Policy):
             return kept_after(cascade(preferences, total, cap), cap)
         return [min(count, cap) for count in settle(proportional(preferences, total), total, cap)]
 
-    def trim(
-        self, queries: torch.Tensor, keys: torch.Tensor, count: int, scale: float, logits_soft_cap: float = 0.0
-    ) -> torch.Tensor:
+    def trim(self, inputs: LayerInputs, count: int) -> torch.Tensor:
         """See :meth:`Policy.trim` (official decode stage).
 
         Only the current query judges; there is no variance and no history. Scores are pooled in *cache order*,
@@ -127,10 +118,10 @@ class Cake(Policy):
         In the paged engine this runs once per block instead of once per token: when a layer holds one full block
         more than its budget needs, it gives one back; and the cache stays in ascending order.
         """
-        num_cached = keys.shape[1]
+        keys, num_cached = inputs.keys, inputs.keys.shape[1]
         rows = []
-        for head_queries, head_keys in zip(queries.unflatten(0, (len(keys), -1)), keys, strict=True):
-            logits = attention_logits(head_queries, head_keys, scale, logits_soft_cap)
+        for head_queries, head_keys in zip(inputs.queries.unflatten(0, (len(keys), -1)), keys, strict=True):
+            logits = attention_logits(head_queries, head_keys, inputs.scale, inputs.logits_soft_cap)
             attention = logits.softmax(dim=-1)[:, 0, : num_cached - self.window]
             rows.append(average_pool(attention, self.pool_kernel).mean(dim=0))
         best = finite(torch.stack(rows)).topk(count, dim=-1).indices

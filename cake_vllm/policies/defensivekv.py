@@ -79,7 +79,7 @@ class DefensiveKV(Policy):
     def rank(self, score: LayerScore, prompt_len: int, keep_ratio: float) -> torch.Tensor:
         """See :meth:`Policy.rank`: protected entries and the window share the layer's largest score."""
         mean, bias = score.extra
-        prefix_len = prompt_len - self.window
+        prefix_len = score.indicator.shape[1]
         order = mean.sort(dim=-1, descending=True)
         crossed = order.values.cumsum(dim=-1) >= 0.9 - bias
         count = torch.where(crossed.any(dim=-1), crossed.int().argmax(dim=-1), prefix_len)
@@ -99,8 +99,12 @@ class DefensiveKV(Policy):
 
     def head_budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[list[int]]:
         """See :meth:`Policy.head_budgets`."""
-        ranks = [self.rank(score, prompt_len, budget / prompt_len) for score in scores]
+        ranks = [self._rank_for(score, budget) for score in scores]
         return [best_by_head(layer, self._candidates(layer, prompt_len, budget)) for layer in ranks]
+
+    def _rank_for(self, score: LayerScore, budget: float) -> torch.Tensor:
+        length = score.indicator.shape[1] + self.window
+        return self.rank(score, length, budget / length)
 
     def _candidates(self, ranks: torch.Tensor, prompt_len: int, budget: float) -> int:
         """How many of one layer's candidates stay, over all heads."""
@@ -114,11 +118,13 @@ class LayerDefensiveKV(DefensiveKV):
 
     def head_budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[list[int]]:
         """See :meth:`Policy.head_budgets`: the best of all layers, scores compared as they are."""
-        ranks = torch.stack([self.rank(score, prompt_len, budget / prompt_len) for score in scores])
-        num_layers, num_heads, _ = ranks.shape
+        ranks = [self._rank_for(score, budget) for score in scores]
+        num_layers, num_heads = len(ranks), len(ranks[0])
         total = int(budget * num_heads * num_layers) - self.protected * num_heads * num_layers
-        chosen = ranks.flatten().topk(min(max(total, 0), ranks.numel())).indices
-        by_layer = torch.bincount(chosen // ranks[0].numel(), minlength=num_layers).tolist()
+        everything = torch.cat([layer.flatten() for layer in ranks])
+        chosen = everything.topk(min(max(total, 0), len(everything))).indices
+        ends = torch.tensor([layer.numel() for layer in ranks], device=chosen.device).cumsum(0)
+        by_layer = torch.bincount(torch.bucketize(chosen, ends, right=True), minlength=num_layers).tolist()
         return [best_by_head(layer, count) for layer, count in zip(ranks, by_layer, strict=True)]
 
 
