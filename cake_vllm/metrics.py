@@ -15,6 +15,7 @@ _COUNTERS = {
     "rounding_tokens": "Tokens kept beyond the policy's choice because memory is freed in whole blocks, over layers.",
     "trims": "Times that a request gave blocks back before the end of its prompt or while decoding.",
     "in_place": "Evictions that reused the prompt's own blocks because the pool had none to spare.",
+    "postponed": "Layers whose eviction has to wait because neither the pool nor the request has pages to write to.",
     "failures": "Evictions given up because the policy raised; the request keeps what it holds.",
 }
 
@@ -35,6 +36,7 @@ class EvictionStats(KVConnectorStats):
         self.data["freed_blocks"] += num_blocks
         self.data["evicted_tokens"] += num_blocks * block_size
         self.data["in_place"] += in_place
+        self.data["postponed"] += eviction.postponed
         self.data["failures"] += eviction.failed
         if is_prompt_end:
             self.data["requests"] += 1

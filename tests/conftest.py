@@ -78,12 +78,27 @@ def is_v2(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--runner") == "v2"
 
 
+@pytest.fixture
+def scheduler_only(is_v2):
+    """Many decode steps that show the scheduler's work, which is the same on both runners."""
+    if is_v2:
+        pytest.skip("the scheduler is the same on both runners: run on v1")
+
+
 @pytest.fixture(scope="session")
 def model_dir() -> str:
     """SmolLM2-135M-Instruct as a Hugging Face directory."""
     script = ROOT / "deploy" / "convert_smollm2.py"
     run = subprocess.run([sys.executable, script], check=True, stdout=subprocess.PIPE, text=True)
     return run.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Llama of four layers with random weights: many steps in little time."""
+    from random_models import save_random_model
+
+    return save_random_model(tmp_path_factory.mktemp("tiny"), "llama", "LlamaForCausalLM", num_hidden_layers=4)
 
 
 @pytest.fixture(scope="session")

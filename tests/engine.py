@@ -31,6 +31,8 @@ class Engine:
         self.pool = self.manager.block_pool
         self.num_free = self.pool.get_num_free_blocks()
         self._ids = itertools.count()
+        #: By request, prompt tokens that came from the prefix cache, as vLLM reports them.
+        self.num_cached: dict[str, int] = {}
         self._stats = EvictionStats.empty()
         if self.evicts:
             self.connector.worker.trace = {}
@@ -66,7 +68,9 @@ class Engine:
         """One engine step; the finished requests' tokens by id."""
         outputs = self.llm.llm_engine.step()
         check_integrity(self.manager)
-        return {output.request_id: list(output.outputs[0].token_ids) for output in outputs if output.finished}
+        finished = [output for output in outputs if output.finished]
+        self.num_cached |= {output.request_id: output.num_cached_tokens for output in finished}
+        return {output.request_id: list(output.outputs[0].token_ids) for output in finished}
 
     def run(self) -> dict[str, list[int]]:
         """Steps until idle; the tokens of all requests that finished."""
@@ -91,6 +95,10 @@ class Engine:
         done = self.run()
         kept = {name: next((t for key, t in traces.items() if key.rsplit("-", 1)[0] == name), []) for name in names}
         return [(done[name], kept[name]) for name in names]
+
+    def forget_prefixes(self) -> None:
+        """Empties the prefix cache."""
+        assert self.llm.reset_prefix_cache()
 
     def is_idle(self) -> bool:
         """No request left, every page back."""

@@ -157,10 +157,15 @@ class Replay:
                 continue
             tail = torch.arange(paged.full_len, num_cached).expand(num_heads, -1)
             positions = torch.cat([paged.positions(ranks, pages), tail], dim=1)
-            for chosen, head in zip(
-                policy.keep(score, [count] * num_heads, num_cached, ratio), positions.tolist(), strict=True
-            ):
-                assert set(chosen.tolist()) <= set(head), "rounding to whole blocks lost a position that was chosen"
+            chosen = policy.keep(score, [count] * num_heads, num_cached, ratio)
+            for rank, ours, head in zip(ranks, chosen, positions.tolist(), strict=True):
+                lost = sorted(set(ours.tolist()) - set(head))
+                least = (
+                    rank[[position for position in head if position < min(len(rank), paged.full_len)]].min()
+                    if lost
+                    else 0
+                )
+                assert (rank[lost] == least).all(), "rounding to whole blocks lost a position that was chosen"
             _gather(layer, positions)
             kept.append(positions.tolist())
         return kept

@@ -220,13 +220,6 @@ def test_an_automatic_budget_fits_the_load(start_engine, text_ids, scheduler_onl
     assert engine.stats()["requests"] >= concurrent - 1
 
 
-@pytest.fixture
-def scheduler_only(is_v2):
-    """Many decode steps that show the scheduler's work, which is the same on both runners."""
-    if is_v2:
-        pytest.skip("the scheduler is the same on both runners: run on v1")
-
-
 def most_running(engine: Engine, prompts: list[list[int]], num_tokens: int) -> int:
     """vLLM's own count of running requests, at its highest."""
     for prompt in prompts:

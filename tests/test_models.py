@@ -1,29 +1,10 @@
 """Small random models of other architectures."""
 
 import pytest
-import torch
 from engine import Engine
-from transformers import AutoConfig, AutoModelForCausalLM
+from random_models import save_random_model
 
 pytestmark = pytest.mark.engine
-
-
-def save_random_model(path, model_type: str, architecture: str, **fields) -> str:
-    """A model with random weights that decodes something, and no tokenizer."""
-    torch.manual_seed(0)
-    common = {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.3,
-    }
-    config = AutoConfig.for_model(model_type, architectures=[architecture], **{**common, **fields})
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    return str(path)
 
 
 def test_sliding_layers_stay_as_they_are(start_engine, tmp_path):
@@ -42,7 +23,7 @@ def test_sliding_layers_stay_as_they_are(start_engine, tmp_path):
         model, kv_eviction="cake", kv_eviction_budget=100, skip_tokenizer_init=True, max_model_len=2048
     )
     specs = [type(group.kv_cache_spec).__name__ for group in engine.scheduler.kv_cache_config.kv_cache_groups]
-    assert sorted(specs) == ["EvictableSpec"] * 2 + ["SlidingWindowSpec"] * 4
+    assert sorted(specs) == ["EvictableSpec"] * 2 + ["ExactSlidingWindowSpec"] * 4
     prompts = [[(7 * i + j) % 250 for i in range(600 + 100 * j)] for j in range(4)]
     tokens = engine.generate(prompts, 24)
     stats = engine.stats()

@@ -210,6 +210,36 @@ def test_every_policy(name, shape):
     assert all(torch.equal(a.indicator, b.indicator) for a, b in zip(scores, again, strict=True))
 
 
+#: As published, these divide by, or take a maximum over, all heads of a layer.
+MIX_HEADS = {"criticalkv", "criticaladakv", "defensivekv", "layer-defensivekv"}
+
+
+@pytest.mark.parametrize("name", sorted(set(policy_names()) - MIX_HEADS - {"random"}))
+def test_all_heads_at_once_are_scored_as_one_by_one(name):
+    """Heads are a batch; and terms are sums over heads, so that tensor-parallel ranks can add theirs."""
+    policy = small(name)
+    for layer in Shape(num_heads=12, num_kv_heads=3).layers(policy):
+        together = policy.score(layer)
+        alone = []
+        for head, queries in enumerate(layer.queries.split(4)):
+            keys, values = layer.keys[head : head + 1], layer.values[head : head + 1]
+            alone.append(policy.score(LayerInputs(queries, keys, layer.scale, values=values)))
+        assert torch.equal(together.indicator, torch.cat([score.indicator for score in alone]))
+        torch.testing.assert_close(together.terms, sum(score.terms for score in alone), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_every_policy_can_score_a_cache_again(name):
+    """Decoding: from 90 cached entries, gaps in their positions, to 40."""
+    policy, shape = small(name), Shape()
+    for layer in shape.layers(policy):
+        kept = policy.rescore(layer, 40 - policy.protected)
+        assert kept.shape == (2, 40)
+        assert (kept.diff(dim=1) > 0).all()
+        assert 0 <= kept.min() <= kept.max() < 90
+        assert (kept[:, 40 - policy.protected :] == torch.arange(90 - policy.protected, 90)).all()
+
+
 @pytest.mark.parametrize("fill", [0.0, 1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", policy_names())
 def test_every_policy_with_equal_or_unusable_inputs(name, fill):

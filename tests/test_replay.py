@@ -51,21 +51,60 @@ def test_every_policy_is_served(start_engine, replay: Replay, text_ids, name: st
     assert engine.is_idle()
 
 
-@pytest.mark.parametrize("prompt_len", [100, 300], ids=["short-prompt", "evicted-prompt"])
-def test_long_output_stays_in_its_budget(start_engine, replay: Replay, text_ids, prompt_len: int, is_v2):
+@pytest.mark.parametrize(
+    ("name", "decode", "prompt_len"),
+    [("cake", "cake", 100), ("cake", "window", 300), ("criticalkv", "window", 100)],
+)
+def test_long_output_stays_in_its_budget(start_engine, replay: Replay, text_ids, name, decode, prompt_len, is_v2):
     """Generated tokens are evicted block by block; no layer holds more than its budget and two blocks."""
-    budget, num_tokens = 128, 150 if is_v2 else 400
-    engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=budget)
+    budget, num_tokens = 128, 100 if is_v2 else 200
+    engine: Engine = start_engine(
+        kv_eviction=name, kv_eviction_budget=budget, kv_eviction_config={"decode": decode}, max_num_batched_tokens=256
+    )
     prompt = text_ids[5000 : 5000 + prompt_len]
-    name = engine.add(prompt, num_tokens)
+    engine.stats()
+    request = engine.add(prompt, num_tokens)
     done, most = {}, 0
     while engine.llm.llm_engine.has_unfinished_requests():
         done |= engine.step()
         most = max(most, engine.num_free - engine.pool.get_num_free_blocks() if engine.decoding else 0)
-    expected, _ = replay.generate(prompt, num_tokens, Cake(), budget, block_size=32)
-    assert done[name] == expected
+    expected, _ = replay.generate(prompt, num_tokens, create_policy(name, {}), budget, block_size=32, decode=decode)
+    assert done[request] == expected
     assert engine.stats()["trims"] >= num_tokens // 32 - 4
     assert most <= 30 * (budget // 32 + 2)
+    assert engine.is_idle()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decode", ["cake", "window"])
+def test_steady_state(start_engine, tiny_model, decode, scheduler_only):
+    """4,000 generated tokens on a budget of 256: no layer ever holds more than it was given and two blocks."""
+    engine: Engine = start_engine(
+        tiny_model,
+        skip_tokenizer_init=True,
+        num_gpu_blocks_override=1500,
+        kv_eviction="cake",
+        kv_eviction_budget=256,
+        kv_eviction_config={"decode": decode},
+    )
+    worker, scheduler = engine.connector.worker, engine.scheduler.connector.scheduler
+    request = engine.add([(7 * i) % 250 for i in range(600)], 4000)
+    steps = 0
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.step()
+        for name, held in worker._held.items():
+            if name not in scheduler._tracked:
+                continue
+            steps += 1
+            length = scheduler._tracked[name].request.num_computed_tokens
+            for layer, manager in enumerate(scheduler._managers):
+                given = held.counts[layer] + worker.policy.protected
+                blocks = manager.num_held(name, -(-length // 32))
+                assert blocks * 32 <= -(-given // 32) * 32 + 2 * 32
+            total = sum(manager.num_held(name, -(-length // 32)) for manager in scheduler._managers)
+            assert total == engine.num_free - engine.pool.get_num_free_blocks()
+            assert total <= 4 * (256 // 32 + 2)
+    assert steps > 3900, request
     assert engine.is_idle()
 
 

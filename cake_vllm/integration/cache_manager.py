@@ -90,20 +90,23 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
         row = self.req_to_blocks[request_id]
         return next((i for i in range(num_blocks, 0, -1) if row[i - 1].ref_cnt > 1), 0)
 
-    def exchange(self, request_id: str, num_blocks: int, pages: list[KVCacheBlock]) -> list[KVCacheBlock]:
-        """Takes the row's blocks ``[0, num_blocks)`` out and returns them; ``pages`` hold what is kept of them."""
-        assert request_id not in self.private_blocks
-        self.private_blocks[request_id] = pages
-        return self._clear(request_id, num_blocks)
+    def num_held(self, request_id: str, num_blocks: int) -> int:
+        """How many full blocks the request reads here: its own pages and the row's blocks ``[0, num_blocks)``."""
+        row = self.req_to_blocks[request_id][:num_blocks]
+        return len(self.private_blocks.get(request_id, ())) + sum(not block.is_null for block in row)
 
-    def shrink(self, request_id: str, num_blocks: int, num_pages: int) -> list[KVCacheBlock]:
-        """Keeps the last ``num_pages`` of the request's pages and its row's blocks ``[0, num_blocks)``.
+    def shrink(self, request_id: str, num_blocks: int, lent: list[KVCacheBlock], num_own: int) -> list[KVCacheBlock]:
+        """Replaces the request's pages and its row's blocks ``[0, num_blocks)``, and returns what is given up.
 
-        What is kept becomes, or stays, private; the row has null blocks in its place. Returns the rest.
+        What the request reads then is private: first ``lent``, then the last ``num_own`` of what it read before. The
+        row has null blocks in its place.
         """
-        held = self.private_blocks.get(request_id, []) + self._clear(request_id, num_blocks)
-        self.private_blocks[request_id] = held[len(held) - num_pages :]
-        return held[: len(held) - num_pages]
+        row = self.req_to_blocks[request_id]
+        held = self.private_blocks.get(request_id, []) + [block for block in row[:num_blocks] if not block.is_null]
+        row[:num_blocks] = [self._null_block] * num_blocks
+        given_up, own = held[: len(held) - num_own], held[len(held) - num_own :]
+        self.private_blocks[request_id] = lent + own
+        return given_up
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """See the base class; gives the blocks of all evictable layers at once.
@@ -118,12 +121,6 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         """None: cascade attention would read the row and not what takes its place."""
         return 0
-
-    def _clear(self, request_id: str, num_blocks: int) -> list[KVCacheBlock]:
-        row = self.req_to_blocks[request_id]
-        blocks = [block for block in row[:num_blocks] if not block.is_null]
-        row[:num_blocks] = [self._null_block] * num_blocks
-        return blocks
 
 
 def interleave(rows: Iterable[Sequence[KVCacheBlock]]) -> list[KVCacheBlock]:

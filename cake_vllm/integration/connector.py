@@ -33,10 +33,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         assert config is not None, "the connector is set up only where eviction is on"
         self._report: EvictionReport | None = None
         if role == KVConnectorRole.SCHEDULER:
-            limits = vllm_config.scheduler_config
-            self.scheduler = EvictionScheduler(
-                config, kv_cache_config, limits.max_num_seqs, limits.max_num_batched_tokens
-            )
+            self.scheduler = EvictionScheduler(config, kv_cache_config, vllm_config.scheduler_config)
         else:
             from cake_vllm.integration.worker import EvictionWorker
 

@@ -9,24 +9,34 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 class Grant:
     """Leave to evict a request at the end of this step.
 
-    A layer that was cut before holds pages of its own and is compacted in them. One that still reads the blocks of
-    its row, which other requests may share, is copied out to ``pages``; without them it is compacted in those of its
-    blocks that it does not share.
+    A layer that was cut before holds pages of its own and is compacted in its last ones. One that still reads the
+    blocks of its row, which other requests may share, is copied out to lent pages. If the pool is short of these,
+    the layer is compacted in the last of its own blocks, and lent pages fill in only for blocks that it shares.
 
     Attributes:
         epoch: number of this eviction, unique in the engine; a report for another epoch is stale.
         budget: mean tokens per layer, window included.
         divides: whether the budget is divided among the layers anew, as for a prompt; a decoding request's layers
             go back to what they were given, all of them to ``budget`` if its prompt was not evicted.
-        pages: pages to deal out, in order, to the layers that still read their row; ``None``: the pool had none.
-        num_shared: leading blocks of the row that must not be written to.
+        lent: pages to deal out to the layers in order.
+        num_shared: leading blocks of the row that must not be written to; all of them if there is enough to copy to.
     """
 
     epoch: int
     budget: int
     divides: bool
-    pages: tuple[int, ...] | None
-    num_shared: int = 0
+    lent: tuple[int, ...]
+    num_shared: int
+
+    def num_copied(self, num_pages: int, num_held: int, is_cut: bool) -> int:
+        """How many of a layer's ``num_pages`` new pages are lent ones, the first of them.
+
+        Args:
+            num_pages: pages that the layer needs.
+            num_held: full blocks that it reads now.
+            is_cut: whether these are its own.
+        """
+        return 0 if is_cut else max(num_pages - max(num_held - self.num_shared, 0), 0)
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,7 @@ class Eviction:
         pages: pages that each layer now holds in place of all full blocks; ``None`` where nothing changed.
         kept: tokens that each layer still holds per KV head.
         wanted: tokens that the policy chose for each layer per KV head, before rounding up to whole blocks.
+        postponed: layers that could not be cut because there were no pages to write to.
         failed: whether the policy raised; layers with ``pages`` of ``None`` then hold what they held.
     """
 
@@ -78,6 +89,7 @@ class Eviction:
     pages: tuple[int | None, ...]
     kept: tuple[int, ...]
     wanted: tuple[int, ...]
+    postponed: int = 0
     failed: bool = False
 
 

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from vllm.config import SchedulerConfig
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -52,14 +53,16 @@ class Pending:
     Attributes:
         length: logical length of the request after the step, tokens.
         is_prompt_end: whether its prompt ended with the step.
-        pages: what was lent for it.
+        lent: pages for it.
+        in_place: whether they were too few to copy to.
     """
 
     request_id: str
     length: int
     is_prompt_end: bool
     grant: Grant
-    pages: list[KVCacheBlock]
+    lent: list[KVCacheBlock]
+    in_place: bool
 
 
 class EvictionScheduler:
@@ -71,10 +74,9 @@ class EvictionScheduler:
     and its tokens again and be evicted at that length.
     """
 
-    def __init__(self, config: KVEvictionConfig, kv_cache_config: KVCacheConfig, max_num_seqs: int, max_chunk: int):
+    def __init__(self, config: KVEvictionConfig, kv_cache_config: KVCacheConfig, limits: SchedulerConfig):
         self.config = config
-        self.max_num_seqs = max_num_seqs
-        self.max_chunk = max_chunk
+        self.limits = limits
         self.policy = config.policy
         self.groups = evictable_groups(kv_cache_config)
         self.block_size = kv_cache_config.kv_cache_groups[self.groups[0]].kv_cache_spec.block_size
@@ -83,6 +85,8 @@ class EvictionScheduler:
         self._epochs = itertools.count(1)
         # Evictions under way, by epoch.
         self._pending: dict[int, Pending] = {}
+        # Blocks that the next step may need before this one's evictions are reported.
+        self._reserved = 0
 
     def bind(self, manager: KVCacheManager) -> None:
         """Takes hold of the block managers."""
@@ -108,6 +112,7 @@ class EvictionScheduler:
         for request_id in preempted:
             self._tracked[request_id] = Tracked(self._tracked[request_id].request)
             self._forget_pending(request_id)
+        self._reserved = self._next_blocks(output) if self.limits.async_scheduling else 0
         observations, evicted = [], {}
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             tracked = self._tracked[request_id]
@@ -131,28 +136,37 @@ class EvictionScheduler:
             else:
                 tracked.wanted = eviction.wanted
             num_blocks = self._free(request_id, pending, eviction)
-            in_place = pending.grant.pages is None and pending.grant.divides
-            self.stats.record(eviction, num_blocks, self.block_size, pending.is_prompt_end, in_place)
+            self.stats.record(eviction, num_blocks, self.block_size, pending.is_prompt_end, pending.in_place)
             logger.debug(
                 "evicted request %s at %d tokens%s: layers keep %s tokens, %s pages",
                 request_id,
                 pending.length,
-                " in place" if pending.grant.pages is None else "",
+                " in place" if pending.in_place else "",
                 eviction.kept,
                 eviction.pages,
             )
+
+    def _next_blocks(self, output: SchedulerOutput) -> int:
+        """How many blocks the requests of this step need at most to go on in the next one."""
+        num_tokens = sum(
+            max(request.num_tokens - request.num_computed_tokens - output.num_scheduled_tokens[request.request_id], 1)
+            for request in (self._tracked[request_id].request for request_id in output.num_scheduled_tokens)
+        )
+        num_tokens = min(num_tokens, self.limits.max_num_batched_tokens)
+        num_blocks = num_tokens // self.block_size + len(output.num_scheduled_tokens)
+        return num_blocks * len(self._managers)
 
     def _budget(self, prompt_len: int) -> int:
         """Tokens per layer for a request with a prompt of this length."""
         if self.config.budget != AUTO:
             return self.config.tokens(prompt_len, 0)
         capacity = self._pool.num_gpu_blocks // len(self._managers) * self.block_size
-        sharing = min(len(self._tracked), self.max_num_seqs)
+        sharing = min(len(self._tracked), self.limits.max_num_seqs)
         if sharing > 1 or self.config.is_progressive:
             # Room for one prompt in prefill, whoever's it is; the rest is divided.
             prefill = max(tracked.request.num_tokens for tracked in self._tracked.values())
             if self.config.is_progressive:
-                prefill = min(prefill, 2 * self.max_chunk)
+                prefill = min(prefill, 2 * self.limits.max_num_batched_tokens)
             capacity = max(capacity - prefill, 0) // sharing
         return self.config.tokens(prompt_len, capacity)
 
@@ -208,23 +222,24 @@ class EvictionScheduler:
             # Policies may round a layer's share up by one.
             most = total_tokens(budget, self.policy.protected, len(self._managers)) + len(self._managers)
             num_pages = PagedPrompt(end, self.policy.protected, self.block_size).max_pages(most, len(whole))
-        pages, num_shared = None, 0
-        if num_pages <= self._pool.get_num_free_blocks():
-            pages = self._pool.get_new_blocks(num_pages)
-            self._managers[0].lent_blocks.setdefault(request_id, []).extend(pages)
-        elif whole:
-            num_shared = max(self._managers[layer].num_shared(request_id, num_blocks) for layer in whole)
-            rows = [self._managers[layer].req_to_blocks[request_id][num_shared:num_blocks] for layer in whole]
+        num_shared, num_free = num_blocks, self._pool.get_num_free_blocks()
+        in_place = num_pages + self._reserved > num_free
+        if in_place:
+            rows = {layer: self._managers[layer].req_to_blocks[request_id] for layer in whole}
+            num_shared = max((self._managers[layer].num_shared(request_id, num_blocks) for layer in whole), default=0)
             # Nobody may hit what is about to be overwritten.
-            self._pool.evict_blocks({block.block_id for block in interleave(rows)})
+            own = interleave(row[num_shared:num_blocks] for row in rows.values())
+            self._pool.evict_blocks({block.block_id for block in own})
+            num_pages = min(num_pages, len(whole) * num_shared, num_free)
+        lent = self._pool.get_new_blocks(num_pages)
+        self._managers[0].lent_blocks.setdefault(request_id, []).extend(lent)
         if not tracked.is_evicted:
             tracked.is_evicted = True
             for group in self._exact:
                 group.exact_len[request_id] = end
-        ids = None if pages is None else tuple(block.block_id for block in pages)
-        grant = Grant(next(self._epochs), budget, divides, ids, num_shared)
+        grant = Grant(next(self._epochs), budget, divides, tuple(block.block_id for block in lent), num_shared)
         is_prompt_end = divides and tracked.is_decoding
-        self._pending[grant.epoch] = Pending(request_id, end, is_prompt_end, grant, pages or [])
+        self._pending[grant.epoch] = Pending(request_id, end, is_prompt_end, grant, lent, in_place and bool(whole))
         return grant
 
     def _free(self, request_id: str, pending: Pending, eviction: Eviction) -> int:
@@ -232,21 +247,19 @@ class EvictionScheduler:
 
         Returns how many blocks fewer the request has now than before the eviction.
         """
-        num_blocks, bag = pending.length // self.block_size, pending.pages
-        if bag:
-            lent = self._managers[0].lent_blocks
-            lent[request_id] = lent[request_id][len(bag) :]
+        num_blocks, lent = pending.length // self.block_size, list(pending.lent)
+        kept = self._managers[0].lent_blocks
+        kept[request_id] = kept[request_id][len(lent) :]
         rows = []
         for manager, pages in zip(self._managers, eviction.pages, strict=True):
-            if pages is None:
-                continue
-            if pending.grant.pages is None or request_id in manager.private_blocks:
-                rows.append(manager.shrink(request_id, num_blocks, pages))
-            else:
-                rows.append(manager.exchange(request_id, num_blocks, bag[:pages]))
-                bag = bag[pages:]
-        self._pool.free_blocks([*bag, *reversed(interleave(rows))])
-        return sum(map(len, rows)) - (len(pending.pages) - len(bag))
+            if pages is not None:
+                num_copied = pending.grant.num_copied(
+                    pages, manager.num_held(request_id, num_blocks), request_id in manager.private_blocks
+                )
+                rows.append(manager.shrink(request_id, num_blocks, lent[:num_copied], pages - num_copied))
+                del lent[:num_copied]
+        self._pool.free_blocks([*lent, *reversed(interleave(rows))])
+        return sum(map(len, rows)) - (len(pending.lent) - len(lent))
 
     def _tail_block(self, request_id: str, end: int) -> int:
         """Id of the block that position ``end - 1`` lies in, in the first layer."""

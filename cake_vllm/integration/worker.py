@@ -263,7 +263,7 @@ class EvictionWorker:
             counts = [grant.budget - self.policy.protected] * num_layers
             held = Held([[] for _ in range(num_layers)], [0] * num_layers, counts)
         cut: set[int] = set()
-        bag = list(grant.pages or ())
+        lent, postponed = list(grant.lent), 0
         trace: list[torch.Tensor | None] = [None] * num_layers
         try:
             if watched.error is not None:
@@ -274,14 +274,15 @@ class EvictionWorker:
                 layer, blocks = self.layers[index], watched.blocks[index]
                 num_pages = chosen.shape[1] // self.block_size
                 own = blocks[: held.num_cached(index, what.end, self.block_size) // self.block_size]
-                if held.start[index] == 0 and grant.pages is not None:
-                    pages = torch.tensor(bag[:num_pages], dtype=torch.int64, device=blocks.device)
-                    del bag[:num_pages]
-                elif held.start[index] > 0 or num_pages <= len(own) - grant.num_shared:
-                    pages = own[len(own) - num_pages :]
-                else:
+                num_copied = grant.num_copied(num_pages, len(own), held.start[index] > 0)
+                if num_copied > len(lent):
+                    # Neither pages to copy to nor enough of its own: as soon as there are some, while decoding.
+                    postponed += 1
                     trace[index] = None
                     continue
+                copied = torch.tensor(lent[:num_copied], dtype=torch.int64, device=blocks.device)
+                pages = torch.cat([copied, own[len(own) - (num_pages - num_copied) :]])
+                del lent[:num_copied]
                 layer.layout.compact(layer.cache, blocks, chosen, pages)
                 held.pages[index], held.start[index] = pages.tolist(), num_blocks
                 cut.add(index)
@@ -305,6 +306,7 @@ class EvictionWorker:
             tuple(len(held.pages[index]) if index in cut else None for index in range(num_layers)),
             tuple(held.num_cached(index, what.end, self.block_size) for index in range(num_layers)),
             tuple(count + self.policy.protected for count in held.counts),
+            postponed=postponed,
             failed=watched.error is not None,
         )
 

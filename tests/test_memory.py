@@ -1,0 +1,199 @@
+"""What is held when: prefix caching beside eviction, bounded prefill, and a pool that is too small."""
+
+import random
+
+import pytest
+import torch
+from engine import Engine
+from replay import Replay
+
+from cake_vllm.policies import create_policy
+
+pytestmark = pytest.mark.engine
+
+
+def numbers(seed: int, length: int) -> list[int]:
+    """A prompt for the model with random weights."""
+    dice = random.Random(seed)
+    return [dice.randrange(250) for _ in range(length)]
+
+
+def equal(a: tuple, b: tuple) -> bool:
+    """Whether two runs gave the same tokens and kept the same positions."""
+    same = [x is y if x is None or y is None else torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True)]
+    return a[0] == b[0] and all(same)
+
+
+@pytest.fixture
+def tiny(start_engine, tiny_model):
+    """Starts engines with the model of random weights."""
+
+    def start(**kwargs) -> Engine:
+        return start_engine(tiny_model, **({"skip_tokenizer_init": True, "num_gpu_blocks_override": 1500} | kwargs))
+
+    return start
+
+
+PREFIX_CACHED = {"kv_eviction": "cake", "kv_eviction_budget": 100, "max_num_batched_tokens": 512}
+
+
+def test_prefix_hits_give_the_tokens_of_a_cold_run(tiny):
+    """Full, partial, by a later turn, of a finished owner, and of one that is still there."""
+    engine: Engine = tiny(**PREFIX_CACHED)
+    first = numbers(0, 700)
+    ((answer, _),) = engine.trace([first], 80)
+    prompts = [first, first[:500] + numbers(1, 200), first + answer + numbers(2, 100)]
+    cold = []
+    for prompt in prompts:
+        engine.forget_prefixes()
+        cold += engine.trace([prompt], 20)
+    engine.forget_prefixes()
+
+    # One after the other: each prefix was evicted, and its owner is gone. A repetition leaves the window to compute;
+    # of a conversation, the turn's prompt is there but nothing that was computed after its eviction.
+    for prompt, expected, hit in zip([first, *prompts], [cold[0], *cold], [0, 640, 480, 672], strict=True):
+        (run,) = engine.trace([prompt], 20)
+        assert engine.num_cached.popitem()[1] == hit
+        assert equal(run, expected)
+
+    # Together: the second request reads the pages of the first while they are computed and given back.
+    engine.forget_prefixes()
+    names = [engine.add(first, 20)]
+    engine.step()
+    names += [engine.add(prompt, 20) for prompt in prompts]
+    done = engine.run()
+    assert [done[name] for name in names] == [cold[0][0], *(tokens for tokens, _ in cold)]
+    assert [engine.num_cached[name] > 0 for name in names] == [False, True, True, True]
+    assert engine.is_idle()
+    engine.forget_prefixes()
+    for run, expected in zip(engine.trace(prompts, 20), cold, strict=True):
+        assert equal(run, expected)
+
+
+def test_shared_pages_are_not_rewritten_in_place(tiny):
+    """Two requests on one prefix, and too few free pages to copy to: neither hurts the other."""
+    prefix = numbers(3, 640)
+    prompts = [prefix + numbers(4, 60), prefix + numbers(5, 400)]
+    settings = {**PREFIX_CACHED, "kv_eviction_budget": 500, "max_model_len": 1100}
+    roomy: Engine = tiny(**settings)
+    expected = [roomy.generate([prompt], 20)[0] for prompt in prompts]
+    # Both prompts fit, and beside them what the first eviction has to copy of the shared blocks, but not all of it.
+    tight: Engine = tiny(**settings, num_gpu_blocks_override=4 * (22 + 13 + 14) + 3)
+    tight.stats()
+    names = [tight.add(prompt, 20) for prompt in prompts]
+    done = tight.run()
+    stats = tight.stats()
+    assert stats["in_place"] >= 1
+    assert stats["postponed"] == stats["failures"] == 0
+    assert [done[name] for name in names] == expected
+    assert tight.num_cached[names[1]] == 640
+    # What was overwritten cannot be hit: a repetition gives the same again.
+    assert [tight.generate([prompt], 20)[0] for prompt in prompts] == expected
+    assert tight.is_idle()
+
+
+def test_eviction_waits_where_there_is_nothing_to_write_to(tiny):
+    """Both prompts consist of shared pages, and the pool is empty: they are served with more than their budget."""
+    prefix = numbers(3, 640)
+    prompts = [prefix + numbers(4, 60), prefix + numbers(5, 60)]
+    settings = {**PREFIX_CACHED, "kv_eviction_budget": 500, "max_model_len": 760}
+    engine: Engine = tiny(**settings, num_gpu_blocks_override=4 * (24 + 4) + 1)
+    engine.stats()
+    assert [len(tokens) for tokens in engine.generate(prompts, 20)] == [20, 20]
+    assert engine.stats()["postponed"] > 0
+    assert engine.is_idle()
+
+
+def test_first_eviction_while_decoding_leaves_the_prefix_cache_alone(tiny):
+    """A short prompt outgrows its budget by its output; its pages are shared with a request that goes on."""
+    engine: Engine = tiny(**{**PREFIX_CACHED, "kv_eviction_budget": 256})
+    prompt = numbers(6, 250)
+    expected = engine.generate([prompt], 200)[0]
+    engine.forget_prefixes()
+    names = [engine.add(prompt, 200)]
+    for _ in range(3):
+        engine.step()
+    names.append(engine.add(prompt, 200))
+    done = engine.run()
+    assert [done[name] for name in names] == [expected, expected]
+    assert engine.stats()["trims"] > 2
+    (again,) = [engine.add(prompt + expected[:20], 180)]
+    engine.run()
+    # Tokens up to the first eviction were computed from everything before them.
+    assert engine.num_cached[again] == 256 // 32 * 32
+    assert engine.is_idle()
+
+
+def test_hit_rate_under_pressure_is_that_of_stock(tiny):
+    """Requests on a few prefixes in a pool that holds a part of them."""
+    dice = random.Random(7)
+    prefixes = [numbers(100 + i, 640) for i in range(8)]
+    prompts = [dice.choice(prefixes) + numbers(200 + i, 60 + dice.randrange(60)) for i in range(40)]
+    blocks = 5 * -(-760 // 32)
+    pool = {"max_model_len": 800, "max_num_seqs": 2}
+    hits = []
+    for settings in (
+        {"num_gpu_blocks_override": blocks + 1},
+        {"num_gpu_blocks_override": 4 * blocks + 1, **PREFIX_CACHED, "kv_eviction_budget": 150},
+    ):
+        engine: Engine = tiny(**pool, **settings)
+        names = [engine.add(prompt, 8) for prompt in prompts]
+        engine.run()
+        hits.append(sum(engine.num_cached[name] for name in names))
+    assert hits[0] > 0.3 * sum(map(len, prompts)), "nothing to compare"
+    assert hits[1] >= 0.95 * hits[0]
+
+
+@pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
+def test_progressive_prefill_equals_its_replay(start_engine, model_dir, prompts, name):
+    options = {"prefill": "progressive", "decode": "window"}
+    engine: Engine = start_engine(
+        kv_eviction=name, kv_eviction_budget=256, kv_eviction_config=options, max_num_batched_tokens=512
+    )
+    replay = Replay(model_dir)
+    engine.stats()
+    prompt = prompts[2049]
+    (served,) = engine.trace([prompt], 40)
+    expected, _ = replay.generate(prompt, 40, create_policy(name, {}), 256, 32, decode="window", chunk=512)
+    assert served[0] == expected
+    stats = engine.stats()
+    assert stats["requests"] == 1
+    assert stats["trims"] >= 4
+    assert stats["failures"] == 0
+
+
+def test_a_prompt_longer_than_the_pool(tiny):
+    """With progressive prefill 6,000 tokens pass through a pool for 1,200; stock vLLM does not start."""
+    blocks = 4 * (1200 // 32)
+    pool = {"max_model_len": 7000, "max_num_batched_tokens": 512}
+    with pytest.raises(ValueError, match="max seq len"):
+        tiny(**pool, num_gpu_blocks_override=blocks // 4 + 1)
+    settings = {"kv_eviction": "cake", "kv_eviction_budget": 256, "kv_eviction_config": {"prefill": "progressive"}}
+    prompt = numbers(8, 6000)
+    roomy: Engine = tiny(**pool, **settings)
+    (expected,) = roomy.trace([prompt], 40)
+    tight: Engine = tiny(**pool, **settings, num_gpu_blocks_override=blocks + 1)
+    name, most, done = tight.add(prompt, 40), 0, {}
+    while tight.llm.llm_engine.has_unfinished_requests():
+        done |= tight.step()
+        most = max(most, tight.num_free - tight.pool.get_num_free_blocks())
+    assert done[name] == expected[0]
+    assert most <= 4 * ((256 + 512) // 32 + 3)
+    assert tight.is_idle()
+    # Several of them, and short ones between.
+    prompts = [prompt, numbers(9, 100), numbers(10, 3000), numbers(11, 1500)]
+    assert [len(tokens) for tokens in tight.generate(prompts, 20)] == [20] * 4
+
+
+def test_a_prefix_hit_under_progressive_prefill(tiny):
+    """The first chunk is exact and can be hit; what follows was computed from less and cannot."""
+    options = {"prefill": "progressive"}
+    engine: Engine = tiny(**{**PREFIX_CACHED, "kv_eviction_config": options})
+    prompt = numbers(12, 2000)
+    expected = engine.generate([prompt], 20)
+    name = engine.add(prompt, 20)
+    done = engine.run()
+    assert engine.num_cached[name] == 512
+    # The chunks of the second run begin elsewhere: it evicts at other lengths, and only its length is the same.
+    assert len(done[name]) == len(expected[0])
+    assert engine.is_idle()
