@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner")
+    parser.addoption("--seed", action="append", type=int, default=[], help="seed of the fuzz test; may be repeated")
     parser.addoption(
         "--golden-dir",
         action="append",
@@ -26,6 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="another folder of recorded official outputs (*.npz), beside tests/golden; may be repeated",
     )
+
+
+def seeds(config: pytest.Config) -> list[int]:
+    """Seeds of the fuzz test: more on the faster runner."""
+    return config.getoption("--seed") or ([100] if config.getoption("--runner") == "v2" else [4, 6, 10, 15, 31, 37])
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,6 +68,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", seeds(metafunc.config))
     patterns = {"case": "cake_*", "decode_case": "cake_*", "kvpress_case": "kvpress_*", "defensive_case": "defensive*"}
     for fixture in patterns.keys() & set(metafunc.fixturenames):
         folders = [ROOT / "tests" / "golden", *metafunc.config.getoption("--golden-dir")]

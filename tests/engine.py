@@ -4,7 +4,7 @@ import itertools
 from typing import Any
 
 import torch
-from vllm import SamplingParams
+from vllm import RequestOutput, SamplingParams
 
 from cake_vllm import LLM
 from cake_vllm.integration.cache_manager import check_integrity
@@ -31,8 +31,8 @@ class Engine:
         self.pool = self.manager.block_pool
         self.num_free = self.pool.get_num_free_blocks()
         self._ids = itertools.count()
-        #: By request, prompt tokens that came from the prefix cache, as vLLM reports them.
-        self.num_cached: dict[str, int] = {}
+        #: What vLLM returned for finished requests.
+        self.outputs: dict[str, RequestOutput] = {}
         self._stats = EvictionStats.empty()
         if self.evicts:
             self.connector.worker.trace = {}
@@ -54,11 +54,11 @@ class Engine:
     def vllm_config(self):
         return self.llm.llm_engine.vllm_config
 
-    def add(self, prompt: list[int], max_tokens: int = 16, **params: Any) -> str:
+    def add(self, prompt: list[int], max_tokens: int = 16, priority: int = 0, **params: Any) -> str:
         """Adds a greedy request and returns its id."""
         name = f"r{next(self._ids)}"
         sampling = SamplingParams(**({"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True} | params))
-        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, sampling, priority=priority)
         return name
 
     def abort(self, *names: str) -> None:
@@ -68,9 +68,22 @@ class Engine:
         """One engine step; the finished requests' tokens by id."""
         outputs = self.llm.llm_engine.step()
         check_integrity(self.manager)
-        finished = [output for output in outputs if output.finished]
-        self.num_cached |= {output.request_id: output.num_cached_tokens for output in finished}
-        return {output.request_id: list(output.outputs[0].token_ids) for output in finished}
+        self._check_halves()
+        finished = {output.request_id: output for output in outputs if output.finished}
+        self.outputs |= finished
+        return {name: list(output.outputs[0].token_ids) for name, output in finished.items()}
+
+    def _check_halves(self) -> None:
+        """Scheduler and worker hold the same pages of every evicted request, in place of the same blocks."""
+        if not self.evicts:
+            return
+        half, worker = self.scheduler.connector.scheduler, self.connector.worker
+        for name, held in worker._held.items():
+            if name in half._tracked and half._tracked[name].is_evicted:
+                for manager, pages, start in zip(half._managers, held.pages, held.start, strict=True):
+                    assert [block.block_id for block in manager.private_blocks.get(name, [])] == pages
+                    row = manager.req_to_blocks[name]
+                    assert [block.is_null for block in row] == [index < start for index in range(len(row))]
 
     def run(self) -> dict[str, list[int]]:
         """Steps until idle; the tokens of all requests that finished."""
@@ -95,6 +108,10 @@ class Engine:
         done = self.run()
         kept = {name: next((t for key, t in traces.items() if key.rsplit("-", 1)[0] == name), []) for name in names}
         return [(done[name], kept[name]) for name in names]
+
+    def num_cached(self, name: str) -> int:
+        """Prompt tokens of a finished request that came from the prefix cache, as vLLM reports them."""
+        return self.outputs[name].num_cached_tokens
 
     def forget_prefixes(self) -> None:
         """Empties the prefix cache."""

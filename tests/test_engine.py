@@ -1,14 +1,9 @@
 """Serving with eviction: what must not change, what must not depend on the batch, and where the memory goes."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from engine import Engine
+from stock import stock
 
 pytestmark = pytest.mark.engine
 
@@ -27,17 +22,7 @@ def mixed_prompts(text_ids, is_v2) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def stock_tokens(model_dir, mixed_prompts, is_v2) -> list[list[int]]:
     """Tokens of a vLLM that has never heard of the plugin, from a process of its own."""
-    script = Path(__file__).parent / "stock.py"
-    env = {**os.environ, "VLLM_PLUGINS": ""}
-    run = subprocess.run(
-        [sys.executable, script, model_dir, "v2" if is_v2 else "v1"],
-        input=json.dumps(mixed_prompts),
-        env=env,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(run.stdout.splitlines()[-1])
+    return [tokens for tokens, _ in stock(is_v2, model_dir, mixed_prompts, 8)]
 
 
 @pytest.mark.parametrize(

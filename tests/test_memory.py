@@ -53,7 +53,7 @@ def test_prefix_hits_give_the_tokens_of_a_cold_run(tiny):
     # of a conversation, the turn's prompt is there but nothing that was computed after its eviction.
     for prompt, expected, hit in zip([first, *prompts], [cold[0], *cold], [0, 640, 480, 672], strict=True):
         (run,) = engine.trace([prompt], 20)
-        assert engine.num_cached.popitem()[1] == hit
+        assert engine.num_cached(list(engine.outputs)[-1]) == hit
         assert equal(run, expected)
 
     # Together: the second request reads the pages of the first while they are computed and given back.
@@ -63,7 +63,7 @@ def test_prefix_hits_give_the_tokens_of_a_cold_run(tiny):
     names += [engine.add(prompt, 20) for prompt in prompts]
     done = engine.run()
     assert [done[name] for name in names] == [cold[0][0], *(tokens for tokens, _ in cold)]
-    assert [engine.num_cached[name] > 0 for name in names] == [False, True, True, True]
+    assert [engine.num_cached(name) > 0 for name in names] == [False, True, True, True]
     assert engine.is_idle()
     engine.forget_prefixes()
     for run, expected in zip(engine.trace(prompts, 20), cold, strict=True):
@@ -86,7 +86,7 @@ def test_shared_pages_are_not_rewritten_in_place(tiny):
     assert stats["in_place"] >= 1
     assert stats["postponed"] == stats["failures"] == 0
     assert [done[name] for name in names] == expected
-    assert tight.num_cached[names[1]] == 640
+    assert tight.num_cached(names[1]) == 640
     # What was overwritten cannot be hit: a repetition gives the same again.
     assert [tight.generate([prompt], 20)[0] for prompt in prompts] == expected
     assert tight.is_idle()
@@ -120,7 +120,7 @@ def test_first_eviction_while_decoding_leaves_the_prefix_cache_alone(tiny):
     (again,) = [engine.add(prompt + expected[:20], 180)]
     engine.run()
     # Tokens up to the first eviction were computed from everything before them.
-    assert engine.num_cached[again] == 256 // 32 * 32
+    assert engine.num_cached(again) == 256 // 32 * 32
     assert engine.is_idle()
 
 
@@ -139,7 +139,7 @@ def test_hit_rate_under_pressure_is_that_of_stock(tiny):
         engine: Engine = tiny(**pool, **settings)
         names = [engine.add(prompt, 8) for prompt in prompts]
         engine.run()
-        hits.append(sum(engine.num_cached[name] for name in names))
+        hits.append(sum(engine.num_cached(name) for name in names))
     assert hits[0] > 0.3 * sum(map(len, prompts)), "nothing to compare"
     assert hits[1] >= 0.95 * hits[0]
 
@@ -193,7 +193,7 @@ def test_a_prefix_hit_under_progressive_prefill(tiny):
     expected = engine.generate([prompt], 20)
     name = engine.add(prompt, 20)
     done = engine.run()
-    assert engine.num_cached[name] == 512
+    assert engine.num_cached(name) == 512
     # The chunks of the second run begin elsewhere: it evicts at other lengths, and only its length is the same.
     assert len(done[name]) == len(expected[0])
     assert engine.is_idle()

@@ -210,8 +210,8 @@ def test_every_policy(name, shape):
     assert all(torch.equal(a.indicator, b.indicator) for a, b in zip(scores, again, strict=True))
 
 
-#: As published, these divide by, or take a maximum over, all heads of a layer.
-MIX_HEADS = {"criticalkv", "criticaladakv", "defensivekv", "layer-defensivekv"}
+#: As published, these take a mean or a maximum over all heads of a layer, or divide by one.
+MIX_HEADS = {"tova", "criticalkv", "criticaladakv", "defensivekv", "layer-defensivekv"}
 
 
 @pytest.mark.parametrize("name", sorted(set(policy_names()) - MIX_HEADS - {"random"}))

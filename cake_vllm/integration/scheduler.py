@@ -78,6 +78,8 @@ class EvictionScheduler:
         self.config = config
         self.limits = limits
         self.policy = config.policy
+        # Last queries that have to be at hand whenever a block is full.
+        self._num_rescoring = config.policy.num_queries if config.decode == "window" else 0
         self.groups = evictable_groups(kv_cache_config)
         self.block_size = kv_cache_config.kv_cache_groups[self.groups[0]].kv_cache_spec.block_size
         self.stats = EvictionStats.empty()
@@ -180,13 +182,13 @@ class EvictionScheduler:
             tracked.is_decoding = True
             prompt_len = end
         budget = self._budget(prompt_len)
-        rescored = self.config.decode == "window"
+        rescored = self._num_rescoring > 0
         # Without the whole window the scores would be others: served in full.
-        is_whole = tracked.is_evicted or prompt_len - tracked.first_computed >= policy.num_queries
-        if tracked.failed or not is_whole or not (rescored or policy.is_evicted(prompt_len, budget)):
+        is_whole = end - tracked.first_computed >= policy.num_queries
+        if tracked.failed or not (rescored or policy.is_evicted(prompt_len, budget)):
             return None
         grant = None
-        if (is_last or self.config.is_progressive) and policy.is_evicted(end, budget):
+        if is_whole and (is_last or self.config.is_progressive) and policy.is_evicted(end, budget):
             grant = self._grant(tracked, end, budget, divides=True)
         if grant is None and end <= prompt_len - policy.num_queries and not self.config.is_progressive:
             return None
@@ -199,15 +201,14 @@ class EvictionScheduler:
             return None
         budget = self._budget(request.num_prompt_tokens)
         to_boundary = -end % self.block_size
-        num_queries = max(self.policy.num_queries if decode == "window" else 1, 1)
-        num_pages = -(-budget // self.block_size)
-        if to_boundary >= num_queries or not (tracked.is_evicted or end > num_pages * self.block_size - to_boundary):
+        num_blocks, num_pages = -(-end // self.block_size), -(-budget // self.block_size)
+        if to_boundary >= max(self._num_rescoring, 1) or not (tracked.is_evicted or num_blocks > num_pages):
             return None
         # Right after its prompt an eviction may not be reported yet: the next block will do.
         is_known = tracked.wanted is not None or not tracked.is_evicted
         grant = None if to_boundary or not is_known else self._grant(tracked, end, budget, divides=False)
         tail = self._tail_block(request.request_id, end)
-        return Observation(request.request_id, end, tail, grant, is_last=decode != "window")
+        return Observation(request.request_id, end, tail, grant, is_last=not self._num_rescoring)
 
     def _grant(self, tracked: Tracked, end: int, budget: int, divides: bool) -> Grant:
         request_id, num_blocks = tracked.request.request_id, end // self.block_size

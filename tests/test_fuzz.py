@@ -1,0 +1,160 @@
+"""Random load on the real engine: no page is lost, and nobody's result depends on who else is served.
+
+The seed of a case is in its name; ``pytest tests/test_fuzz.py --seed N`` runs it again.
+"""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from engine import Engine
+from stock import gaps, same_tokens, stock
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+POLICIES = ("cake", "cake", "snapkv", "layer-defensivekv", "criticaladakv", "knorm", "streamingllm", "tova")
+
+
+def draw_settings(dice: random.Random) -> dict[str, Any]:
+    """An engine: method, budget, way of prefill and decoding, chunk, pool and scheduling."""
+    policy = dice.choice(POLICIES)
+    options: dict[str, Any] = {
+        "decode": dice.choice(("off", "window", "cake") if policy == "cake" else ("off", "window"))
+    }
+    if dice.random() < 0.4:
+        options["prefill"] = "progressive"
+    max_model_len = dice.choice((1500, 6200))
+    # From one request of the longest kind to a dozen.
+    blocks = 4 * -(-max_model_len // 32) * dice.choice((1, 1.3, 3, 12))
+    return {
+        "kv_eviction": policy,
+        "kv_eviction_budget": dice.choice((100, 200, 400, 0.2, 0.5, "auto")),
+        "kv_eviction_config": options,
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": dice.choice((256, 512, 2048)),
+        "num_gpu_blocks_override": int(blocks) + 1,
+        "scheduling_policy": dice.choice(("fcfs", "priority")),
+    }
+
+
+class Load:
+    """Random requests on one engine."""
+
+    def __init__(self, engine: Engine, dice: random.Random, longest: int):
+        self.engine, self.dice, self.longest = engine, dice, longest
+        self.shared = [self._numbers(longest) for _ in range(4)]
+        self.prompts: dict[str, list[int]] = {}
+        self.aborted: set[str] = set()
+        #: Tokens that a request had when it was preempted for the first time.
+        self.preempted_at: dict[str, int] = {}
+        self.steps = 0
+
+    def _numbers(self, length: int) -> list[int]:
+        return [self.dice.randrange(250) for _ in range(length)]
+
+    def add(self) -> None:
+        length = round(self.longest ** self.dice.random())
+        prompt = self._numbers(length)
+        if self.dice.random() < 0.5:
+            cut = self.dice.randrange(length)
+            prompt = self.dice.choice(self.shared)[:cut] + prompt[cut:]
+        sampling: dict[str, Any] = {"max_tokens": self.dice.randint(1, 60)}
+        if self.dice.random() < 0.1:
+            sampling |= {"n": 2, "temperature": 1.0}
+        priority = self.dice.randrange(3) if self.engine.vllm_config.scheduler_config.policy == "priority" else 0
+        name = self.engine.add(prompt, priority=priority, **sampling)
+        if "n" not in sampling:
+            self.prompts[name] = prompt
+
+    def step(self) -> None:
+        self.engine.step()
+        self.steps += 1
+        for request in self.engine.scheduler.requests.values():
+            if request.num_preemptions:
+                name = request.request_id.rsplit("-", 1)[0]
+                self.preempted_at.setdefault(name, request.num_output_tokens)
+
+    def wave(self, count: int) -> None:
+        """Adds requests while others run, aborts some, and runs until nothing is left."""
+        for _ in range(count):
+            self.add()
+            for _ in range(self.dice.randrange(4)):
+                self.step()
+            alive = [name for name in self.prompts if name not in self.engine.outputs and name not in self.aborted]
+            if alive and self.dice.random() < 0.1:
+                victim = self.dice.choice(alive)
+                self.engine.abort(victim)
+                self.aborted.add(victim)
+        while self.engine.llm.llm_engine.has_unfinished_requests():
+            self.step()
+        assert self.engine.is_idle()
+
+
+def test_random_load(start_engine, tiny_model, seed, is_v2):
+    dice = random.Random(seed)
+    settings = draw_settings(dice)
+    print(f"seed {seed}: {settings}")
+    engine: Engine = start_engine(tiny_model, skip_tokenizer_init=True, **settings)
+    engine.stats()
+    longest = settings["max_model_len"] - 100
+    load = Load(engine, dice, min(longest, 800) if is_v2 else longest)
+    traces: dict[str, list] = engine.connector.worker.trace
+    for _ in range(1 if is_v2 else 5):
+        load.wave(15 if is_v2 else 40)
+    stats = engine.stats()
+    print(f"{load.steps} steps, {len(load.preempted_at)} preempted, {len(load.aborted)} aborted, {stats}")
+    assert stats.get("failures", 0) == 0
+    done = {name: prompt for name, prompt in load.prompts.items() if name not in load.aborted}
+    for name in done:
+        output = engine.outputs[name].outputs[0]
+        assert output.finish_reason == "length"
+
+    # A short request brings the last releases to the worker.
+    short = engine.add([1, 2, 3], 3)
+    engine.run()
+    worker = engine.connector.worker
+    assert all(name.startswith(short) for name in [*worker._held, *worker._watched])
+
+    # Alone again. What progressive prefill, an automatic budget or a postponed eviction give depends on the load.
+    if engine.connector.worker.config.is_progressive or settings["kv_eviction_budget"] == "auto" or stats["postponed"]:
+        return
+    together = {name: next((t for key, t in traces.items() if key.rsplit("-", 1)[0] == name), []) for name in done}
+    for name in dice.sample(sorted(done), 4 if is_v2 else 12):
+        engine.forget_prefixes()
+        tokens = list(engine.outputs[name].outputs[0].token_ids)
+        traces.clear()
+        again = engine.add(done[name], len(tokens), logprobs=2, detokenize=False)
+        engine.run()
+        output = engine.outputs[again].outputs[0]
+        expected = list(output.token_ids), gaps(output.logprobs)
+        if name in load.preempted_at:
+            count = load.preempted_at[name]
+            assert same_tokens(tokens[:count], (expected[0][:count], expected[1]))
+            continue
+        assert same_tokens(tokens, expected)
+        alone = next(iter(traces.values()), [])
+        assert len(alone) == len(together[name])
+        for a, b in zip(alone, together[name], strict=True):
+            assert a is b if a is None or b is None else torch.equal(a, b)
+
+
+def test_eviction_that_never_binds_is_stock(start_engine, tiny_model, is_v2):
+    """500 random requests with shared prefixes: with eviction off, and with a budget nobody reaches."""
+    dice = random.Random(11)
+    shared = [[dice.randrange(250) for _ in range(600)] for _ in range(5)]
+    prompts = []
+    for _ in range(60 if is_v2 else 500):
+        length = dice.randint(1, 300 if is_v2 else 700)
+        prompt = [dice.randrange(250) for _ in range(length)]
+        cut = dice.randrange(length)
+        prompts.append(dice.choice(shared)[:cut] + prompt[cut:])
+    settings = {"skip_tokenizer_init": True, "max_num_batched_tokens": 512}
+    reference = stock(is_v2, tiny_model, prompts, 6, **settings, num_gpu_blocks_override=400)
+    for eviction, blocks in (({}, 400), ({"kv_eviction": "cake", "kv_eviction_budget": 1000}, 4 * 400)):
+        engine: Engine = start_engine(tiny_model, **settings, **eviction, num_gpu_blocks_override=blocks)
+        names = [engine.add(prompt, 6, detokenize=False) for prompt in prompts]
+        done = engine.run()
+        assert all(same_tokens(done[name], run) for name, run in zip(names, reference, strict=True))
+        assert sum(engine.num_cached(name) for name in names) > 0.2 * sum(map(len, prompts))
+        assert not engine.stats()
