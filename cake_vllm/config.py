@@ -13,13 +13,15 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
-from cake_vllm.policies import Policy, create_policy, knobs, policy_names
+from cake_vllm.policies import Policy, create_policy, knobs, policy_class, policy_names
 from cake_vllm.policies.cake import PRESETS
 
 POLICY_KEY = "kv_eviction"
 BUDGET_KEY = "kv_eviction_budget"
 CONFIG_KEY = "kv_eviction_config"
 KEYS = (POLICY_KEY, BUDGET_KEY, CONFIG_KEY)
+#: A request's wish to hear what was kept of it; beside it a request may name a policy and a budget of its own.
+REPORT_KEY = "kv_eviction_report"
 
 OFF = "none"
 AUTO = "auto"
@@ -75,6 +77,47 @@ class KVEvictionConfig:
                 f"{flag(BUDGET_KEY)} {config.budget} leaves nothing beside the window of {window} tokens: "
                 f"give more than {window}, or a fraction of the prompt such as 0.2"
             )
+        return config
+
+    def for_request(self, asked: Mapping[str, Any] | None, max_model_len: int) -> "KVEvictionConfig | None":
+        """What a request gets that asks for a policy or a budget of its own; ``None`` if it asks for no eviction.
+
+        The policy's knobs are the server's if the policy is, else its defaults; ways of prefill and decoding are the
+        server's as far as the policy knows them.
+
+        Args:
+            asked: its ``vllm_xargs``; keys that are not ours are ignored.
+            max_model_len: the longest request, tokens.
+
+        Raises:
+            ValueError: one sentence that names the key and the fix.
+        """
+        wishes = {key: asked[key] for key in (POLICY_KEY, BUDGET_KEY) if key in asked} if asked else {}
+        if not wishes:
+            return self
+        settings = {**self.settings(), **wishes}
+        name = settings[POLICY_KEY]
+        if name == OFF:
+            settings = wishes
+        elif name != self.policy_name and name in policy_names():
+            known = {"prefill": PREFILLS, "decode": policy_class(name).decodes}
+            settings[CONFIG_KEY] = {
+                key: self.options[key] for key, choices in known.items() if self.options.get(key) in choices
+            }
+        try:
+            config = KVEvictionConfig.from_settings(settings)
+        except ValueError as error:
+            raise ValueError(
+                str(error).replace("--kv-eviction-budget", BUDGET_KEY).replace(flag(POLICY_KEY), POLICY_KEY)
+            ) from None
+        most = self.max_request_tokens(max_model_len, 0)
+        if most is not None:
+            asked_for = config.max_request_tokens(max_model_len, 0) if config else None
+            if asked_for is None or asked_for > most:
+                raise ValueError(
+                    f"{BUDGET_KEY} and {POLICY_KEY} of a request must not let it hold more than the server's "
+                    f"{flag(BUDGET_KEY)} {self.budget}, on which progressive prefill counts: ask for less"
+                )
         return config
 
     def settings(self) -> dict[str, Any]:

@@ -39,10 +39,9 @@ class EvictingBackend:
         if config is None or vllm_config is None:
             cls._spec_fields = None
             return cls.stock_impl
-        if config.policy.needs_output_weight:
-            from cake_vllm.integration.projections import remember_projections
+        from cake_vllm.integration.projections import remember_projections
 
-            remember_projections()
+        remember_projections()
         max_model_len, in_flight = vllm_config.model_config.max_model_len, vllm_config.max_in_flight_tokens
         cls._spec_fields = {
             "num_queries": config.policy.num_queries,

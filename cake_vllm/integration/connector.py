@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
-from vllm.forward_context import get_forward_context
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -33,7 +33,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         assert config is not None, "the connector is set up only where eviction is on"
         self._report: EvictionReport | None = None
         if role == KVConnectorRole.SCHEDULER:
-            self.scheduler = EvictionScheduler(config, kv_cache_config, vllm_config.scheduler_config)
+            max_model_len = vllm_config.model_config.max_model_len
+            self.scheduler = EvictionScheduler(config, kv_cache_config, vllm_config.scheduler_config, max_model_len)
         else:
             from cake_vllm.integration.worker import EvictionWorker
 
@@ -73,9 +74,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """The request's blocks may be freed at once."""
-        self.scheduler.remove(request.request_id)
-        return False, None
+        """The request's blocks may be freed at once; the second value travels in its response."""
+        return False, self.scheduler.remove(request.request_id)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """No KV comes from outside."""
@@ -90,7 +90,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         """Prepares the step while the forward context is set and before the first layer runs."""
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, StepPlan)
-        metadata = get_forward_context().attn_metadata
+        # A step without tokens runs no forward.
+        metadata = get_forward_context().attn_metadata if is_forward_context_available() else None
         if isinstance(metadata, list):
             raise RuntimeError("--kv-eviction does not work together with micro-batching: drop --enable-dbo")
         self.worker.begin(connector_metadata, metadata)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from cake_vllm.config import KVEvictionConfig
+
 
 @dataclass(frozen=True)
 class Grant:
@@ -49,6 +51,7 @@ class Observation:
             request's row ends in it, so it tells which row of the batch this is.
         grant: see :class:`Grant`.
         is_last: whether its queries may be forgotten after this step.
+        config: its own settings, if they are not the engine's.
     """
 
     req_id: str
@@ -56,6 +59,7 @@ class Observation:
     tail_block: int
     grant: Grant | None = None
     is_last: bool = True
+    config: KVEvictionConfig | None = None
 
 
 @dataclass

@@ -8,11 +8,13 @@ from packaging.version import Version
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.engine.input_processor import InputProcessor
 
 from cake_vllm import BELOW_VLLM, MIN_VLLM
-from cake_vllm.config import POLICY_KEY, KVEvictionConfig, flag
+from cake_vllm.config import BUDGET_KEY, OFF, POLICY_KEY, KVEvictionConfig, flag
 from cake_vllm.integration.args import install_args
 from cake_vllm.integration.patching import wrap
 
@@ -38,6 +40,7 @@ def install() -> None:
             KVConnectorFactory.register_connector(CONNECTOR, "cake_vllm.integration.connector", CONNECTOR)
     install_args()
     wrap(EngineArgs, "create_engine_config", _create_engine_config)
+    wrap(InputProcessor, "_validate_params", _validate_params)
 
 
 def is_supported(version: str) -> bool:
@@ -77,6 +80,19 @@ def _create_engine_config(original: Callable[..., VllmConfig], self: Any, *args:
     return vllm_config
 
 
+def _validate_params(original: Callable[..., Any], self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    asked = getattr(params, "extra_args", None) or {}
+    config = eviction_config(self.vllm_config)
+    try:
+        if config is not None:
+            config.for_request(asked, self.vllm_config.model_config.max_model_len)
+        elif asked.get(POLICY_KEY, OFF) != OFF or BUDGET_KEY in asked:
+            raise ValueError(f"{POLICY_KEY} needs a server with eviction: start it with {flag(POLICY_KEY)}")
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+    return original(self, params, *args, **kwargs)
+
+
 def refuse_arguments(args: Any) -> None:
     """Refuses engine arguments that contradict eviction.
 
@@ -90,7 +106,6 @@ def refuse_arguments(args: Any) -> None:
         (args.disable_hybrid_kv_cache_manager is True, "--disable-hybrid-kv-cache-manager", "drop it"),
         (args.speculative_config is not None, "--speculative-config", "drop one of the two"),
         (args.pipeline_parallel_size > 1, "--pipeline-parallel-size", "set it to 1"),
-        (args.tensor_parallel_size > 1, "--tensor-parallel-size", "set it to 1"),
         (args.decode_context_parallel_size > 1, "--decode-context-parallel-size", "set it to 1"),
         (args.prefill_context_parallel_size > 1, "--prefill-context-parallel-size", "set it to 1"),
         (bool(args.enable_dbo), "--enable-dbo", "drop it"),

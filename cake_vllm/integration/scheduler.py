@@ -6,6 +6,7 @@ Runs in the scheduler's process and touches no KV tensor.
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from vllm.config import SchedulerConfig
 from vllm.logger import init_logger
@@ -15,12 +16,12 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
-from cake_vllm.config import AUTO, KVEvictionConfig
+from cake_vllm.config import AUTO, OFF, REPORT_KEY, KVEvictionConfig
 from cake_vllm.integration.cache_manager import EvictingManager, ExactPrefixManager, interleave
 from cake_vllm.integration.messages import Eviction, Grant, Observation, StepPlan
 from cake_vllm.integration.spec import evictable_groups
 from cake_vllm.metrics import EvictionStats
-from cake_vllm.policies import PagedPrompt
+from cake_vllm.policies import PagedPrompt, Policy
 from cake_vllm.policies.base import total_tokens
 
 logger = init_logger("vllm.cake_vllm.scheduler")
@@ -31,18 +32,22 @@ class Tracked:
     """A request since it was last started from its first token.
 
     Attributes:
+        config: its settings, its own or the engine's; ``None``: it is not to be evicted.
         first_computed: position of the first token that was not taken from the prefix cache; ``None`` before it ran.
         is_decoding: whether its prompt is behind it.
         is_evicted: whether the worker redirects its rows.
         wanted: tokens that each layer was given, once the worker has told; all of them the budget before that.
+        kept: tokens that each layer held after the last eviction.
         failed: whether the policy raised; the request keeps what it has from then on.
     """
 
     request: Request
+    config: KVEvictionConfig | None
     first_computed: int | None = None
     is_decoding: bool = False
     is_evicted: bool = False
     wanted: tuple[int, ...] | None = None
+    kept: tuple[int, ...] | None = None
     failed: bool = False
 
 
@@ -74,12 +79,12 @@ class EvictionScheduler:
     and its tokens again and be evicted at that length.
     """
 
-    def __init__(self, config: KVEvictionConfig, kv_cache_config: KVCacheConfig, limits: SchedulerConfig):
+    def __init__(
+        self, config: KVEvictionConfig, kv_cache_config: KVCacheConfig, limits: SchedulerConfig, max_model_len: int
+    ):
         self.config = config
         self.limits = limits
-        self.policy = config.policy
-        # Last queries that have to be at hand whenever a block is full.
-        self._num_rescoring = config.policy.num_queries if config.decode == "window" else 0
+        self.max_model_len = max_model_len
         self.groups = evictable_groups(kv_cache_config)
         self.block_size = kv_cache_config.kv_cache_groups[self.groups[0]].kv_cache_spec.block_size
         self.stats = EvictionStats.empty()
@@ -100,19 +105,37 @@ class EvictionScheduler:
         self._pool = manager.block_pool
 
     def add(self, request: Request) -> None:
-        """A request has arrived."""
-        self._tracked[request.request_id] = Tracked(request)
+        """A request has arrived. What it asks for was checked in the front end."""
+        config = self.config.for_request(_asked(request), self.max_model_len)
+        self._tracked[request.request_id] = Tracked(request, config)
+        if config is not None and (
+            config.policy.num_queries > self.config.policy.num_queries
+            or config.never_evicted_len() < self.config.never_evicted_len()
+        ):
+            # Prefix lookup leaves what the engine's settings need to be computed, and this one needs more.
+            request.skip_reading_prefix_cache = True
 
-    def remove(self, request_id: str) -> None:
-        """A request has finished or was aborted; its pages leave with its block rows."""
-        if self._tracked.pop(request_id, None):
-            self._forget_pending(request_id)
+    def remove(self, request_id: str) -> dict[str, Any] | None:
+        """A request has finished or was aborted; its pages leave with its block rows.
+
+        Returns what was kept of it, if it asked.
+        """
+        tracked = self._tracked.pop(request_id, None)
+        if tracked is None:
+            return None
+        self._forget_pending(request_id)
+        if not (_asked(tracked.request) or {}).get(REPORT_KEY):
+            return None
+        config = tracked.config
+        report = {"policy": config.policy_name if config else OFF, "budget": config.budget if config else None}
+        return {"kv_eviction": {**report, "kept_tokens": tracked.kept}}
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """What the worker has to know for the step that ``output`` describes."""
         preempted = output.preempted_req_ids or ()
         for request_id in preempted:
-            self._tracked[request_id] = Tracked(self._tracked[request_id].request)
+            tracked = self._tracked[request_id]
+            self._tracked[request_id] = Tracked(tracked.request, tracked.config)
             self._forget_pending(request_id)
         self._reserved = self._next_blocks(output) if self.limits.async_scheduling else 0
         observations, evicted = [], {}
@@ -121,9 +144,10 @@ class EvictionScheduler:
             end = tracked.request.num_computed_tokens + num_tokens
             if tracked.is_evicted:
                 evicted[self._tail_block(request_id, end)] = request_id
-            observe = self._observe_decoding if tracked.is_decoding else self._observe_prompt
-            if observation := observe(tracked, end):
-                observations.append(observation)
+            if tracked.config is not None and not tracked.failed:
+                observe = self._observe_decoding if tracked.is_decoding else self._observe_prompt
+                if observation := observe(tracked, tracked.config, end):
+                    observations.append(observation)
         return StepPlan(tuple(output.finished_req_ids | set(preempted)), tuple(observations), evicted)
 
     def finish(self, evictions: Iterable[tuple[str, Eviction]]) -> None:
@@ -137,6 +161,7 @@ class EvictionScheduler:
                 tracked.failed = True
             else:
                 tracked.wanted = eviction.wanted
+            tracked.kept = eviction.kept
             num_blocks = self._free(request_id, pending, eviction)
             self.stats.record(eviction, num_blocks, self.block_size, pending.is_prompt_end, pending.in_place)
             logger.debug(
@@ -158,22 +183,22 @@ class EvictionScheduler:
         num_blocks = num_tokens // self.block_size + len(output.num_scheduled_tokens)
         return num_blocks * len(self._managers)
 
-    def _budget(self, prompt_len: int) -> int:
+    def _budget(self, config: KVEvictionConfig, prompt_len: int) -> int:
         """Tokens per layer for a request with a prompt of this length."""
-        if self.config.budget != AUTO:
-            return self.config.tokens(prompt_len, 0)
+        if config.budget != AUTO:
+            return config.tokens(prompt_len, 0)
         capacity = self._pool.num_gpu_blocks // len(self._managers) * self.block_size
         sharing = min(len(self._tracked), self.limits.max_num_seqs)
-        if sharing > 1 or self.config.is_progressive:
+        if sharing > 1 or config.is_progressive:
             # Room for one prompt in prefill, whoever's it is; the rest is divided.
             prefill = max(tracked.request.num_tokens for tracked in self._tracked.values())
-            if self.config.is_progressive:
+            if config.is_progressive:
                 prefill = min(prefill, 2 * self.limits.max_num_batched_tokens)
             capacity = max(capacity - prefill, 0) // sharing
-        return self.config.tokens(prompt_len, capacity)
+        return config.tokens(prompt_len, capacity)
 
-    def _observe_prompt(self, tracked: Tracked, end: int) -> Observation | None:
-        request, policy = tracked.request, self.policy
+    def _observe_prompt(self, tracked: Tracked, config: KVEvictionConfig, end: int) -> Observation | None:
+        request, policy = tracked.request, config.policy
         if tracked.first_computed is None:
             tracked.first_computed = request.num_computed_tokens
         prompt_len = request.num_tokens
@@ -181,36 +206,39 @@ class EvictionScheduler:
         if is_last:
             tracked.is_decoding = True
             prompt_len = end
-        budget = self._budget(prompt_len)
-        rescored = self._num_rescoring > 0
+        budget = self._budget(config, prompt_len)
+        is_rescored = _num_rescoring(config) > 0
+        if not (is_rescored or policy.is_evicted(prompt_len, budget)):
+            return None
         # Without the whole window the scores would be others: served in full.
         is_whole = end - tracked.first_computed >= policy.num_queries
-        if tracked.failed or not (rescored or policy.is_evicted(prompt_len, budget)):
-            return None
         grant = None
-        if is_whole and (is_last or self.config.is_progressive) and policy.is_evicted(end, budget):
-            grant = self._grant(tracked, end, budget, divides=True)
-        if grant is None and end <= prompt_len - policy.num_queries and not self.config.is_progressive:
+        if is_whole and (is_last or config.is_progressive) and policy.is_evicted(end, budget):
+            grant = self._grant(tracked, policy, end, budget, divides=True)
+        if grant is None and end <= prompt_len - policy.num_queries and not config.is_progressive:
             return None
-        tail = self._tail_block(request.request_id, end)
-        return Observation(request.request_id, end, tail, grant, is_last and not rescored)
+        return self._observation(tracked, end, grant, is_last and not is_rescored)
 
-    def _observe_decoding(self, tracked: Tracked, end: int) -> Observation | None:
-        decode, request = self.config.decode, tracked.request
-        if decode == "off" or tracked.failed:
+    def _observe_decoding(self, tracked: Tracked, config: KVEvictionConfig, end: int) -> Observation | None:
+        if config.decode == "off":
             return None
-        budget = self._budget(request.num_prompt_tokens)
-        to_boundary = -end % self.block_size
+        budget = self._budget(config, tracked.request.num_prompt_tokens)
+        num_rescoring, to_boundary = _num_rescoring(config), -end % self.block_size
         num_blocks, num_pages = -(-end // self.block_size), -(-budget // self.block_size)
-        if to_boundary >= max(self._num_rescoring, 1) or not (tracked.is_evicted or num_blocks > num_pages):
+        if to_boundary >= max(num_rescoring, 1) or not (tracked.is_evicted or num_blocks > num_pages):
             return None
         # Right after its prompt an eviction may not be reported yet: the next block will do.
         is_known = tracked.wanted is not None or not tracked.is_evicted
-        grant = None if to_boundary or not is_known else self._grant(tracked, end, budget, divides=False)
-        tail = self._tail_block(request.request_id, end)
-        return Observation(request.request_id, end, tail, grant, is_last=not self._num_rescoring)
+        can_cut = is_known and not to_boundary
+        grant = self._grant(tracked, config.policy, end, budget, divides=False) if can_cut else None
+        return self._observation(tracked, end, grant, is_last=not num_rescoring)
 
-    def _grant(self, tracked: Tracked, end: int, budget: int, divides: bool) -> Grant:
+    def _observation(self, tracked: Tracked, end: int, grant: Grant | None, is_last: bool) -> Observation:
+        request_id = tracked.request.request_id
+        own = tracked.config if tracked.config is not self.config else None
+        return Observation(request_id, end, self._tail_block(request_id, end), grant, is_last, own)
+
+    def _grant(self, tracked: Tracked, policy: Policy, end: int, budget: int, divides: bool) -> Grant:
         request_id, num_blocks = tracked.request.request_id, end // self.block_size
         whole = [layer for layer, manager in enumerate(self._managers) if request_id not in manager.private_blocks]
         if not divides:
@@ -221,8 +249,8 @@ class EvictionScheduler:
             num_pages = sum(targets[layer] for layer in whole)
         else:
             # Policies may round a layer's share up by one.
-            most = total_tokens(budget, self.policy.protected, len(self._managers)) + len(self._managers)
-            num_pages = PagedPrompt(end, self.policy.protected, self.block_size).max_pages(most, len(whole))
+            most = total_tokens(budget, policy.protected, len(self._managers)) + len(self._managers)
+            num_pages = PagedPrompt(end, policy.protected, self.block_size).max_pages(most, len(whole))
         num_shared, num_free = num_blocks, self._pool.get_num_free_blocks()
         in_place = num_pages + self._reserved > num_free
         if in_place:
@@ -270,3 +298,12 @@ class EvictionScheduler:
         void = [epoch for epoch, pending in self._pending.items() if pending.request_id == request_id]
         for epoch in void:
             del self._pending[epoch]
+
+
+def _asked(request: Request) -> dict[str, Any] | None:
+    return request.sampling_params.extra_args if request.sampling_params else None
+
+
+def _num_rescoring(config: KVEvictionConfig) -> int:
+    """Last queries that have to be at hand whenever a block is full."""
+    return config.policy.num_queries if config.decode == "window" else 0

@@ -4,12 +4,13 @@ Runs in every worker process and frees no block.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
@@ -19,7 +20,7 @@ from cake_vllm.integration.messages import Eviction, EvictionReport, Grant, Obse
 from cake_vllm.integration.projections import output_projection
 from cake_vllm.integration.spec import evictable_groups
 from cake_vllm.kernels import BlockLayout, EvictedRows
-from cake_vllm.policies import LayerInputs, LayerScore, PagedPrompt
+from cake_vllm.policies import LayerInputs, LayerScore, PagedPrompt, Policy
 
 logger = init_logger("vllm.cake_vllm.worker")
 
@@ -116,9 +117,8 @@ class EvictableLayer:
         projection = output_projection(self.module)
         size = projection.input_size_per_partition
         units = torch.eye(size, dtype=self.module.dtype, device=self.module.kv_cache.device)
-        answer, _ = projection(units)
-        offset, _ = projection(torch.zeros_like(units[:1]))
-        return (answer - offset).T.contiguous()
+        # Its method and not itself: this rank's part alone, without bias.
+        return projection.quant_method.apply(projection, units, None).T.contiguous()
 
 
 class EvictionWorker:
@@ -126,7 +126,6 @@ class EvictionWorker:
 
     def __init__(self, config: KVEvictionConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig):
         self.config = config
-        self.policy = config.policy
         modules = vllm_config.compilation_config.static_forward_context
         self.layers: list[EvictableLayer] = []
         for group_id in evictable_groups(kv_cache_config):
@@ -134,6 +133,7 @@ class EvictionWorker:
             (name,) = group.layer_names
             self.layers.append(EvictableLayer(name, modules[name], group.kv_cache_spec.block_size))
         self.block_size = self.layers[0].block_size
+        self.group = get_tp_group()
         self._watched: dict[str, Watched] = {}
         self._observations: list[Observation] = []
         self._held: dict[str, Held] = {}
@@ -211,7 +211,8 @@ class EvictionWorker:
                     watched.error = error
 
     def _look(self, layer_index: int, place: Batched, watched: Watched, query: torch.Tensor, row: torch.Tensor) -> None:
-        what, grant, num_queries = place.what, place.what.grant, self.policy.num_queries
+        what, grant, config = place.what, place.what.grant, place.what.config or self.config
+        policy, num_queries = config.policy, config.policy.num_queries
         recent = query[max(place.first, place.last - num_queries) : place.last]
         if layer_index in watched.queries:
             recent = torch.cat([watched.queries[layer_index], recent])
@@ -224,25 +225,29 @@ class EvictionWorker:
         num_cached = held.num_cached(layer_index, what.end, self.block_size) if held else what.end
         blocks = row[: -(-num_cached // self.block_size)].long()
         if grant.divides:
-            watched.scores[layer_index] = self.policy.score(self._inputs(layer_index, recent, blocks, num_cached))
+            inputs = self._inputs(policy, layer_index, recent, blocks, num_cached)
+            watched.scores[layer_index] = policy.score(inputs)
             watched.blocks[layer_index] = blocks
             return
-        protected = self.policy.protected
-        num_pages = self._num_pages(held.counts[layer_index] if held else grant.budget - protected)
+        protected = policy.protected
+        wanted = held.counts[layer_index] + protected if held else grant.budget
+        num_pages = -(-wanted // self.block_size)
         if num_pages >= len(blocks):
             return
         count = num_pages * self.block_size - protected
-        if self.config.decode == "cake":
-            inputs = self._inputs(layer_index, query[place.last - 1 : place.last], blocks, num_cached)
-            chosen = self.policy.trim(inputs, count).sort(dim=-1).values
+        if config.decode == "cake":
+            inputs = self._inputs(policy, layer_index, query[place.last - 1 : place.last], blocks, num_cached)
+            chosen = policy.trim(inputs, count).sort(dim=-1).values
         elif len(recent) < num_queries:
             return
         else:
-            chosen = self.policy.rescore(self._inputs(layer_index, recent, blocks, num_cached), count)
+            chosen = policy.rescore(self._inputs(policy, layer_index, recent, blocks, num_cached), count)
         watched.chosen[layer_index], watched.blocks[layer_index] = chosen, blocks
 
-    def _inputs(self, layer_index: int, queries: torch.Tensor, blocks: torch.Tensor, length: int) -> LayerInputs:
-        layer, policy = self.layers[layer_index], self.policy
+    def _inputs(
+        self, policy: Policy, layer_index: int, queries: torch.Tensor, blocks: torch.Tensor, length: int
+    ) -> LayerInputs:
+        layer = self.layers[layer_index]
         return LayerInputs(
             queries.transpose(0, 1),
             layer.layout.read_keys(layer.cache, blocks, length),
@@ -253,23 +258,23 @@ class EvictionWorker:
             layer_index,
         )
 
-    def _num_pages(self, count: int) -> int:
-        return -(-(count + self.policy.protected) // self.block_size)
-
     def _evict(self, what: Observation, grant: Grant, watched: Watched) -> Eviction:
         num_layers, num_blocks = len(self.layers), what.end // self.block_size
+        config = what.config or self.config
+        protected = config.policy.protected
         held = self._held.get(what.req_id)
         if held is None:
-            counts = [grant.budget - self.policy.protected] * num_layers
+            counts = [grant.budget - protected] * num_layers
             held = Held([[] for _ in range(num_layers)], [0] * num_layers, counts)
         cut: set[int] = set()
         lent, postponed = list(grant.lent), 0
         trace: list[torch.Tensor | None] = [None] * num_layers
+        self._share_failures(watched)
         try:
             if watched.error is not None:
                 raise watched.error
             if grant.divides:
-                self._divide(what, grant, watched, held, trace)
+                self._divide(config.policy, what.end, grant.budget, watched, held, trace)
             for index, chosen in watched.chosen.items():
                 layer, blocks = self.layers[index], watched.blocks[index]
                 num_pages = chosen.shape[1] // self.block_size
@@ -290,7 +295,7 @@ class EvictionWorker:
             watched.error = error
             logger.warning_once(
                 "the eviction policy %r raised %s: %s; requests it fails on keep what they hold",
-                self.config.policy_name,
+                config.policy_name,
                 type(error).__name__,
                 error,
             )
@@ -305,26 +310,46 @@ class EvictionWorker:
             grant.epoch,
             tuple(len(held.pages[index]) if index in cut else None for index in range(num_layers)),
             tuple(held.num_cached(index, what.end, self.block_size) for index in range(num_layers)),
-            tuple(count + self.policy.protected for count in held.counts),
+            tuple(count + protected for count in held.counts),
             postponed=postponed,
             failed=watched.error is not None,
         )
 
     def _divide(
-        self, what: Observation, grant: Grant, watched: Watched, held: Held, trace: list[torch.Tensor | None]
+        self,
+        policy: Policy,
+        end: int,
+        budget: int,
+        watched: Watched,
+        held: Held,
+        trace: list[torch.Tensor | None],
     ) -> None:
         """Divides the budget among the layers and chooses what each keeps."""
-        protected = self.policy.protected
         scores = [watched.scores[index] for index in range(len(self.layers))]
-        counts = self.policy.budgets(scores, what.end, grant.budget)
+        if self.group.world_size > 1 and scores[0].terms.numel():
+            terms = self.group.all_reduce(torch.stack([score.terms for score in scores]))
+            scores = [replace(score, terms=of_layer) for score, of_layer in zip(scores, terms, strict=True)]
+        counts = policy.budgets(scores, end, budget)
+        if self.group.world_size > 1:
+            # Where heads compete, ranks come to different counts: their mean, rounded up.
+            total = self.group.all_reduce(torch.tensor(counts, dtype=torch.int64, device=scores[0].indicator.device))
+            counts = (-(-total // self.group.world_size)).tolist()
         for index, (score, count) in enumerate(zip(scores, counts, strict=True)):
-            num_cached = held.num_cached(index, what.end, self.block_size)
-            held.counts[index] = count = min(count, num_cached - protected)
-            cached = PagedPrompt(num_cached, protected, self.block_size)
+            num_cached = held.num_cached(index, end, self.block_size)
+            held.counts[index] = count = min(count, num_cached - policy.protected)
+            cached = PagedPrompt(num_cached, policy.protected, self.block_size)
             num_pages = cached.pages(count)
             if num_pages < cached.full_blocks:
-                ranks = self.policy.rank(score, num_cached, min(1.0, grant.budget / num_cached))
+                ranks = policy.rank(score, num_cached, min(1.0, budget / num_cached))
                 trace[index] = watched.chosen[index] = cached.positions(ranks, num_pages)
+
+    def _share_failures(self, watched: Watched) -> None:
+        """A policy that raised on one tensor-parallel rank has raised on all of them."""
+        if self.group.world_size > 1:
+            device = self.layers[0].module.kv_cache.device
+            failed = self.group.all_reduce(torch.tensor([int(watched.error is not None)], device=device))
+            if failed.item() and watched.error is None:
+                watched.error = RuntimeError("it raised on another rank")
 
     def _hold(self, req_id: str, held: Held) -> None:
         if self._rows is None:

@@ -1,0 +1,221 @@
+"""What a request may ask for itself, and what it may use beside eviction."""
+
+import json
+
+import pytest
+from engine import Engine
+from test_memory import numbers
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture
+def engine(start_engine, tiny_model) -> Engine:
+    return start_engine(
+        tiny_model,
+        skip_tokenizer_init=True,
+        num_gpu_blocks_override=1500,
+        kv_eviction="cake",
+        kv_eviction_budget=300,
+        max_num_batched_tokens=512,
+    )
+
+
+WISHES = [
+    {},
+    {"kv_eviction": "none"},
+    {"kv_eviction_budget": 100},
+    {"kv_eviction": "layer-defensivekv", "kv_eviction_budget": "0.5"},
+    {"kv_eviction": "snapkv"},
+    {"kv_eviction_budget": "auto"},
+]
+
+
+def test_requests_with_budgets_of_their_own(engine: Engine, start_engine, tiny_model):
+    """In one batch they get what engines that are set up for each of them give."""
+    prompt = numbers(20, 900)
+    engine.forget_prefixes()
+    engine.stats()
+    names = [engine.add(prompt, 40, extra_args={**wish, "kv_eviction_report": 1}) for wish in WISHES]
+    together = engine.run()
+    reports = [engine.outputs[name].kv_transfer_params["kv_eviction"] for name in names]
+    assert [report["policy"] for report in reports] == ["cake", "none", "cake", "layer-defensivekv", "snapkv", "cake"]
+    assert [report["budget"] for report in reports] == [300, None, 100, 0.5, 300, "auto"]
+    means = [sum(report["kept_tokens"]) / 4 if report["kept_tokens"] else None for report in reports]
+    assert means[1] is None
+    assert 300 <= means[0] < 380
+    assert 100 <= means[2] < 180
+    assert 450 <= means[3] < 530
+    assert 300 <= means[4] < 332
+    assert engine.is_idle()
+    for name, wish in list(zip(names, WISHES, strict=True))[:-1]:
+        settings = {"kv_eviction": "cake", "kv_eviction_budget": 300} | wish
+        if settings["kv_eviction"] == "none":
+            settings = {}
+        alone: Engine = start_engine(
+            tiny_model, skip_tokenizer_init=True, num_gpu_blocks_override=1500, max_num_batched_tokens=512, **settings
+        )
+        assert alone.generate([prompt], 40) == [together[name]]
+
+
+def test_a_smaller_budget_does_not_meet_a_long_prefix_hit(engine: Engine):
+    """The engine's own settings let a short prompt hit all but its last block, and this request needs a window."""
+    prompt = numbers(21, 310)
+    engine.forget_prefixes()
+    own = {"kv_eviction_budget": 60, "kv_eviction_report": 1}
+    cold = engine.generate([prompt], 30, extra_args=own)
+    names = [engine.add(prompt, 4), engine.add(prompt, 30, extra_args=own)]
+    done = engine.run()
+    assert engine.num_cached(names[0]) == 288
+    assert done[names[1]] == cold[0]
+    assert engine.is_idle()
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"kv_eviction": "cade"}, "kv_eviction 'cade' is unknown: choose none, "),
+        ({"kv_eviction_budget": 0}, "kv_eviction_budget 0 is not a budget"),
+        ({"kv_eviction_budget": 20}, "kv_eviction_budget 20 leaves nothing beside the window"),
+        ({"kv_eviction": "none", "kv_eviction_budget": 20}, "kv_eviction_budget has no effect"),
+    ],
+)
+def test_bad_wishes_are_refused(engine: Engine, wish, message):
+    with pytest.raises(VLLMValidationError, match=f"^{message}"):
+        engine.add([1, 2, 3], 4, extra_args=wish)
+    assert engine.is_idle()
+
+
+def test_wishes_need_a_server_with_eviction(start_engine, tiny_model):
+    engine: Engine = start_engine(tiny_model, skip_tokenizer_init=True)
+    with pytest.raises(VLLMValidationError, match="kv_eviction needs a server with eviction: start it with"):
+        engine.add([1, 2, 3], 4, extra_args={"kv_eviction": "cake"})
+    engine.generate([[1, 2, 3]], 4, extra_args={"kv_eviction": "none"})
+
+
+def test_progressive_prefill_bounds_what_a_request_may_ask_for(start_engine, tiny_model):
+    engine: Engine = start_engine(
+        tiny_model,
+        skip_tokenizer_init=True,
+        num_gpu_blocks_override=1500,
+        kv_eviction="cake",
+        kv_eviction_budget=300,
+        kv_eviction_config={"prefill": "progressive"},
+    )
+    for wish in ({"kv_eviction_budget": 400}, {"kv_eviction": "none"}, {"kv_eviction": "knorm"}):
+        with pytest.raises(VLLMValidationError, match="must not let it hold more than the server's"):
+            engine.add([1, 2, 3], 4, extra_args=wish)
+    assert len(engine.generate([numbers(22, 900)], 4, extra_args={"kv_eviction_budget": 200})[0]) == 4
+
+
+def test_a_policy_that_raises_costs_no_request(engine: Engine, start_engine, tiny_model, monkeypatch):
+    """Whether it scores, divides or ranks: the request is served with all it has, and the next one is evicted."""
+    from cake_vllm.policies.cake import Cake
+
+    prompt = numbers(23, 900)
+    engine.forget_prefixes()
+    evicted = engine.generate([prompt], 30)
+    engine.stats()
+    unlimited = engine.generate([prompt], 30, extra_args={"kv_eviction": "none"})
+    assert evicted != unlimited
+    for method in ("score", "budgets", "rank"):
+
+        def fail(*args, **kwargs):
+            raise ArithmeticError("no")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Cake, method, fail)
+            assert engine.generate([prompt], 30) == unlimited
+        stats = engine.stats()
+        assert stats["failures"] == 1
+        assert stats["freed_blocks"] == 0
+        assert engine.is_idle()
+    assert engine.generate([prompt], 30) == evicted
+
+
+def test_a_failure_while_pages_are_moved(engine: Engine, monkeypatch):
+    """Layers that were moved stay moved, the others keep what they have, and every page comes back."""
+    from cake_vllm.kernels import BlockLayout
+
+    calls = []
+    compact = BlockLayout.compact
+
+    def fail_third(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        compact(*args)
+
+    monkeypatch.setattr(BlockLayout, "compact", fail_third)
+    engine.stats()
+    assert len(engine.generate([numbers(24, 900)], 50)[0]) == 50
+    stats = engine.stats()
+    assert stats["failures"] == 1
+    assert stats["freed_blocks"] > 0
+    assert engine.is_idle()
+
+
+@pytest.fixture
+def smol(start_engine) -> Engine:
+    return start_engine(kv_eviction="cake", kv_eviction_budget=150, max_num_batched_tokens=512)
+
+
+def test_sampling_features(smol: Engine, text_ids):
+    """Each beside a request of another kind, in one batch, on prompts that are evicted."""
+    prompts = [text_ids[1000 * i : 1000 * i + 500] for i in range(7)]
+    plain = smol.generate([prompts[0]], 12)[0]
+    schema = {"type": "object", "properties": {"year": {"type": "integer"}}, "required": ["year"]}
+    params = {
+        "plain": {},
+        "n": {"n": 3, "temperature": 1.0, "output_kind": RequestOutputKind.FINAL_ONLY},
+        "logprobs": {"logprobs": 3},
+        "prompt_logprobs": {"prompt_logprobs": 1},
+        "stop": {"stop": ["e"], "max_tokens": 60},
+        "json": {"structured_outputs": StructuredOutputsParams(json=schema), "max_tokens": 40, "ignore_eos": False},
+        "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+    }
+    smol.stats()
+    names = {
+        what: smol.add(prompt, **({"max_tokens": 12} | wish))
+        for prompt, (what, wish) in zip(prompts, params.items(), strict=True)
+    }
+    smol.run()
+    outputs = {what: smol.outputs[name] for what, name in names.items()}
+    assert list(outputs["plain"].outputs[0].token_ids) == plain
+    assert len(outputs["n"].outputs) == 3
+    assert all(len(step) >= 3 for step in outputs["logprobs"].outputs[0].logprobs)
+    assert len(outputs["prompt_logprobs"].prompt_logprobs) == 500
+    assert outputs["stop"].outputs[0].finish_reason == "stop"
+    assert isinstance(json.loads(outputs["json"].outputs[0].text)["year"], int)
+    assert smol.stats()["requests"] == 9
+    assert smol.is_idle()
+
+
+def test_prompt_logprobs_do_not_depend_on_eviction(smol: Engine, start_engine, text_ids):
+    """They come from the whole prompt."""
+    prompt = text_ids[2000:2400]
+
+    def logprobs(engine: Engine) -> list[float]:
+        name = engine.add(prompt, 2, prompt_logprobs=0)
+        engine.run()
+        steps = engine.outputs[name].prompt_logprobs[1:]
+        return [next(iter(step.values())).logprob for step in steps]
+
+    ours = logprobs(smol)
+    assert ours == pytest.approx(logprobs(start_engine()), abs=1e-4)
+
+
+def test_an_interruption_leaves_no_page_behind(smol: Engine, text_ids):
+    """As between training steps: what runs is aborted, the cache forgotten, and serving goes on."""
+    names = [smol.add(text_ids[300 * i : 300 * i + 400], 50) for i in range(3)]
+    for _ in range(6):
+        smol.step()
+    smol.abort(*names)
+    smol.run()
+    smol.forget_prefixes()
+    assert smol.is_idle()
+    assert len(smol.llm.generate({"prompt_token_ids": text_ids[:400]}, SamplingParams(max_tokens=5))) == 1
+    assert smol.is_idle()
