@@ -38,3 +38,47 @@ def test_sliding_layers_stay_as_they_are(start_engine, tmp_path):
     stock: Engine = start_engine(model, skip_tokenizer_init=True, max_model_len=2048)
     assert stock.generate(prompts, 24) == everything_kept
     assert everything_kept != tokens
+
+
+MODELS = {
+    "qwen2": ("qwen2", "Qwen2ForCausalLM", {"hidden_size": 128}),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM", {}),
+    "mistral": ("mistral", "MistralForCausalLM", {"sliding_window": None}),
+    "phi": ("phi", "PhiForCausalLM", {"hidden_size": 128, "num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
+    "phi3": ("phi3", "Phi3ForCausalLM", {"hidden_size": 128, "pad_token_id": 0}),
+    "gemma2": (
+        "gemma2",
+        "Gemma2ForCausalLM",
+        {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64, "query_pre_attn_scalar": 32},
+    ),
+    "qwen3-moe": (
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(start_engine, tmp_path, name, scheduler_only):
+    """Served in full it is stock vLLM; evicted, every layer of full attention gives memory back."""
+    model_type, architecture, fields = MODELS[name]
+    model = save_random_model(tmp_path, model_type, architecture, num_hidden_layers=4, **fields)
+    settings = {"skip_tokenizer_init": True, "max_model_len": 2048, "num_gpu_blocks_override": 2000}
+    prompts = [[(7 * i * i + j) % 250 for i in range(400 + 100 * j)] for j in range(3)]
+    expected = start_engine(model, **settings).generate(prompts, 16)
+    # This policy asks for everything: queries, keys, values and the output projection.
+    engine: Engine = start_engine(model, kv_eviction="criticalkv", kv_eviction_budget=100, **settings)
+    engine.stats()
+    assert engine.generate(prompts, 16, extra_args={"kv_eviction": "none"}) == expected
+    assert not engine.stats()
+    tokens = engine.generate(prompts, 16)
+    # Gemma 2's tied and scaled embeddings make a random model repeat itself, whatever it attends to.
+    assert tokens != expected or name == "gemma2"
+    stats = engine.stats()
+    full = sum(kind == "full_attention" for kind in fields.get("layer_types", ["full_attention"] * 4))
+    assert stats["requests"] == 3
+    assert stats["failures"] == 0
+    assert len(stats["kept_tokens"]) == full
+    assert all(3 * 100 <= kept < 3 * 160 for kept in stats["kept_tokens"])
+    assert engine.is_idle()

@@ -3,7 +3,8 @@
 Runs in every worker process and frees no block.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -332,8 +333,8 @@ class EvictionWorker:
         counts = policy.budgets(scores, end, budget)
         if self.group.world_size > 1:
             # Where heads compete, ranks come to different counts: their mean, rounded up.
-            total = self.group.all_reduce(torch.tensor(counts, dtype=torch.int64, device=scores[0].indicator.device))
-            counts = (-(-total // self.group.world_size)).tolist()
+            total = self._sum_over_ranks(counts)
+            counts = [math.ceil(count / self.group.world_size) for count in total]
         for index, (score, count) in enumerate(zip(scores, counts, strict=True)):
             num_cached = held.num_cached(index, end, self.block_size)
             held.counts[index] = count = min(count, num_cached - policy.protected)
@@ -345,11 +346,14 @@ class EvictionWorker:
 
     def _share_failures(self, watched: Watched) -> None:
         """A policy that raised on one tensor-parallel rank has raised on all of them."""
-        if self.group.world_size > 1:
-            device = self.layers[0].module.kv_cache.device
-            failed = self.group.all_reduce(torch.tensor([int(watched.error is not None)], device=device))
-            if failed.item() and watched.error is None:
-                watched.error = RuntimeError("it raised on another rank")
+        if self.group.world_size > 1 and self._sum_over_ranks([watched.error is not None]) != [0]:
+            watched.error = watched.error or RuntimeError("it raised on another rank")
+
+    def _sum_over_ranks(self, numbers: Sequence[int]) -> list[int]:
+        # As floats, which hold them exactly: not every backend adds integers.
+        device = self.layers[0].module.kv_cache.device
+        total = self.group.all_reduce(torch.tensor(numbers, dtype=torch.float32, device=device))
+        return [int(number) for number in total.tolist()]
 
     def _hold(self, req_id: str, held: Held) -> None:
         if self._rows is None:
