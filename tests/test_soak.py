@@ -1,0 +1,169 @@
+"""A server under load from clients who come and go, and one whose engine is killed."""
+
+import json
+import random
+import re
+import shutil
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT
+from random_models import save_random_model
+
+sys.path.insert(0, str(ROOT / "deploy"))
+
+from demo import is_ready, metrics, server
+
+pytestmark = pytest.mark.slow
+
+FLAGS = [
+    "--dtype",
+    "float32",
+    "--block-size",
+    "32",
+    "--max-model-len",
+    "2048",
+    "--enforce-eager",
+    "--max-num-seqs",
+    "16",
+]
+BUDGET = 128
+#: Prompts beyond this are evicted under CAKE: the budget and the window.
+EVICTED = BUDGET + 32
+
+
+@pytest.fixture(autouse=True)
+def users_environment(monkeypatch):
+    """The server as users start it, not as engines run inside the other tests."""
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def chatty_model(model_dir, tmp_path_factory) -> str:
+    """Random weights behind a real tokenizer."""
+    path = tmp_path_factory.mktemp("chatty")
+    save_random_model(path, "llama", "LlamaForCausalLM", num_hidden_layers=4, vocab_size=49152)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(Path(model_dir) / file, path)
+    return str(path)
+
+
+def post(url: str, body: dict, timeout: float = 120) -> dict:
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps({"model": "demo", **body}).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        return json.loads(answer.read())
+
+
+def series(url: str, name: str) -> float:
+    """Sum of a series of vLLM's own."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    return sum(float(value) for value in re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE))
+
+
+def engine_process() -> psutil.Process:
+    """The process that holds the model."""
+    found = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if child.status() != psutil.STATUS_ZOMBIE and "EngineCore" in child.name() + " ".join(child.cmdline())
+    ]
+    (engine,) = found
+    return engine
+
+
+def test_two_thousand_requests(chatty_model):
+    """Nothing leaks, and the counters are what the clients count."""
+    # A pool small enough to be touched as a whole before memory is first measured.
+    pool = ["--num-gpu-blocks-override", "1500"]
+    flags = ["--kv-eviction", "cake", "--kv-eviction-budget", str(BUDGET), *FLAGS, *pool]
+    with server(chatty_model, *flags) as url:
+        lock, served, dropped = threading.Lock(), [], []
+
+        def client(number: int) -> None:
+            dice = random.Random(number)
+            length = dice.choice((dice.randint(1, 60), dice.randint(EVICTED + 1, 600)))
+            prompt = [dice.randrange(1000, 40000) for _ in range(length)]
+            body = {"prompt": prompt, "max_tokens": dice.randint(2, 24), "ignore_eos": True, "temperature": 0}
+            if dice.random() < 0.1:
+                # Leaves without waiting for the answer.
+                try:
+                    post(url, body, timeout=dice.choice((0.01, 0.1, 0.4)))
+                except (TimeoutError, urllib.error.URLError):
+                    with lock:
+                        dropped.append(length)
+                    return
+            else:
+                usage = post(url, body)["usage"]
+                assert usage["prompt_tokens"] == length
+                assert usage["completion_tokens"] == body["max_tokens"]
+            with lock:
+                served.append(length)
+
+        with ThreadPoolExecutor(24) as pool:
+            list(pool.map(client, range(400)))
+            engine = engine_process()
+            before = engine.memory_info().rss
+            list(pool.map(client, range(400, 2000)))
+        deadline = time.monotonic() + 30
+        while series(url, "vllm:num_requests_running") and time.monotonic() < deadline:
+            time.sleep(0.5)
+        # The last statistics travel with a step's output.
+        post(url, {"prompt": [5, 6, 7], "max_tokens": 3})
+        assert len(dropped) > 50
+        assert series(url, "vllm:kv_cache_usage_perc") == 0
+        assert engine.memory_info().rss - before < 100 * 2**20
+        ours = metrics(url)
+        certain = sum(length > EVICTED for length in served)
+        assert certain <= ours["requests"] <= certain + sum(length > EVICTED for length in dropped)
+        assert ours["failures"] == 0
+        assert ours["freed_blocks"] * 32 == ours["evicted_tokens"] > 0
+
+
+def test_wishes_over_http(chatty_model):
+    """Budgets by request, what was kept in the answer, and refusals as HTTP 400."""
+    flags = ["--kv-eviction", "cake", "--kv-eviction-budget", "400", *FLAGS]
+    with server(chatty_model, *flags) as url:
+        prompt = list(range(1000, 1500))
+        for wish, kept in (({}, 500), ({"kv_eviction_budget": 128}, 128), ({"kv_eviction_budget": "0.5"}, 250)):
+            wish = {**wish, "kv_eviction_report": 1}
+            answer = post(url, {"prompt": prompt, "max_tokens": 3, "ignore_eos": True, "vllm_xargs": wish})
+            report = answer["kv_transfer_params"]["kv_eviction"]
+            assert report["policy"] == "cake"
+            assert kept <= sum(report["kept_tokens"]) / 4 < kept + 64 if kept < 500 else True
+        assert post(url, {"prompt": prompt, "max_tokens": 3})["kv_transfer_params"] is None
+        for wish, message in (
+            ({"kv_eviction": "cade"}, "kv_eviction 'cade' is unknown"),
+            ({"kv_eviction_budget": -1}, "kv_eviction_budget -1 is not a budget"),
+        ):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                post(url, {"prompt": prompt, "max_tokens": 3, "vllm_xargs": wish})
+            assert refused.value.code == 400
+            assert message in json.loads(refused.value.read())["error"]["message"]
+
+
+def test_a_killed_engine_is_noticed(chatty_model):
+    """As in stock vLLM: what runs is answered with an error, and the server ends."""
+    with server(chatty_model, "--kv-eviction", "cake", "--kv-eviction-budget", str(BUDGET), *FLAGS) as url:
+        with ThreadPoolExecutor(4) as pool:
+            body = {"prompt": list(range(1000, 1400)), "max_tokens": 1500, "ignore_eos": True}
+            running = [pool.submit(post, url, body) for _ in range(4)]
+            time.sleep(2)
+            engine_process().kill()
+            for request in running:
+                with pytest.raises((urllib.error.URLError, ConnectionError)):
+                    request.result(timeout=60)
+        deadline = time.monotonic() + 60
+        while is_ready(url):
+            assert time.monotonic() < deadline, "the server goes on without an engine"
+            time.sleep(1)
