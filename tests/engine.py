@@ -100,11 +100,13 @@ class Engine:
         done = self.run()
         return [done[name] for name in names]
 
-    def trace(self, prompts: list[list[int]], max_tokens: int) -> list[tuple[list[int], list[torch.Tensor | None]]]:
+    def trace(
+        self, prompts: list[list[int]], max_tokens: int, **params: Any
+    ) -> list[tuple[list[int], list[torch.Tensor | None]]]:
         """Greedy tokens and kept positions of prompts that run together; positions are empty if nothing left."""
         traces = self.connector.worker.trace
         traces.clear()
-        names = [self.add(prompt, max_tokens) for prompt in prompts]
+        names = [self.add(prompt, max_tokens, **params) for prompt in prompts]
         done = self.run()
         kept = {name: next((t for key, t in traces.items() if key.rsplit("-", 1)[0] == name), []) for name in names}
         return [(done[name], kept[name]) for name in names]

@@ -101,7 +101,6 @@ def test_what_is_switched_on(llama):
         ({"kv_eviction": "cade"}, "--kv-eviction 'cade' is unknown"),
         ({"kv_eviction_budget": 128}, "no effect without --kv-eviction"),
         ({"kv_eviction": "cake", "kv_eviction_budget": 0}, "--kv-eviction-budget 0 is not a budget"),
-        ({"kv_eviction": "cake", "tensor_parallel_size": 2}, "--tensor-parallel-size yet: set it to 1"),
         ({"kv_eviction": "cake", "pipeline_parallel_size": 2}, "--pipeline-parallel-size yet: set it to 1"),
         ({"kv_eviction": "cake", "disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager yet"),
         ({"kv_eviction": "cake", "kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 yet: use auto"),

@@ -60,7 +60,9 @@ _seen: dict[str, list] = {}
 
 
 @pytest.mark.parametrize("chunk", [8192, 2048, 512, 256])
-def test_chunk_size_and_batch_do_not_matter(start_engine, in_one_chunk, chunk):
+def test_chunk_size_and_batch_do_not_matter(start_engine, in_one_chunk, chunk, is_v2):
+    if is_v2 and chunk not in (2048, 256):
+        pytest.skip("two of the chunk sizes are enough on the interpreted runner")
     engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=200, max_num_batched_tokens=chunk)
     alone = [engine.trace([prompt], 16)[0] for prompt in in_one_chunk]
     together = engine.trace(in_one_chunk, 16)

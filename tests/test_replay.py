@@ -17,10 +17,15 @@ def replay(model_dir: str) -> Replay:
     return Replay(model_dir)
 
 
+@pytest.fixture
+def evicting(start_engine) -> Engine:
+    """One engine for all methods and budgets: requests ask for theirs."""
+    return start_engine(kv_eviction="cake", kv_eviction_budget=128, max_num_batched_tokens=2048)
+
+
 @pytest.mark.parametrize("budget", [128, 256, 512])
-def test_served_tokens_equal_replay(start_engine, replay: Replay, prompts, budget: int):
-    engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=budget, max_num_batched_tokens=2048)
-    served = engine.trace(list(prompts.values()), NUM_TOKENS)
+def test_served_tokens_equal_replay(evicting: Engine, replay: Replay, prompts, budget: int):
+    served = evicting.trace(list(prompts.values()), NUM_TOKENS, extra_args={"kv_eviction_budget": budget})
     for prompt, (tokens, positions) in zip(prompts.values(), served, strict=True):
         expected, kept = replay.generate(prompt, NUM_TOKENS, Cake(), budget, block_size=32)
         full_len = len(prompt) // 32 * 32
@@ -31,11 +36,11 @@ def test_served_tokens_equal_replay(start_engine, replay: Replay, prompts, budge
 
 
 @pytest.mark.parametrize("name", policy_names())
-def test_every_policy_is_served(start_engine, replay: Replay, text_ids, name: str):
+def test_every_policy_is_served(evicting: Engine, replay: Replay, text_ids, name: str):
     """Each method on the real engine: the tokens of its replay, and every page back."""
-    engine: Engine = start_engine(kv_eviction=name, kv_eviction_budget=150, max_num_batched_tokens=256)
     prompt = text_ids[3000:3500]
-    (served,) = engine.trace([prompt], 8)
+    evicting.stats()
+    (served,) = evicting.trace([prompt], 8, extra_args={"kv_eviction": name, "kv_eviction_budget": 150})
     expected, kept = replay.generate(prompt, 8, create_policy(name, {}), 150, block_size=32)
     assert served[0] == expected
     for ours, theirs, ranks in zip(served[1], kept, replay.ranks, strict=True):
@@ -44,11 +49,11 @@ def test_every_policy_is_served(start_engine, replay: Replay, text_ids, name: st
             swapped = sorted(set(ours[head].tolist()) ^ {p for p in theirs[head] if p < 480})
             worth = ranks[head, swapped]
             assert len(swapped) == 0 or worth.max() - worth.min() <= 1e-5 * worth.abs().max()
-    stats = engine.stats()
+    stats = evicting.stats()
     assert stats["requests"] == 1
     # The last 20 tokens lie in a partial block and stay in any case.
     assert 30 * 150 - 30 <= sum(stats["kept_tokens"]) < 30 * (150 + 32 + 20)
-    assert engine.is_idle()
+    assert evicting.is_idle()
 
 
 @pytest.mark.parametrize(
@@ -120,8 +125,7 @@ def test_layers_may_keep_their_last_block_only(start_engine, replay: Replay, tex
     assert engine.is_idle()
 
 
-def test_eviction_changes_the_output(start_engine, prompts):
+def test_eviction_changes_the_output(evicting: Engine, prompts):
     """The comparisons above would be empty if eviction changed nothing."""
-    tight = start_engine(kv_eviction="cake", kv_eviction_budget=64).generate([prompts[1000]], NUM_TOKENS)
-    loose = start_engine(kv_eviction="cake", kv_eviction_budget=8192).generate([prompts[1000]], NUM_TOKENS)
-    assert tight != loose
+    tight = evicting.generate([prompts[1000]], NUM_TOKENS, extra_args={"kv_eviction_budget": 64})
+    assert tight != evicting.generate([prompts[1000]], NUM_TOKENS, extra_args={"kv_eviction": "none"})

@@ -1,7 +1,7 @@
 """The block managers while eviction is on, and the check that no page is lost."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -123,9 +123,10 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
         return 0
 
 
-def interleave(rows: Iterable[Sequence[KVCacheBlock]]) -> list[KVCacheBlock]:
+def interleave(rows: Sequence[Sequence[KVCacheBlock]]) -> list[KVCacheBlock]:
     """The first blocks of all rows, then their second ones, and so on; null blocks left out."""
-    return [block for column in zip_longest(*rows) for block in column if block is not None and not block.is_null]
+    columns = zip_longest(*rows) if len({len(row) for row in rows}) > 1 else zip(*rows, strict=True)
+    return [block for column in columns for block in column if block is not None and not block.is_null]
 
 
 def check_integrity(manager: KVCacheManager) -> None:

@@ -99,8 +99,6 @@ class EvictionScheduler:
         """Takes hold of the block managers."""
         every = manager.coordinator.single_type_managers
         self._managers: list[EvictingManager] = [every[group] for group in self.groups]  # type: ignore[misc]
-        for layer in self._managers:
-            layer.layers = self._managers
         self._exact = [group for group in every if isinstance(group, ExactPrefixManager)]
         self._pool = manager.block_pool
 
@@ -257,7 +255,7 @@ class EvictionScheduler:
             rows = {layer: self._managers[layer].req_to_blocks[request_id] for layer in whole}
             num_shared = max((self._managers[layer].num_shared(request_id, num_blocks) for layer in whole), default=0)
             # Nobody may hit what is about to be overwritten.
-            own = interleave(row[num_shared:num_blocks] for row in rows.values())
+            own = interleave([row[num_shared:num_blocks] for row in rows.values()])
             self._pool.evict_blocks({block.block_id for block in own})
             num_pages = min(num_pages, len(whole) * num_shared, num_free)
         lent = self._pool.get_new_blocks(num_pages)

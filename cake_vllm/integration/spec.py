@@ -4,14 +4,18 @@ from dataclasses import dataclass
 from typing import Self
 
 from vllm.config import VllmConfig
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
 from cake_vllm.integration.cache_manager import EvictingManager, ExactSlidingWindowManager
+from cake_vllm.integration.coordinator import customize, install_coordinator
 
 # vLLM fills an empty registry only: registering first would leave its own specs without managers.
 register_all_kvcache_specs(None)
+# Every process that makes block managers for these specs has to import them first.
+install_coordinator()
 
 
 @register_kv_cache_spec(manager_class=ExactSlidingWindowManager)
@@ -49,6 +53,10 @@ class EvictableSpec(FullAttentionSpec):
         everything = super().max_memory_usage_bytes(vllm_config)
         blocks = self.max_request_blocks
         return everything if blocks is None else min(everything, blocks * self.page_size_bytes)
+
+    def customize_coordinator(self, coordinator: KVCacheCoordinator) -> KVCacheCoordinator:
+        """Called by a vLLM with ``patches/customize_coordinator.patch``; see there."""
+        return customize(coordinator)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:

@@ -1,0 +1,125 @@
+"""One manager answers for all layers, and the answers are those that vLLM's own coordinator gives."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import vllm
+from conftest import ROOT
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256_cbor
+from vllm.v1.core import kv_cache_manager
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request
+
+from cake_vllm.integration.cache_manager import check_integrity
+from cake_vllm.integration.coordinator import LayerwiseCoordinator
+from cake_vllm.integration.spec import EvictableSpec
+
+LAYERS, BLOCK = 5, 16
+
+
+def make_manager(caching: bool) -> KVCacheManager:
+    shape = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 8, "dtype": torch.float32}
+    groups = [KVCacheGroupSpec([str(i)], EvictableSpec(**shape, layer_index=i)) for i in range(LAYERS)]
+    return KVCacheManager(KVCacheConfig(LAYERS * 60 + 1, [], groups), 1000, BLOCK, BLOCK, enable_caching=caching)
+
+
+def history(manager: KVCacheManager, caching: bool) -> list:
+    """What a manager answers to a random sequence of arrivals, steps and ends."""
+    dice = random.Random(5)
+    hasher = get_request_block_hasher(BLOCK, sha256_cbor) if caching else None
+    running: list[Request] = []
+    seen: list = []
+    for step in range(600):
+        if dice.random() < 0.2:
+            prompt = [1] * dice.randint(1, 200) + [step] * dice.randint(1, 100)
+            request = Request(str(step), prompt, SamplingParams(max_tokens=50), None, block_hasher=hasher)
+            hits, num_hit, _ = manager.get_computed_blocks(request)
+            new = manager.allocate_slots(
+                request, request.num_tokens - num_hit, num_hit, hits, full_sequence_must_fit=True
+            )
+            seen.append((num_hit, new is None))
+            if new is not None:
+                request.num_computed_tokens = request.num_tokens
+                running.append(request)
+        for request in list(running):
+            request.append_output_token_ids(step)
+            new = manager.allocate_slots(request, 1)
+            seen.append(new and [len(row) for row in new.blocks])
+            if new is None or dice.random() < 0.05:
+                manager.free(request)
+                running.remove(request)
+            else:
+                request.num_computed_tokens += 1
+        check_integrity(manager)
+        seen.append(manager.block_pool.get_num_free_blocks())
+    return seen
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_answers_are_those_of_every_layer(caching, monkeypatch):
+    init_none_hash(sha256_cbor)
+    ours = make_manager(caching)
+    assert isinstance(ours.coordinator, LayerwiseCoordinator)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            kv_cache_manager, "get_kv_cache_coordinator", kv_cache_manager.get_kv_cache_coordinator.__wrapped__
+        )
+        plain = make_manager(caching)
+    assert not isinstance(plain.coordinator, LayerwiseCoordinator)
+    # The order in which prefixes are forgotten is part of what the layers decide together.
+    for layer in plain.coordinator.single_type_managers:
+        layer.layers = plain.coordinator.single_type_managers
+    answers = history(ours, caching)
+    assert answers == history(plain, caching)
+    arrivals = [answer for answer in answers if isinstance(answer, tuple)]
+    assert any(refused for _, refused in arrivals), "the pool was never full"
+    assert any(num_hit for num_hit, _ in arrivals) == caching
+
+
+SERVE = """
+from cake_vllm import LLM
+from vllm.v1.core import kv_cache_manager
+import vllm
+llm = LLM({model!r}, skip_tokenizer_init=True, dtype="float32", block_size=32, enforce_eager=True, max_model_len=2048,
+          kv_cache_memory_bytes=2**26, kv_eviction="cake", kv_eviction_budget=100)
+manager = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
+print("RESULT", vllm.__file__, type(manager.coordinator).__name__,
+      hasattr(kv_cache_manager.get_kv_cache_coordinator, "__wrapped__"),
+      llm.generate({{"prompt_token_ids": list(range(1, 250)) * 3}}, use_tqdm=False)[0].outputs[0].token_ids[:4])
+"""
+
+
+@pytest.mark.slow
+def test_the_patch_takes_the_wrappers_place(tiny_model, tmp_path):
+    """It applies to the installed vLLM (to a copy of it), and a request is served without the wrapper."""
+    installed = Path(vllm.__file__).parent
+    copy = tmp_path / "vllm"
+    for folder, _, files in os.walk(installed):
+        here = copy / Path(folder).relative_to(installed)
+        here.mkdir()
+        for file in files:
+            (here / file).symlink_to(Path(folder) / file)
+    patch = ROOT / "patches" / "customize_coordinator.patch"
+    names = [line.removeprefix("+++ b/") for line in patch.read_text().splitlines() if line.startswith("+++ b/")]
+    for name in names:
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        (tmp_path / name).write_bytes(content)
+    subprocess.run(["git", "apply", "-p1", patch], cwd=tmp_path, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", SERVE.format(model=tiny_model)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    result = next(line.split() for line in run.stdout.splitlines() if line.startswith("RESULT"))
+    assert result[1:4] == [str(copy / "__init__.py"), "LayerwiseHybridKVCacheCoordinator", "False"]
