@@ -54,11 +54,15 @@ class Engine:
     def vllm_config(self):
         return self.llm.llm_engine.vllm_config
 
-    def add(self, prompt: list[int], max_tokens: int = 16, priority: int = 0, **params: Any) -> str:
+    def add(
+        self, prompt: list[int], max_tokens: int = 16, priority: int = 0, lora_request: Any = None, **params: Any
+    ) -> str:
         """Adds a greedy request and returns its id."""
         name = f"r{next(self._ids)}"
         sampling = SamplingParams(**({"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True} | params))
-        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, sampling, priority=priority)
+        self.llm.llm_engine.add_request(
+            name, {"prompt_token_ids": prompt}, sampling, lora_request=lora_request, priority=priority
+        )
         return name
 
     def abort(self, *names: str) -> None:

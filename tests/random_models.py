@@ -1,8 +1,10 @@
 """Small models with random weights, for what real weights would not show better."""
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
@@ -21,4 +23,26 @@ def save_random_model(path: Path, model_type: str, architecture: str, **fields) 
     }
     config = AutoConfig.for_model(model_type, architectures=[architecture], **{**common, **fields})
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return str(path)
+
+
+def save_random_adapter(path: Path, num_layers: int, hidden: int = 64, rank: int = 4) -> str:
+    """A LoRA adapter for the query and output projections of the Llamas above, 128 wide, loud enough to be heard."""
+    torch.manual_seed(1)
+    weights = {}
+    for layer in range(num_layers):
+        for name, width_in, width_out in (("q_proj", hidden, 128), ("o_proj", 128, hidden)):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{prefix}.lora_A.weight"] = 0.3 * torch.randn(rank, width_in)
+            weights[f"{prefix}.lora_B.weight"] = 0.3 * torch.randn(width_out, rank)
+    path.mkdir(exist_ok=True)
+    save_file(weights, path / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ["q_proj", "o_proj"],
+        "bias": "none",
+    }
+    (path / "adapter_config.json").write_text(json.dumps(config))
     return str(path)

@@ -4,9 +4,11 @@ import json
 
 import pytest
 from engine import Engine
+from random_models import save_random_adapter
 from test_memory import numbers
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 pytestmark = pytest.mark.engine
@@ -220,3 +222,32 @@ def test_an_interruption_leaves_no_page_behind(smol: Engine, text_ids):
     assert smol.is_idle()
     assert len(smol.llm.generate({"prompt_token_ids": text_ids[:400]}, SamplingParams(max_tokens=5))) == 1
     assert smol.is_idle()
+
+
+def test_lora_beside_the_base_model(start_engine, tiny_model, tmp_path, scheduler_only):
+    """Requests with and without an adapter, evicted in one batch; served in full they are stock vLLM's."""
+    adapter = LoRARequest("adapter", 1, save_random_adapter(tmp_path / "adapter", num_layers=4))
+    settings = {
+        "skip_tokenizer_init": True,
+        "num_gpu_blocks_override": 1500,
+        "enable_lora": True,
+        "max_lora_rank": 8,
+        "max_num_batched_tokens": 512,
+    }
+    prompt = numbers(25, 700)
+
+    def served(engine: Engine, **params) -> list[list[int]]:
+        names = [engine.add(prompt, 20, lora_request=lora, **params) for lora in (None, adapter)]
+        done = engine.run()
+        return [done[name] for name in names]
+
+    stock = served(start_engine(tiny_model, **settings))
+    engine: Engine = start_engine(tiny_model, kv_eviction="criticalkv", kv_eviction_budget=100, **settings)
+    assert served(engine, extra_args={"kv_eviction": "none"}) == stock
+    engine.stats()
+    together = served(engine)
+    assert engine.stats()["requests"] == 2
+    # The adapter's row alone: stock vLLM on CPUs gives the base model's rows other tokens in a mixed batch.
+    assert engine.generate([prompt], 20, lora_request=adapter)[0] == together[1]
+    assert len({tuple(tokens) for tokens in (*stock, *together)}) == 4
+    assert engine.is_idle()
