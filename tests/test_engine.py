@@ -1,5 +1,7 @@
 """Serving with eviction: what must not change, what must not depend on the batch, and where the memory goes."""
 
+import functools
+
 import pytest
 import torch
 from engine import Engine
@@ -110,9 +112,20 @@ def test_pages_return_after_abort(evicting: Engine, text_ids):
     assert evicting.is_idle()
 
 
-def test_pages_return_when_the_model_length_ends_a_request(start_engine, text_ids):
-    engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=100, max_model_len=600)
-    assert [len(tokens) for tokens in engine.generate([text_ids[:590], text_ids[:400]], 1000)] == [10, 200]
+@pytest.fixture
+def tiny(start_engine, tiny_model):
+    """Starts engines with the model of random weights, for what is the scheduler's work."""
+    return functools.partial(start_engine, tiny_model, skip_tokenizer_init=True)
+
+
+@pytest.fixture
+def tiny_ids(text_ids) -> list[int]:
+    return [token % 250 for token in text_ids]
+
+
+def test_pages_return_when_the_model_length_ends_a_request(tiny, tiny_ids):
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=100, max_model_len=600)
+    assert [len(tokens) for tokens in engine.generate([tiny_ids[:590], tiny_ids[:400]], 1000)] == [10, 200]
     assert engine.is_idle()
 
 
@@ -133,13 +146,13 @@ def test_memory_is_free_while_the_request_runs(evicting: Engine, text_ids):
     evicting.run()
 
 
-def test_a_preempted_request_is_evicted_again(start_engine, text_ids, scheduler_only):
+def test_a_preempted_request_is_evicted_again(tiny, tiny_ids, scheduler_only):
     """A pool too small for the load: everything finishes, and what was not preempted keeps its tokens."""
     # Two requests of 10 blocks a layer fit, one of them evicted; their output does not.
-    pool = {"max_model_len": 512, "num_gpu_blocks_override": 30 * 16 + 1}
+    pool = {"max_model_len": 512, "num_gpu_blocks_override": 4 * 16 + 1}
     options = {"decode": "off"}
-    engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=128, kv_eviction_config=options, **pool)
-    prompts = [text_ids[400 * i : 400 * i + 320] for i in range(2)]
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=128, kv_eviction_config=options, **pool)
+    prompts = [tiny_ids[400 * i : 400 * i + 320] for i in range(2)]
     alone = [engine.generate([prompt], 110)[0] for prompt in prompts]
     engine.stats()
     names = [engine.add(prompt, 110) for prompt in prompts]
@@ -175,24 +188,24 @@ def test_eviction_in_place_when_the_pool_is_full(start_engine, text_ids):
     assert tight.is_idle()
 
 
-def test_sixteen_requests_run_in_a_pool_for_three(start_engine, text_ids, scheduler_only):
+def test_sixteen_requests_run_in_a_pool_for_three(tiny, tiny_ids, scheduler_only):
     """One full prompt is in prefill while the evicted ones decode; stock vLLM runs three."""
     length, concurrent = 2000, 16
     pool = {"max_model_len": length + 300, "max_num_batched_tokens": length}
     per_prompt = -(-(length + 60) // 32)
-    prompts = [text_ids[200 * i : 200 * i + length] for i in range(concurrent)]
-    assert most_running(start_engine(num_gpu_blocks_override=3 * per_prompt + 1, **pool), prompts[:5], 60) == 3
-    engine: Engine = start_engine(
-        kv_eviction="cake", kv_eviction_budget=0.1, num_gpu_blocks_override=30 * 3 * per_prompt + 1, **pool
+    prompts = [tiny_ids[200 * i : 200 * i + length] for i in range(concurrent)]
+    assert most_running(tiny(num_gpu_blocks_override=3 * per_prompt + 1, **pool), prompts[:5], 60) == 3
+    engine: Engine = tiny(
+        kv_eviction="cake", kv_eviction_budget=0.1, num_gpu_blocks_override=4 * 3 * per_prompt + 1, **pool
     )
     assert most_running(engine, prompts, 60) == concurrent
 
 
-def test_an_automatic_budget_fits_the_load(start_engine, text_ids, scheduler_only):
+def test_an_automatic_budget_fits_the_load(tiny, tiny_ids, scheduler_only):
     """One request keeps everything; many share a pool that holds three of them."""
     length, concurrent = 1600, 8
-    blocks = 30 * 3 * -(-(length + 30) // 32) + 1
-    engine: Engine = start_engine(
+    blocks = 4 * 3 * -(-(length + 30) // 32) + 1
+    engine: Engine = tiny(
         kv_eviction="cake",
         kv_eviction_budget="auto",
         max_model_len=length + 100,
@@ -200,9 +213,9 @@ def test_an_automatic_budget_fits_the_load(start_engine, text_ids, scheduler_onl
         num_gpu_blocks_override=blocks,
     )
     engine.stats()
-    engine.generate([text_ids[:length]], 4)
+    engine.generate([tiny_ids[:length]], 4)
     assert not engine.stats()
-    prompts = [text_ids[200 * i : 200 * i + length] for i in range(concurrent)]
+    prompts = [tiny_ids[200 * i : 200 * i + length] for i in range(concurrent)]
     assert most_running(engine, prompts, 20) == concurrent
     assert engine.stats()["requests"] >= concurrent - 1
 

@@ -103,7 +103,7 @@ def test_steady_state(start_engine, tiny_model, decode, scheduler_only):
             steps += 1
             length = scheduler._tracked[name].request.num_computed_tokens
             for layer, manager in enumerate(scheduler._managers):
-                given = held.counts[layer] + worker.policy.protected
+                given = held.counts[layer] + worker.config.policy.protected
                 blocks = manager.num_held(name, -(-length // 32))
                 assert blocks * 32 <= -(-given // 32) * 32 + 2 * 32
             total = sum(manager.num_held(name, -(-length // 32)) for manager in scheduler._managers)
