@@ -197,3 +197,41 @@ def test_a_prefix_hit_under_progressive_prefill(tiny):
     # The chunks of the second run begin elsewhere: it evicts at other lengths, and only its length is the same.
     assert len(done[name]) == len(expected[0])
     assert engine.is_idle()
+
+
+@pytest.mark.parametrize("prefill", ["exact", "progressive"])
+def test_reports_that_come_a_step_late(tiny, prefill, monkeypatch):
+    """Under asynchronous scheduling a step is planned before the one before it is reported."""
+    options = {"prefill": prefill, "decode": "window"}
+    engine: Engine = tiny(**{**PREFIX_CACHED, "kv_eviction_config": options})
+    half = engine.scheduler.connector.scheduler
+    prompts = [numbers(40, 1300), numbers(41, 200), numbers(42, 1300)[:700] + numbers(43, 100)]
+    expected = [engine.generate([prompt], 90)[0] for prompt in prompts]
+    assert engine.is_idle()
+
+    late: list = []
+    plan, finish = half.plan, half.finish
+
+    def plan_first(output):
+        planned, due = plan(output), late.copy()
+        late.clear()
+        for evictions in due:
+            finish(evictions)
+        return planned
+
+    monkeypatch.setattr(half, "plan", plan_first)
+    monkeypatch.setattr(half, "finish", lambda evictions: late.append(list(evictions)))
+    monkeypatch.setattr(engine, "_check_halves", lambda: None)
+    engine.forget_prefixes()
+    engine.stats()
+    for prompt, tokens in zip(prompts, expected, strict=True):
+        assert engine.generate([prompt], 90) == [tokens]
+    names = [engine.add(prompt, 90) for prompt in prompts]
+    for _ in range(8):
+        engine.step()
+    engine.abort(names[0])
+    done = engine.run()
+    assert engine.stats()["requests"] >= 4
+    if prefill == "exact":
+        assert [done[name] for name in names[1:]] == expected[1:]
+    assert engine.is_idle()
