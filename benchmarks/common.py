@@ -19,8 +19,10 @@ def write(out: Path | None, results: Any) -> None:
     """Writes ``results`` with the command, the machine and the versions they come from, as JSON."""
     if out is None:
         return
+    # Folders by their names: where they lie says nothing.
+    words = [Path(word).name if Path(word).is_dir() else word for word in sys.argv]
     record = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *words]),
         "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},
         "versions": {name: importlib.metadata.version(name) for name in ("vllm", "torch", "cake-vllm")},
         "results": results,
