@@ -87,10 +87,10 @@ def is_v2(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def scheduler_only(is_v2):
-    """Many decode steps that show the scheduler's work, which is the same on both runners."""
+def same_on_both(is_v2):
+    """What is the same on both runners, and slow or impossible under Triton's interpreter: the scheduler, sampling."""
     if is_v2:
-        pytest.skip("the scheduler is the same on both runners: run on v1")
+        pytest.skip("the same on both runners, and slow under Triton's interpreter: run on v1")
 
 
 @pytest.fixture(scope="session")

@@ -146,7 +146,7 @@ def test_memory_is_free_while_the_request_runs(evicting: Engine, text_ids):
     evicting.run()
 
 
-def test_a_preempted_request_is_evicted_again(tiny, tiny_ids, scheduler_only):
+def test_a_preempted_request_is_evicted_again(tiny, tiny_ids, same_on_both):
     """A pool too small for the load: everything finishes, and what was not preempted keeps its tokens."""
     # Two requests of 10 blocks a layer fit, one of them evicted; their output does not.
     pool = {"max_model_len": 512, "num_gpu_blocks_override": 4 * 16 + 1}
@@ -188,7 +188,7 @@ def test_eviction_in_place_when_the_pool_is_full(start_engine, text_ids):
     assert tight.is_idle()
 
 
-def test_sixteen_requests_run_in_a_pool_for_three(tiny, tiny_ids, scheduler_only):
+def test_sixteen_requests_run_in_a_pool_for_three(tiny, tiny_ids, same_on_both):
     """One full prompt is in prefill while the evicted ones decode; stock vLLM runs three."""
     length, concurrent = 2000, 16
     pool = {"max_model_len": length + 300, "max_num_batched_tokens": length}
@@ -201,7 +201,7 @@ def test_sixteen_requests_run_in_a_pool_for_three(tiny, tiny_ids, scheduler_only
     assert most_running(engine, prompts, 60) == concurrent
 
 
-def test_an_automatic_budget_fits_the_load(tiny, tiny_ids, scheduler_only):
+def test_an_automatic_budget_fits_the_load(tiny, tiny_ids, same_on_both):
     """One request keeps everything; many share a pool that holds three of them."""
     length, concurrent = 1600, 8
     blocks = 4 * 3 * -(-(length + 30) // 32) + 1

@@ -60,7 +60,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_model(start_engine, tmp_path, name, scheduler_only):
+def test_model(start_engine, tmp_path, name, same_on_both):
     """Served in full it is stock vLLM; evicted, every layer of full attention gives memory back."""
     model_type, architecture, fields = MODELS[name]
     model = save_random_model(tmp_path, model_type, architecture, num_hidden_layers=4, **fields)

@@ -82,7 +82,7 @@ def test_long_output_stays_in_its_budget(start_engine, replay: Replay, text_ids,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decode", ["cake", "window"])
-def test_steady_state(start_engine, tiny_model, decode, scheduler_only):
+def test_steady_state(start_engine, tiny_model, decode, same_on_both):
     """4,000 generated tokens on a budget of 256: no layer ever holds more than it was given and two blocks."""
     engine: Engine = start_engine(
         tiny_model,

@@ -166,7 +166,7 @@ def smol(start_engine) -> Engine:
     return start_engine(kv_eviction="cake", kv_eviction_budget=150, max_num_batched_tokens=512)
 
 
-def test_sampling_features(smol: Engine, text_ids, is_v2):
+def test_sampling_features(smol: Engine, text_ids, same_on_both):
     """Each beside a request of another kind, in one batch, on prompts that are evicted."""
     prompts = [text_ids[1000 * i : 1000 * i + 500] for i in range(7)]
     plain = smol.generate([prompts[0]], 12)[0]
@@ -180,10 +180,6 @@ def test_sampling_features(smol: Engine, text_ids, is_v2):
         "json": {"structured_outputs": StructuredOutputsParams(json=schema), "max_tokens": 40, "ignore_eos": False},
         "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.5},
     }
-    if is_v2:
-        # Triton's interpreter cannot run vLLM's kernel for grammars.
-        del params["json"]
-        prompts.pop()
     smol.stats()
     names = {
         what: smol.add(prompt, **({"max_tokens": 12} | wish))
@@ -196,12 +192,12 @@ def test_sampling_features(smol: Engine, text_ids, is_v2):
     assert all(len(step) >= 3 for step in outputs["logprobs"].outputs[0].logprobs)
     assert len(outputs["prompt_logprobs"].prompt_logprobs) == 500
     assert outputs["stop"].outputs[0].finish_reason == "stop"
-    assert is_v2 or isinstance(json.loads(outputs["json"].outputs[0].text)["year"], int)
+    assert isinstance(json.loads(outputs["json"].outputs[0].text)["year"], int)
     assert smol.stats()["requests"] == len(params) + 2
     assert smol.is_idle()
 
 
-def test_prompt_logprobs_do_not_depend_on_eviction(smol: Engine, start_engine, text_ids):
+def test_prompt_logprobs_do_not_depend_on_eviction(smol: Engine, start_engine, text_ids, same_on_both):
     """They come from the whole prompt."""
     prompt = text_ids[2000:2400]
 
@@ -228,7 +224,7 @@ def test_an_interruption_leaves_no_page_behind(smol: Engine, text_ids):
     assert smol.is_idle()
 
 
-def test_lora_beside_the_base_model(start_engine, tiny_model, tmp_path, scheduler_only):
+def test_lora_beside_the_base_model(start_engine, tiny_model, tmp_path, same_on_both):
     """Requests with and without an adapter, evicted in one batch; served in full they are stock vLLM's."""
     adapter = LoRARequest("adapter", 1, save_random_adapter(tmp_path / "adapter", num_layers=4))
     settings = {
