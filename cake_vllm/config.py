@@ -108,7 +108,7 @@ class KVEvictionConfig:
             config = KVEvictionConfig.from_settings(settings)
         except ValueError as error:
             raise ValueError(
-                str(error).replace("--kv-eviction-budget", BUDGET_KEY).replace(flag(POLICY_KEY), POLICY_KEY)
+                str(error).replace(flag(BUDGET_KEY), BUDGET_KEY).replace(flag(POLICY_KEY), POLICY_KEY)
             ) from None
         most = self.max_request_tokens(max_model_len, 0)
         if most is not None:
@@ -131,20 +131,15 @@ class KVEvictionConfig:
         Raises:
             ValueError: for an unknown or bad knob, naming the flag.
         """
-        known = {*knobs(self.policy_name), "decode", "prefill", *(("preset",) if self._has_presets else ())}
-        for key in sorted(self.options.keys() - known):
-            raise ValueError(
-                f"{flag(CONFIG_KEY)}: unknown key {key!r} for policy {self.policy_name!r}; "
-                f"known keys: {', '.join(sorted(known))}"
-            )
-        options = {key: value for key, value in self.options.items() if key not in ("decode", "prefill")}
-        preset = options.pop("preset", None) if self._has_presets else None
+        beside = ("decode", "prefill", *(("preset",) if self._has_presets else ()))
+        options = {key: value for key, value in self.options.items() if key not in beside}
+        preset = self.options.get("preset") if self._has_presets else None
         if preset is not None:
             if preset not in PRESETS:
                 raise ValueError(f"{flag(CONFIG_KEY)}: unknown preset {preset!r}; choose {', '.join(sorted(PRESETS))}")
             options = dict(zip(("tau1", "tau2"), PRESETS[preset], strict=True)) | options
         try:
-            return create_policy(self.policy_name, options)
+            return create_policy(self.policy_name, options, beside)
         except ValueError as error:
             raise ValueError(f"{flag(CONFIG_KEY)}: {error}") from None
 

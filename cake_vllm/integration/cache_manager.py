@@ -13,7 +13,6 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SingleTypeKVCacheManager,
     SlidingWindowManager,
 )
-from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
 
@@ -30,8 +29,11 @@ class ExactPrefixManager(SingleTypeKVCacheManager):
 
     def cache_blocks(self, request: Request, num_tokens: int, *args, **kwargs) -> None:
         """See the base class."""
-        exact_len = self.exact_len.get(request.request_id, num_tokens)
-        super().cache_blocks(request, min(num_tokens, exact_len), *args, **kwargs)
+        super().cache_blocks(request, self.num_exact(request.request_id, num_tokens), *args, **kwargs)
+
+    def num_exact(self, request_id: str, num_tokens: int) -> int:
+        """How many of a request's first ``num_tokens`` may enter the prefix cache."""
+        return min(num_tokens, self.exact_len.get(request_id, num_tokens))
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """See the base class."""
@@ -56,8 +58,8 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
         layers: the managers of all evictable layers, this one included.
     """
 
-    def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs):
-        most = getattr(kv_cache_spec, "max_request_blocks", None)
+    def __init__(self, kv_cache_spec: Any, **kwargs):
+        most = kv_cache_spec.max_request_blocks
         super().__init__(kv_cache_spec, max_admission_blocks_per_request=most, **kwargs)
         self.private_blocks: dict[str, list[KVCacheBlock]] = {}
         self.lent_blocks: dict[str, list[KVCacheBlock]] = {}
@@ -125,8 +127,7 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
 
 def interleave(rows: Sequence[Sequence[KVCacheBlock]]) -> list[KVCacheBlock]:
     """The first blocks of all rows, then their second ones, and so on; null blocks left out."""
-    columns = zip_longest(*rows) if len({len(row) for row in rows}) > 1 else zip(*rows, strict=True)
-    return [block for column in columns for block in column if block is not None and not block.is_null]
+    return [block for column in zip_longest(*rows) for block in column if block is not None and not block.is_null]
 
 
 def check_integrity(manager: KVCacheManager) -> None:

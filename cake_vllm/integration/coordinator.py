@@ -14,6 +14,7 @@ from typing import Any
 from vllm.v1.core import kv_cache_manager
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
@@ -29,9 +30,8 @@ class LayerwiseCoordinator(KVCacheCoordinator):
         return [manager for manager in self.single_type_managers if isinstance(manager, EvictingManager)]
 
     @functools.cached_property
-    def _others(self) -> list[tuple[int, Any]]:
-        managers = enumerate(self.single_type_managers)
-        return [(index, manager) for index, manager in managers if not isinstance(manager, EvictingManager)]
+    def _others(self) -> list[SingleTypeKVCacheManager]:
+        return [manager for manager in self.single_type_managers if not isinstance(manager, EvictingManager)]
 
     @functools.cached_property
     def _no_blocks(self) -> tuple[Sequence[KVCacheBlock], ...]:
@@ -75,36 +75,37 @@ class LayerwiseCoordinator(KVCacheCoordinator):
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """See the base class; nothing to do until another block is full."""
         first = self._layers[0]
-        exact = min(num_computed_tokens, first.exact_len.get(request.request_id, num_computed_tokens))
-        if self._others or first.num_cached_block.get(request.request_id, 0) < exact // first.block_size:
+        num_full_blocks = first.num_exact(request.request_id, num_computed_tokens) // first.block_size
+        if self._others or first.num_cached_block.get(request.request_id, 0) < num_full_blocks:
             super().cache_blocks(request, num_computed_tokens)
 
     def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
         """See the base class; full attention skips nothing."""
-        for _, manager in self._others:
+        for manager in self._others:
             manager.remove_skipped_blocks(*args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """See the base class; the first layer gives the blocks of all."""
         blocks = self._layers[0].pop_blocks_for_free(request_id)
-        for _, manager in self._others:
+        for manager in self._others:
             blocks.extend(manager.pop_blocks_for_free(request_id))
         return blocks
 
     def free(self, request_id: str) -> None:
         """See the base class."""
         self._layers[0].free(request_id)
-        for _, manager in self._others:
+        for manager in self._others:
             manager.free(request_id)
 
 
 def customize(coordinator: KVCacheCoordinator) -> KVCacheCoordinator:
     """Introduces evictable layers to each other, and gives their complete coordinator the methods above. Repeatable."""
-    layers = [manager for manager in coordinator.single_type_managers if isinstance(manager, EvictingManager)]
-    for layer in layers:
-        layer.layers = layers
-    if layers and not isinstance(coordinator, LayerwiseCoordinator):
+    has_layers = any(isinstance(manager, EvictingManager) for manager in coordinator.single_type_managers)
+    if has_layers and not isinstance(coordinator, LayerwiseCoordinator):
         coordinator.__class__ = _layerwise(type(coordinator))
+        assert isinstance(coordinator, LayerwiseCoordinator)
+        for layer in coordinator._layers:
+            layer.layers = coordinator._layers
     return coordinator
 
 

@@ -82,8 +82,10 @@ def _create_engine_config(original: Callable[..., VllmConfig], self: Any, *args:
 
 def _validate_params(original: Callable[..., Any], self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     asked = getattr(params, "extra_args", None) or {}
-    config = eviction_config(self.vllm_config)
+    if not {POLICY_KEY, BUDGET_KEY} & asked.keys():
+        return original(self, params, *args, **kwargs)
     try:
+        config = eviction_config(self.vllm_config)
         if config is not None:
             config.for_request(asked, self.vllm_config.model_config.max_model_len)
         elif asked.get(POLICY_KEY, OFF) != OFF or BUDGET_KEY in asked:

@@ -106,7 +106,9 @@ class EvictionScheduler:
         """A request has arrived. What it asks for was checked in the front end."""
         config = self.config.for_request(_asked(request), self.max_model_len)
         self._tracked[request.request_id] = Tracked(request, config)
-        if config is not None and (
+        if config is None or config is self.config:
+            return
+        if (
             config.policy.num_queries > self.config.policy.num_queries
             or config.never_evicted_len() < self.config.never_evicted_len()
         ):
@@ -252,10 +254,10 @@ class EvictionScheduler:
         num_shared, num_free = num_blocks, self._pool.get_num_free_blocks()
         in_place = num_pages + self._reserved > num_free
         if in_place:
-            rows = {layer: self._managers[layer].req_to_blocks[request_id] for layer in whole}
-            num_shared = max((self._managers[layer].num_shared(request_id, num_blocks) for layer in whole), default=0)
+            managers = [self._managers[layer] for layer in whole]
+            num_shared = max((manager.num_shared(request_id, num_blocks) for manager in managers), default=0)
             # Nobody may hit what is about to be overwritten.
-            own = interleave([row[num_shared:num_blocks] for row in rows.values()])
+            own = interleave([manager.req_to_blocks[request_id][num_shared:num_blocks] for manager in managers])
             self._pool.evict_blocks({block.block_id for block in own})
             num_pages = min(num_pages, len(whole) * num_shared, num_free)
         lent = self._pool.get_new_blocks(num_pages)

@@ -138,9 +138,13 @@ class EvictionWorker:
         self._watched: dict[str, Watched] = {}
         self._observations: list[Observation] = []
         self._held: dict[str, Held] = {}
-        self._rows: EvictedRows | None = None
         #: Kept positions of evicted prompts, for tests: ``{request id: [positions of each layer]}``.
         self.trace: dict[str, list[torch.Tensor | None]] | None = None
+
+    @cached_property
+    def _rows(self) -> EvictedRows:
+        # Made when it is first needed: the caches are allocated after this object.
+        return EvictedRows(len(self.layers), self.block_size, self.layers[0].module.kv_cache.device)
 
     def begin(self, plan: StepPlan, attn_metadata: dict[str, Any] | None) -> None:
         """Prepares a step: called after the metadata was built and before the first layer runs.
@@ -150,8 +154,7 @@ class EvictionWorker:
         for req_id in plan.released:
             self._watched.pop(req_id, None)
             self._held.pop(req_id, None)
-            if self._rows is not None:
-                self._rows.discard(req_id)
+            self._rows.discard(req_id)
         if not attn_metadata or not (plan.observations or plan.evicted):
             return
         metadata = [attn_metadata[layer.name] for layer in self.layers]
@@ -162,8 +165,7 @@ class EvictionWorker:
         }
         slots = torch.zeros(len(seq_lens), dtype=torch.int64)
         for tail, req_id in plan.evicted.items():
-            if self._rows is not None:
-                slots[row_of_tail[tail]] = self._rows.slot(req_id)
+            slots[row_of_tail[tail]] = self._rows.slot(req_id)
         if slots.any():
             self._redirect(metadata, seq_lens, slots.to(seq_lens.device))
         batched = []
@@ -193,7 +195,6 @@ class EvictionWorker:
         return EvictionReport(evictions) if evictions else None
 
     def _redirect(self, metadata: list[Any], seq_lens: torch.Tensor, slots: torch.Tensor) -> None:
-        assert self._rows is not None
         width = -(-int(metadata[0].max_seq_len) // self.block_size)
         tables = torch.stack([layer.block_table[:, :width] for layer in metadata])
         tables, lengths = self._rows.compose(tables, seq_lens, slots)
@@ -356,8 +357,6 @@ class EvictionWorker:
         return [int(number) for number in total.tolist()]
 
     def _hold(self, req_id: str, held: Held) -> None:
-        if self._rows is None:
-            self._rows = EvictedRows(len(self.layers), self.block_size, self.layers[0].module.kv_cache.device)
         self._held[req_id] = held
         self._rows.discard(req_id)
         self._rows.store(req_id, held.pages, held.start)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cake_vllm.policies.base import LayerInputs, LayerScore, Policy
@@ -75,8 +75,13 @@ def knobs(name: str) -> dict[str, dataclasses.Field]:
     return {field.name: field for field in dataclasses.fields(policy_class(name))}  # type: ignore[arg-type]
 
 
-def create_policy(name: str, options: Mapping[str, Any]) -> Policy:
+def create_policy(name: str, options: Mapping[str, Any], beside: Sequence[str] = ()) -> Policy:
     """Builds policy ``name`` with ``options`` as its knobs.
+
+    Args:
+        name: a registered policy.
+        options: values of its knobs.
+        beside: keys that the caller takes where knobs are given; named with them if ``options`` has an unknown one.
 
     Raises:
         ValueError: for an unknown name, an unknown knob or a value the policy refuses.
@@ -84,7 +89,9 @@ def create_policy(name: str, options: Mapping[str, Any]) -> Policy:
     known = knobs(name)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r} for policy {name!r}; known keys: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"unknown key {unknown[0]!r} for policy {name!r}; known keys: {', '.join(sorted([*known, *beside]))}"
+        )
     for key, value in options.items():
         _check_type(key, value, known[key].type)
     return policy_class(name)(**options)
