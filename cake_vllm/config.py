@@ -100,10 +100,9 @@ class KVEvictionConfig:
         if name == OFF:
             settings = wishes
         elif name != self.policy_name and name in policy_names():
-            known = {"prefill": PREFILLS, "decode": policy_class(name).decodes}
-            settings[CONFIG_KEY] = {
-                key: self.options[key] for key, choices in known.items() if self.options.get(key) in choices
-            }
+            settings[CONFIG_KEY] = {"prefill": PREFILLS[self.is_progressive]}
+            if self.decode in policy_class(name).decodes:
+                settings[CONFIG_KEY]["decode"] = self.decode
         try:
             config = KVEvictionConfig.from_settings(settings)
         except ValueError as error:

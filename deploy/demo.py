@@ -27,8 +27,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(model: str, *flags: str) -> Iterator[str]:
+def server(model: str, *flags: str, log_file: Path | None = None) -> Iterator[str]:
     """Runs the server until the block ends; yields its URL.
+
+    Args:
+        model: a model directory or name.
+        flags: of ``vllm serve``.
+        log_file: where to write the server's log, if it is to stay.
 
     Raises:
         RuntimeError: with the end of the server's log, if it stops or is not ready within ten minutes.
@@ -38,7 +43,7 @@ def server(model: str, *flags: str) -> Iterator[str]:
     command = [str(vllm), "serve", model, "--served-model-name", "demo", "--port", str(port), *flags]
     print("$", " ".join(["vllm", *command[1:]]), flush=True)
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    with tempfile.TemporaryFile("w+") as log:
+    with open(log_file, "w+") if log_file else tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
         try:
             url = f"http://127.0.0.1:{port}"

@@ -138,6 +138,16 @@ def _engines() -> Iterator[dict]:
 
 
 @pytest.fixture
+def tiny(start_engine, tiny_model: str):
+    """Starts engines with the model of random weights and a pool that is looked through quickly after each step."""
+
+    def start(**kwargs):
+        return start_engine(tiny_model, **({"skip_tokenizer_init": True, "num_gpu_blocks_override": 1500} | kwargs))
+
+    return start
+
+
+@pytest.fixture
 def start_engine(_engines: dict, model_dir: str):
     """Starts an engine with the given arguments, or hands out the one that runs with just those.
 

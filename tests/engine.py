@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 import torch
+from stock import DEFAULTS
 from vllm import RequestOutput, SamplingParams
 
 from cake_vllm import LLM
@@ -15,16 +16,7 @@ class Engine:
     """vLLM's offline engine; every call checks that no page is lost."""
 
     def __init__(self, model: str, **kwargs: Any):
-        defaults: dict[str, Any] = {
-            "dtype": "float32",
-            "block_size": 32,
-            "enforce_eager": True,
-            "max_model_len": 8192,
-            "max_num_seqs": 16,
-            "kv_cache_memory_bytes": 2**30,
-            "disable_log_stats": False,
-        }
-        self.llm = LLM(model, **(defaults | kwargs))
+        self.llm = LLM(model, **(DEFAULTS | {"disable_log_stats": False} | kwargs))
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self.manager = self.scheduler.kv_cache_manager
@@ -112,8 +104,12 @@ class Engine:
         traces.clear()
         names = [self.add(prompt, max_tokens, **params) for prompt in prompts]
         done = self.run()
-        kept = {name: next((t for key, t in traces.items() if key.rsplit("-", 1)[0] == name), []) for name in names}
-        return [(done[name], kept[name]) for name in names]
+        return [(done[name], self.positions(name)) for name in names]
+
+    def positions(self, name: str) -> list[torch.Tensor | None]:
+        """Kept positions of a request by layer; empty if nothing left."""
+        traces = self.connector.worker.trace
+        return next((trace for key, trace in traces.items() if key.rsplit("-", 1)[0] == name), [])
 
     def num_cached(self, name: str) -> int:
         """Prompt tokens of a finished request that came from the prefix cache, as vLLM reports them."""
@@ -156,3 +152,11 @@ class Engine:
             return
         self.core.shutdown()
         del self.llm, self.core, self.scheduler, self.manager, self.pool
+
+
+def same_positions(a: list[torch.Tensor | None], b: list[torch.Tensor | None]) -> bool:
+    """Whether two requests kept the same positions in every layer; ``None`` is a layer that kept everything."""
+    layers = zip(a, b, strict=True)
+    return all(
+        ours is theirs if ours is None or theirs is None else torch.equal(ours, theirs) for ours, theirs in layers
+    )

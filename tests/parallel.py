@@ -1,20 +1,29 @@
-"""Runs a job on an engine with several workers: ``python parallel.py``, JSON in, a line of JSON out.
+"""Runs a job on an engine in processes of its own: ``python parallel.py``, JSON in, a line of JSON out.
 
-The job is ``{"model", "prompts", "max_tokens", "settings"}``, the answer ``[{"tokens", "gaps", "kept"}, …]``.
+The job is ``{"model", "prompts", "max_tokens", "settings"}``, the answer ``[{"tokens", "gaps", "kept", "accepted"}]``
+with the number of accepted drafts so far.
 """
 
 import json
 import sys
 
+from stock import DEFAULTS, gaps
+
 
 def main() -> None:
     from vllm import SamplingParams
+    from vllm.v1.metrics.reader import Counter
 
     from cake_vllm import LLM
 
     job = json.load(sys.stdin)
-    defaults = {"dtype": "float32", "block_size": 32, "enforce_eager": True, "max_model_len": 2048}
-    llm = LLM(job["model"], skip_tokenizer_init=True, kv_cache_memory_bytes=2**27, **defaults, **job["settings"])
+    small = {
+        "skip_tokenizer_init": True,
+        "max_model_len": 2048,
+        "kv_cache_memory_bytes": 2**28,
+        "disable_log_stats": False,
+    }
+    llm = LLM(job["model"], **(DEFAULTS | small | job["settings"]))
     answers = []
     for prompt in job["prompts"]:
         params = SamplingParams(
@@ -26,14 +35,13 @@ def main() -> None:
             extra_args={"kv_eviction_report": 1},
         )
         (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
-        steps = [
-            sorted((entry.logprob for entry in step.values()), reverse=True) for step in output.outputs[0].logprobs
-        ]
+        counters = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
         answers.append(
             {
                 "tokens": list(output.outputs[0].token_ids),
-                "gaps": [best - second for best, second, *_ in steps],
+                "gaps": gaps(output.outputs[0].logprobs),
                 "kept": (output.kv_transfer_params or {}).get("kv_eviction", {}).get("kept_tokens"),
+                "accepted": counters.get("vllm:spec_decode_num_accepted_tokens", 0),
             }
         )
     print(json.dumps(answers))

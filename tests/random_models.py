@@ -1,11 +1,18 @@
 """Small models with random weights, for what real weights would not show better."""
 
 import json
+import random
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+
+
+def numbers(seed: int, length: int) -> list[int]:
+    """A prompt for these models."""
+    dice = random.Random(seed)
+    return [dice.randrange(250) for _ in range(length)]
 
 
 def save_random_model(path: Path, model_type: str, architecture: str, **fields) -> str:

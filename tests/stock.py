@@ -13,6 +13,16 @@ from typing import Any
 
 Run = tuple[list[int], list[float]]
 
+#: What the engines of all tests are started with, if a test does not say otherwise.
+DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "block_size": 32,
+    "enforce_eager": True,
+    "max_model_len": 8192,
+    "max_num_seqs": 16,
+    "kv_cache_memory_bytes": 2**30,
+}
+
 
 def stock(is_v2: bool, model: str, prompts: list[list[int]], max_tokens: int, **settings: Any) -> list[Run]:
     """Runs this file as a program."""
@@ -50,15 +60,7 @@ def main() -> None:
     from vllm.v1.attention.backends.registry import _ATTN_OVERRIDES
 
     job = json.load(sys.stdin)
-    defaults = {
-        "dtype": "float32",
-        "block_size": 32,
-        "enforce_eager": True,
-        "max_model_len": 8192,
-        "max_num_seqs": 16,
-        "kv_cache_memory_bytes": 2**30,
-    }
-    llm = LLM(job["model"], **(defaults | job["settings"]))
+    llm = LLM(job["model"], **(DEFAULTS | job["settings"]))
     assert not _ATTN_OVERRIDES, "the plugin was loaded"
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=2, detokenize=False)

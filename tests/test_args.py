@@ -1,11 +1,13 @@
 """Flags, keyword arguments and refusals on the real engine arguments; no weights are loaded."""
 
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 from transformers import AutoConfig
 
 import cake_vllm
@@ -13,9 +15,12 @@ from cake_vllm.integration import plugin
 
 cake_vllm.register()
 
+from vllm.config import KVTransferConfig  # noqa: E402
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
+from vllm.v1.attention.backend import AttentionImpl  # noqa: E402
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
@@ -101,13 +106,10 @@ def test_what_is_switched_on(llama):
         ({"kv_eviction": "cade"}, "--kv-eviction 'cade' is unknown"),
         ({"kv_eviction_budget": 128}, "no effect without --kv-eviction"),
         ({"kv_eviction": "cake", "kv_eviction_budget": 0}, "--kv-eviction-budget 0 is not a budget"),
-        ({"kv_eviction": "cake", "pipeline_parallel_size": 2}, "--pipeline-parallel-size yet: set it to 1"),
         ({"kv_eviction": "cake", "disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager yet"),
-        ({"kv_eviction": "cake", "kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 yet: use auto"),
-        ({"kv_eviction": "cake", "kv_offloading_size": 1.0}, "--kv-offloading-size yet: drop one of the two"),
         (
-            {"kv_eviction": "cake", "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "--speculative-config yet: drop one of the two",
+            {"kv_eviction": "cake", "speculative_config": NGRAM},
+            """drafts are verified: set --kv-eviction-config '{"decode": "off"}' or drop""",
         ),
         (
             {"kv_eviction": "cake", "attention_config": {"backend": "FLASHINFER"}},
@@ -120,12 +122,29 @@ def test_refused(llama, kwargs, message):
         configure(llama, **kwargs)
 
 
-def test_other_connectors_are_refused(llama):
-    from vllm.config import KVTransferConfig
+#: By what the README calls them.
+FEATURES = {
+    "pipeline parallelism": ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size yet: set it to 1"),
+    "context parallelism": ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size yet: set it to 1"),
+    "dual-batch overlap": ({"enable_dbo": True}, "--enable-dbo yet: drop it"),
+    "draft models": (
+        {"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
+        "--speculative-config of method ngram_gpu yet: use ngram or drop one",
+    ),
+    "quantized KV caches": ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 yet: use auto"),
+    "KV offloading": ({"kv_offloading_size": 1.0}, "--kv-offloading-size yet: drop one of the two"),
+    "other KV connectors": (
+        {"kv_transfer_config": KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")},
+        "--kv-transfer-config yet: drop one of the two",
+    ),
+}
 
-    other = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
-    with pytest.raises(ValueError, match="together with --kv-transfer-config yet"):
-        configure(llama, kv_eviction="cake", kv_transfer_config=other)
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_that_are_refused(llama, feature):
+    kwargs, message = FEATURES[feature]
+    with pytest.raises(ValueError, match=f"--kv-eviction does not work together with {message}"):
+        configure(llama, kv_eviction="snapkv", **kwargs)
 
 
 def test_refusal_comes_twice_from_the_same_arguments(llama):
@@ -134,20 +153,75 @@ def test_refusal_comes_twice_from_the_same_arguments(llama):
     assert args.create_engine_config().additional_config == args.create_engine_config().additional_config
 
 
-@pytest.mark.parametrize(
-    ("model_type", "architecture", "fields", "what"),
-    [
-        ("deepseek_v2", "DeepseekV2ForCausalLM", {"hidden_size": 64, "num_hidden_layers": 2}, r"\(MLA\)"),
-        ("whisper", "WhisperForConditionalGeneration", {"d_model": 64}, "encoder-decoder attention"),
-        ("bert", "BertModel", {"hidden_size": 64, "num_attention_heads": 2}, "pooling models"),
-        ("mamba", "MambaForCausalLM", {"hidden_size": 64, "num_hidden_layers": 2}, "models without attention"),
-        ("mistral", "MistralForCausalLM", {"hidden_size": 64, "num_hidden_layers": 2}, "a sliding window in every"),
-    ],
-)
-def test_models_that_cannot_be_evicted(tmp_path, model_type, architecture, fields, what):
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2}
+MODELS = {
+    "MLA": ("deepseek_v2", "DeepseekV2ForCausalLM", SMALL, r"\(MLA\)"),
+    "encoder-decoder models": (
+        "whisper",
+        "WhisperForConditionalGeneration",
+        {"d_model": 64},
+        "encoder-decoder attention",
+    ),
+    "pooling models": ("bert", "BertModel", {"hidden_size": 64, "num_attention_heads": 2}, "pooling models"),
+    "models without attention": ("mamba", "MambaForCausalLM", SMALL, "models without attention"),
+    "models with state-space layers": (
+        "jamba",
+        "JambaForCausalLM",
+        SMALL,
+        "models that mix attention with state-space",
+    ),
+    "chunked local attention": ("llama4_text", "Llama4ForCausalLM", SMALL, "chunked local attention"),
+    "a sliding window in every layer": ("mistral", "MistralForCausalLM", SMALL, "a sliding window in every layer"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_cannot_be_evicted(tmp_path, name):
+    model_type, architecture, fields, what = MODELS[name]
     model = save_config(tmp_path, model_type, architecture, **fields)
     with pytest.raises(ValueError, match=f"--kv-eviction cannot evict from .*{what}.* {architecture} has"):
         configure(model, kv_eviction="cake")
+
+
+#: Known when the model's layers are built, before there are weights.
+ATTENTION = {
+    "ALiBi": ({"alibi_slopes": [1.0]}, "ALiBi"),
+    "attention sinks": ({"sinks": [0.0]}, "attention sinks"),
+    "shared KV layers": ({"kv_sharing_target_layer_name": "model.layers.0"}, "layers that share one KV cache"),
+}
+
+
+class StockImpl(AttentionImpl):
+    """Stands in for a stock backend's, which needs an engine around it."""
+
+    def __init__(self, num_heads: int, head_size: int, scale: float, **kwargs):
+        pass
+
+    def forward(self, *args, **kwargs):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_that_cannot_be_evicted(name):
+    from cake_vllm.integration.attention import EvictingImpl
+
+    kwargs, what = ATTENTION[name]
+    impl = type("Impl", (EvictingImpl, StockImpl), dict.fromkeys(EvictingImpl.__abstractmethods__))
+    impl(8, 64, 1.0)
+    with pytest.raises(ValueError, match=f"--kv-eviction cannot evict from models with {what}"):
+        impl(8, 64, 1.0, **kwargs)
+
+
+def test_the_readme_lists_what_is_refused():
+    readme = (ROOT / "README.md").read_text()
+    (row,) = (line for line in readme.splitlines() if line.startswith("| refused at start-up"))
+    assert set(row.split("|")[2].strip().split(", ")) == {*FEATURES, *MODELS, *ATTENTION}
+
+
+def test_the_readme_names_tests_that_exist():
+    named = set(re.findall(r"`(test_\w+\.py)`", (ROOT / "README.md").read_text()))
+    assert named
+    assert named <= {file.name for file in (ROOT / "tests").glob("test_*.py")}
 
 
 @pytest.mark.parametrize(

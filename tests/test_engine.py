@@ -1,10 +1,7 @@
 """Serving with eviction: what must not change, what must not depend on the batch, and where the memory goes."""
 
-import functools
-
 import pytest
-import torch
-from engine import Engine
+from engine import Engine, same_positions
 from stock import stock
 
 pytestmark = pytest.mark.engine
@@ -73,11 +70,7 @@ def test_chunk_size_and_batch_do_not_matter(start_engine, in_one_chunk, chunk, i
         for (tokens, kept), (expected_tokens, expected_kept) in zip(run, reference, strict=True):
             assert tokens == expected_tokens
             assert len(kept) == 30
-            assert all(same(a, b) for a, b in zip(kept, expected_kept, strict=True))
-
-
-def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)
+            assert same_positions(kept, expected_kept)
 
 
 @pytest.fixture
@@ -110,12 +103,6 @@ def test_pages_return_after_abort(evicting: Engine, text_ids):
     evicting.abort(decoding)
     assert list(evicting.run()) == [finishing]
     assert evicting.is_idle()
-
-
-@pytest.fixture
-def tiny(start_engine, tiny_model):
-    """Starts engines with the model of random weights, for what is the scheduler's work."""
-    return functools.partial(start_engine, tiny_model, skip_tokenizer_init=True)
 
 
 @pytest.fixture
@@ -184,7 +171,7 @@ def test_eviction_in_place_when_the_pool_is_full(start_engine, text_ids):
     assert stats["in_place"] == 1
     assert stats["freed_blocks"] > 0
     assert got[0] == expected[0]
-    assert all(same(a, b) for a, b in zip(got[1], expected[1], strict=True))
+    assert same_positions(got[1], expected[1])
     assert tight.is_idle()
 
 

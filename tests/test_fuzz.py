@@ -7,8 +7,7 @@ import random
 from typing import Any
 
 import pytest
-import torch
-from engine import Engine
+from engine import Engine, same_positions
 from stock import gaps, same_tokens, stock
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -95,15 +94,14 @@ class Load:
         assert self.engine.is_idle()
 
 
-def test_random_load(start_engine, tiny_model, seed, is_v2):
+def test_random_load(tiny, seed, is_v2):
     dice = random.Random(seed)
     settings = draw_settings(dice)
     print(f"seed {seed}: {settings}")
-    engine: Engine = start_engine(tiny_model, skip_tokenizer_init=True, **settings)
+    engine: Engine = tiny(**settings)
     engine.stats()
     longest = settings["max_model_len"] - 100
     load = Load(engine, dice, min(longest, 800) if is_v2 else longest)
-    traces: dict[str, list] = engine.connector.worker.trace
     for _ in range(1 if is_v2 else 5):
         load.wave(15 if is_v2 else 40)
     stats = engine.stats()
@@ -122,13 +120,12 @@ def test_random_load(start_engine, tiny_model, seed, is_v2):
     assert all(name.startswith(short) for name in [*worker._held, *worker._watched])
 
     # Alone again. What progressive prefill, an automatic budget or a postponed eviction give depends on the load.
-    if engine.connector.worker.config.is_progressive or settings["kv_eviction_budget"] == "auto" or stats["postponed"]:
+    if worker.config.is_progressive or settings["kv_eviction_budget"] == "auto" or stats["postponed"]:
         return
-    together = {name: next((t for key, t in traces.items() if key.rsplit("-", 1)[0] == name), []) for name in done}
+    together = {name: engine.positions(name) for name in done}
     for name in dice.sample(sorted(done), 4 if is_v2 else 12):
         engine.forget_prefixes()
         tokens = list(engine.outputs[name].outputs[0].token_ids)
-        traces.clear()
         again = engine.add(done[name], len(tokens), logprobs=2, detokenize=False)
         engine.run()
         output = engine.outputs[again].outputs[0]
@@ -138,13 +135,10 @@ def test_random_load(start_engine, tiny_model, seed, is_v2):
             assert same_tokens(tokens[:count], (expected[0][:count], expected[1]))
             continue
         assert same_tokens(tokens, expected)
-        alone = next(iter(traces.values()), [])
-        assert len(alone) == len(together[name])
-        for a, b in zip(alone, together[name], strict=True):
-            assert a is b if a is None or b is None else torch.equal(a, b)
+        assert same_positions(engine.positions(again), together[name])
 
 
-def test_eviction_that_never_binds_is_stock(start_engine, tiny_model, is_v2):
+def test_eviction_that_never_binds_is_stock(tiny, tiny_model, is_v2):
     """500 random requests with shared prefixes: with eviction off, and with a budget nobody reaches."""
     dice = random.Random(11)
     shared = [[dice.randrange(250) for _ in range(600)] for _ in range(5)]
@@ -154,10 +148,10 @@ def test_eviction_that_never_binds_is_stock(start_engine, tiny_model, is_v2):
         prompt = [dice.randrange(250) for _ in range(length)]
         cut = dice.randrange(length)
         prompts.append(dice.choice(shared)[:cut] + prompt[cut:])
-    settings = {"skip_tokenizer_init": True, "max_num_batched_tokens": 512}
-    reference = stock(is_v2, tiny_model, prompts, 6, **settings, num_gpu_blocks_override=400)
+    chunk = {"max_num_batched_tokens": 512}
+    reference = stock(is_v2, tiny_model, prompts, 6, skip_tokenizer_init=True, num_gpu_blocks_override=400, **chunk)
     for eviction, blocks in (({}, 400), ({"kv_eviction": "cake", "kv_eviction_budget": 1000}, 4 * 400)):
-        engine: Engine = start_engine(tiny_model, **settings, **eviction, num_gpu_blocks_override=blocks)
+        engine: Engine = tiny(**chunk, **eviction, num_gpu_blocks_override=blocks)
         names = [engine.add(prompt, 6, detokenize=False) for prompt in prompts]
         done = engine.run()
         assert all(same_tokens(done[name], run) for name, run in zip(names, reference, strict=True))

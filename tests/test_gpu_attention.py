@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from engine import Engine
-from test_models import save_random_model
+from engine import Engine, same_positions
+from random_models import save_random_model
 
 from cake_vllm.integration.gpu_attention import EvictingTritonBackend, EvictingTritonImpl, side_by_side
 
@@ -69,9 +69,7 @@ def test_triton_attention_interpreted(start_engine, tmp_path, is_v2, monkeypatch
     assert type(layer.impl).__name__ == "InterpretedTritonImpl"
     for (tokens, kept), (expected_tokens, expected_kept) in zip(got, expected, strict=True):
         assert tokens == expected_tokens
-        for ours, theirs in zip(kept, expected_kept, strict=True):
-            assert (ours is None) == (theirs is None)
-            assert ours is None or torch.equal(ours, theirs)
+        assert same_positions(kept, expected_kept)
 
 
 @pytest.mark.gpu

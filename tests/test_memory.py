@@ -3,8 +3,8 @@
 import random
 
 import pytest
-import torch
-from engine import Engine
+from engine import Engine, same_positions
+from random_models import numbers
 from replay import Replay
 
 from cake_vllm.policies import create_policy
@@ -12,26 +12,9 @@ from cake_vllm.policies import create_policy
 pytestmark = pytest.mark.engine
 
 
-def numbers(seed: int, length: int) -> list[int]:
-    """A prompt for the model with random weights."""
-    dice = random.Random(seed)
-    return [dice.randrange(250) for _ in range(length)]
-
-
 def equal(a: tuple, b: tuple) -> bool:
     """Whether two runs gave the same tokens and kept the same positions."""
-    same = [x is y if x is None or y is None else torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True)]
-    return a[0] == b[0] and all(same)
-
-
-@pytest.fixture
-def tiny(start_engine, tiny_model):
-    """Starts engines with the model of random weights."""
-
-    def start(**kwargs) -> Engine:
-        return start_engine(tiny_model, **({"skip_tokenizer_init": True, "num_gpu_blocks_override": 1500} | kwargs))
-
-    return start
+    return a[0] == b[0] and same_positions(a[1], b[1])
 
 
 PREFIX_CACHED = {"kv_eviction": "cake", "kv_eviction_budget": 100, "max_num_batched_tokens": 512}
@@ -117,7 +100,7 @@ def test_first_eviction_while_decoding_leaves_the_prefix_cache_alone(tiny):
     done = engine.run()
     assert [done[name] for name in names] == [expected, expected]
     assert engine.stats()["trims"] > 2
-    (again,) = [engine.add(prompt + expected[:20], 180)]
+    again = engine.add(prompt + expected[:20], 180)
     engine.run()
     # Tokens up to the first eviction were computed from everything before them.
     assert engine.num_cached(again) == 256 // 32 * 32

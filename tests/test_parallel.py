@@ -7,17 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from engine import Engine
+from random_models import numbers
 from stock import gaps, same_tokens
-from test_memory import numbers
 
 pytestmark = pytest.mark.slow
 
 PROMPTS = [numbers(30, 700), numbers(31, 60), numbers(32, 1100)]
 
 
-def run(model: str, **settings) -> list[dict]:
+def run(model: str, prompts: list[list[int]] = PROMPTS, **settings) -> list[dict]:
     """Every worker in a process of its own; tp ranks get one thread each."""
-    job = {"model": model, "prompts": PROMPTS, "max_tokens": 100, "settings": settings}
+    job = {"model": model, "prompts": prompts, "max_tokens": 100, "settings": settings}
     cores = sorted(os.sched_getaffinity(0))
     threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -31,12 +32,9 @@ def run(model: str, **settings) -> list[dict]:
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('[{"tokens"')))
 
 
-def test_two_ranks_keep_what_one_keeps(start_engine, tiny_model):
-    """CAKE's preferences are sums over heads, and ranks add theirs."""
-    eviction = {"kv_eviction": "cake", "kv_eviction_budget": 150}
-    two = run(tiny_model, **eviction, tensor_parallel_size=2)
-    engine = start_engine(tiny_model, skip_tokenizer_init=True, max_model_len=2048, **eviction)
-    for prompt, ours in zip(PROMPTS, two, strict=True):
+def compare(answers: list[dict], engine: Engine, prompts: list[list[int]]) -> None:
+    """An engine in this process keeps as many tokens and says the same; the second prompt alone is not evicted."""
+    for prompt, ours in zip(prompts, answers, strict=True):
         name = engine.add(prompt, 100, extra_args={"kv_eviction_report": 1}, logprobs=2, detokenize=False)
         engine.run()
         output = engine.outputs[name]
@@ -44,7 +42,33 @@ def test_two_ranks_keep_what_one_keeps(start_engine, tiny_model):
         assert ours["kept"] == (kept and list(kept))
         assert len(ours["tokens"]) == 100
         assert same_tokens(ours["tokens"], (list(output.outputs[0].token_ids), gaps(output.outputs[0].logprobs)))
-    assert [answer["kept"] is None for answer in two] == [False, True, False]
+    assert [answer["kept"] is None for answer in answers] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "workers",
+    [
+        # CAKE's preferences are sums over heads, and ranks add theirs.
+        {"tensor_parallel_size": 2},
+        # All that a worker needs reaches it in its config and in the steps' messages, whatever carries them.
+        {"distributed_executor_backend": "bare_worker.BareExecutor"},
+    ],
+    ids=["two ranks", "a bare process"],
+)
+def test_workers_keep_what_one_in_this_process_keeps(tiny, tiny_model, workers):
+    eviction = {"kv_eviction": "cake", "kv_eviction_budget": 150}
+    answers = run(tiny_model, **eviction, **workers)
+    compare(answers, tiny(max_model_len=2048, **eviction), PROMPTS)
+
+
+def test_drafts_change_nothing(start_engine, model_dir, text_ids):
+    """Guessed tokens are verified against the evicted cache: with and without them, the same is kept and said."""
+    prompts = [text_ids[:200] * 3, text_ids[50:140], text_ids[2000:2700]]
+    eviction = {"kv_eviction": "cake", "kv_eviction_budget": 150, "kv_eviction_config": {"decode": "off"}}
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
+    answers = run(model_dir, prompts, **eviction, speculative_config=ngram, skip_tokenizer_init=False)
+    assert answers[-1]["accepted"] > 20
+    compare(answers, start_engine(**eviction), prompts)
 
 
 def test_two_ranks_agree_where_heads_compete(tiny_model):

@@ -82,16 +82,9 @@ def test_long_output_stays_in_its_budget(start_engine, replay: Replay, text_ids,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decode", ["cake", "window"])
-def test_steady_state(start_engine, tiny_model, decode, same_on_both):
+def test_steady_state(tiny, decode, same_on_both):
     """4,000 generated tokens on a budget of 256: no layer ever holds more than it was given and two blocks."""
-    engine: Engine = start_engine(
-        tiny_model,
-        skip_tokenizer_init=True,
-        num_gpu_blocks_override=1500,
-        kv_eviction="cake",
-        kv_eviction_budget=256,
-        kv_eviction_config={"decode": decode},
-    )
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=256, kv_eviction_config={"decode": decode})
     worker, scheduler = engine.connector.worker, engine.scheduler.connector.scheduler
     request = engine.add([(7 * i) % 250 for i in range(600)], 4000)
     steps = 0

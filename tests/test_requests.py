@@ -4,8 +4,7 @@ import json
 
 import pytest
 from engine import Engine
-from random_models import save_random_adapter
-from test_memory import numbers
+from random_models import numbers, save_random_adapter
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
@@ -15,15 +14,8 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.fixture
-def engine(start_engine, tiny_model) -> Engine:
-    return start_engine(
-        tiny_model,
-        skip_tokenizer_init=True,
-        num_gpu_blocks_override=1500,
-        kv_eviction="cake",
-        kv_eviction_budget=300,
-        max_num_batched_tokens=512,
-    )
+def engine(tiny) -> Engine:
+    return tiny(kv_eviction="cake", kv_eviction_budget=300, max_num_batched_tokens=512)
 
 
 WISHES = [
@@ -36,7 +28,7 @@ WISHES = [
 ]
 
 
-def test_requests_with_budgets_of_their_own(engine: Engine, start_engine, tiny_model, is_v2):
+def test_requests_with_budgets_of_their_own(engine: Engine, tiny, is_v2):
     """In one batch they get what engines that are set up for each of them give."""
     prompt = numbers(20, 900)
     engine.forget_prefixes()
@@ -58,9 +50,7 @@ def test_requests_with_budgets_of_their_own(engine: Engine, start_engine, tiny_m
         settings = {"kv_eviction": "cake", "kv_eviction_budget": 300} | wish
         if settings["kv_eviction"] == "none":
             settings = {}
-        alone: Engine = start_engine(
-            tiny_model, skip_tokenizer_init=True, num_gpu_blocks_override=1500, max_num_batched_tokens=512, **settings
-        )
+        alone: Engine = tiny(max_num_batched_tokens=512, **settings)
         assert alone.generate([prompt], 40) == [together[name]]
 
 
@@ -92,29 +82,23 @@ def test_bad_wishes_are_refused(engine: Engine, wish, message):
     assert engine.is_idle()
 
 
-def test_wishes_need_a_server_with_eviction(start_engine, tiny_model):
-    engine: Engine = start_engine(tiny_model, skip_tokenizer_init=True)
+def test_wishes_need_a_server_with_eviction(tiny):
+    engine: Engine = tiny()
     with pytest.raises(VLLMValidationError, match="kv_eviction needs a server with eviction: start it with"):
         engine.add([1, 2, 3], 4, extra_args={"kv_eviction": "cake"})
     engine.generate([[1, 2, 3]], 4, extra_args={"kv_eviction": "none"})
 
 
-def test_progressive_prefill_bounds_what_a_request_may_ask_for(start_engine, tiny_model):
-    engine: Engine = start_engine(
-        tiny_model,
-        skip_tokenizer_init=True,
-        num_gpu_blocks_override=1500,
-        kv_eviction="cake",
-        kv_eviction_budget=300,
-        kv_eviction_config={"prefill": "progressive"},
-    )
+def test_progressive_prefill_bounds_what_a_request_may_ask_for(tiny):
+    options = {"prefill": "progressive"}
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=300, kv_eviction_config=options)
     for wish in ({"kv_eviction_budget": 400}, {"kv_eviction": "none"}, {"kv_eviction": "knorm"}):
         with pytest.raises(VLLMValidationError, match="must not let it hold more than the server's"):
             engine.add([1, 2, 3], 4, extra_args=wish)
     assert len(engine.generate([numbers(22, 900)], 4, extra_args={"kv_eviction_budget": 200})[0]) == 4
 
 
-def test_a_policy_that_raises_costs_no_request(engine: Engine, start_engine, tiny_model, monkeypatch):
+def test_a_policy_that_raises_costs_no_request(engine: Engine, monkeypatch):
     """Whether it scores, divides or ranks: the request is served with all it has, and the next one is evicted."""
     from cake_vllm.policies.cake import Cake
 
@@ -224,16 +208,10 @@ def test_an_interruption_leaves_no_page_behind(smol: Engine, text_ids):
     assert smol.is_idle()
 
 
-def test_lora_beside_the_base_model(start_engine, tiny_model, tmp_path, same_on_both):
+def test_lora_beside_the_base_model(tiny, tmp_path, same_on_both):
     """Requests with and without an adapter, evicted in one batch; served in full they are stock vLLM's."""
     adapter = LoRARequest("adapter", 1, save_random_adapter(tmp_path / "adapter", num_layers=4))
-    settings = {
-        "skip_tokenizer_init": True,
-        "num_gpu_blocks_override": 1500,
-        "enable_lora": True,
-        "max_lora_rank": 8,
-        "max_num_batched_tokens": 512,
-    }
+    settings = {"enable_lora": True, "max_lora_rank": 8, "max_num_batched_tokens": 512}
     prompt = numbers(25, 700)
 
     def served(engine: Engine, **params) -> list[list[int]]:
@@ -241,8 +219,8 @@ def test_lora_beside_the_base_model(start_engine, tiny_model, tmp_path, same_on_
         done = engine.run()
         return [done[name] for name in names]
 
-    stock = served(start_engine(tiny_model, **settings))
-    engine: Engine = start_engine(tiny_model, kv_eviction="criticalkv", kv_eviction_budget=100, **settings)
+    stock = served(tiny(**settings))
+    engine: Engine = tiny(kv_eviction="criticalkv", kv_eviction_budget=100, **settings)
     assert served(engine, extra_args={"kv_eviction": "none"}) == stock
     engine.stats()
     together = served(engine)

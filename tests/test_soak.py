@@ -39,10 +39,14 @@ BUDGET = 128
 EVICTED = BUDGET + 32
 
 
+#: What makes engines run inside the other tests; users have none of it.
+ENGINE_VARIABLES = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER", "OMP_NUM_THREADS")
+
+
 @pytest.fixture(autouse=True)
 def users_environment(monkeypatch):
-    """The server as users start it, not as engines run inside the other tests."""
-    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER", "OMP_NUM_THREADS"):
+    """The server as users start it."""
+    for name in ENGINE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -69,6 +73,18 @@ def series(url: str, name: str) -> float:
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
         text = answer.read().decode()
     return sum(float(value) for value in re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE))
+
+
+def control(url: str, action: str) -> None:
+    """Pauses or resumes."""
+    urllib.request.urlopen(urllib.request.Request(f"{url}/{action}", method="POST"), timeout=60).close()
+
+
+def wait_until(holds) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def engine_process() -> psutil.Process:
@@ -115,9 +131,7 @@ def test_two_thousand_requests(chatty_model):
             engine = engine_process()
             before = engine.memory_info().rss
             list(pool.map(client, range(400, 2000)))
-        deadline = time.monotonic() + 30
-        while series(url, "vllm:num_requests_running") and time.monotonic() < deadline:
-            time.sleep(0.5)
+        wait_until(lambda: not series(url, "vllm:num_requests_running"))
         # The last statistics travel with a step's output.
         post(url, {"prompt": [5, 6, 7], "max_tokens": 3})
         assert len(dropped) > 50
@@ -130,40 +144,93 @@ def test_two_thousand_requests(chatty_model):
         assert ours["freed_blocks"] * 32 == ours["evicted_tokens"] > 0
 
 
-def test_wishes_over_http(chatty_model):
+@pytest.fixture(scope="module")
+def log_file(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("log") / "server.log"
+
+
+@pytest.fixture(scope="module")
+def open_server(chatty_model, log_file):
+    """A server that tells all and can be paused."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_SERVER_DEV_MODE", "1")
+        patch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+        for name in ENGINE_VARIABLES:
+            patch.delenv(name, raising=False)
+        flags = ["--kv-eviction", "cake", "--kv-eviction-budget", "400", *FLAGS]
+        with server(chatty_model, *flags, log_file=log_file) as url:
+            yield url
+
+
+def test_wishes_over_http(open_server):
     """Budgets by request, what was kept in the answer, and refusals as HTTP 400."""
-    flags = ["--kv-eviction", "cake", "--kv-eviction-budget", "400", *FLAGS]
-    with server(chatty_model, *flags) as url:
-        prompt = list(range(1000, 1500))
-        for wish, kept in (({}, 500), ({"kv_eviction_budget": 128}, 128), ({"kv_eviction_budget": "0.5"}, 250)):
-            wish = {**wish, "kv_eviction_report": 1}
-            answer = post(url, {"prompt": prompt, "max_tokens": 3, "ignore_eos": True, "vllm_xargs": wish})
-            report = answer["kv_transfer_params"]["kv_eviction"]
-            assert report["policy"] == "cake"
-            assert kept <= sum(report["kept_tokens"]) / 4 < kept + 64 if kept < 500 else True
-        assert post(url, {"prompt": prompt, "max_tokens": 3})["kv_transfer_params"] is None
-        for wish, message in (
-            ({"kv_eviction": "cade"}, "kv_eviction 'cade' is unknown"),
-            ({"kv_eviction_budget": -1}, "kv_eviction_budget -1 is not a budget"),
-        ):
-            with pytest.raises(urllib.error.HTTPError) as refused:
-                post(url, {"prompt": prompt, "max_tokens": 3, "vllm_xargs": wish})
-            assert refused.value.code == 400
-            assert message in json.loads(refused.value.read())["error"]["message"]
+    prompt = list(range(1000, 1500))
+    for wish, kept in (({}, 400), ({"kv_eviction_budget": 128}, 128), ({"kv_eviction_budget": "0.5"}, 250)):
+        wish = {**wish, "kv_eviction_report": 1}
+        answer = post(open_server, {"prompt": prompt, "max_tokens": 3, "ignore_eos": True, "vllm_xargs": wish})
+        report = answer["kv_transfer_params"]["kv_eviction"]
+        assert report["policy"] == "cake"
+        assert kept <= sum(report["kept_tokens"]) / 4 < kept + 64
+    assert post(open_server, {"prompt": prompt, "max_tokens": 3})["kv_transfer_params"] is None
+    for wish, message in (
+        ({"kv_eviction": "cade"}, "kv_eviction 'cade' is unknown"),
+        ({"kv_eviction_budget": -1}, "kv_eviction_budget -1 is not a budget"),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            post(open_server, {"prompt": prompt, "max_tokens": 3, "vllm_xargs": wish})
+        assert refused.value.code == 400
+        assert message in json.loads(refused.value.read())["error"]["message"]
 
 
-def test_a_killed_engine_is_noticed(chatty_model):
-    """As in stock vLLM: what runs is answered with an error, and the server ends."""
-    with server(chatty_model, "--kv-eviction", "cake", "--kv-eviction-budget", str(BUDGET), *FLAGS) as url:
-        with ThreadPoolExecutor(4) as pool:
-            body = {"prompt": list(range(1000, 1400)), "max_tokens": 1500, "ignore_eos": True}
-            running = [pool.submit(post, url, body) for _ in range(4)]
-            time.sleep(2)
-            engine_process().kill()
-            for request in running:
-                with pytest.raises((urllib.error.URLError, ConnectionError)):
-                    request.result(timeout=60)
-        deadline = time.monotonic() + 60
-        while is_ready(url):
-            assert time.monotonic() < deadline, "the server goes on without an engine"
-            time.sleep(1)
+def test_a_paused_server_goes_on_where_it_was(open_server):
+    """With what was evicted still evicted; other pauses preempt or abort what runs, and leave no page behind."""
+    body = {"prompt": list(range(2000, 2600)), "max_tokens": 600, "ignore_eos": True, "temperature": 0}
+    whole = post(open_server, body)
+    with ThreadPoolExecutor(1) as pool:
+
+        def paused(how: str):
+            """A request in whose midst the server was paused."""
+            running = pool.submit(post, open_server, body)
+            wait_until(lambda: series(open_server, "vllm:num_requests_running") == 1)
+            control(open_server, f"pause?{how}")
+            return running
+
+        running = paused("mode=keep&clear_cache=false")
+        produced = series(open_server, "vllm:generation_tokens_total")
+        time.sleep(1)
+        assert not running.done()
+        assert series(open_server, "vllm:generation_tokens_total") == produced
+        control(open_server, "resume")
+        assert running.result()["choices"][0]["text"] == whole["choices"][0]["text"]
+        running = paused("mode=keep")
+        control(open_server, "resume")
+        assert running.result()["usage"] == whole["usage"]
+        assert paused("mode=abort").result()["choices"][0]["finish_reason"] == "abort"
+        control(open_server, "resume")
+    post(open_server, {"prompt": [5, 6, 7], "max_tokens": 3})
+    assert series(open_server, "vllm:kv_cache_usage_perc") == 0
+
+
+def test_nothing_tells_what_was_asked(open_server, log_file):
+    """Neither the log at its most talkative, nor ``/metrics``, nor a refusal has words of a prompt."""
+    prompt = "the zyzzyva and the quokka " * 120
+    post(open_server, {"prompt": prompt, "max_tokens": 3})
+    assert "evicted request" in log_file.read_text()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        post(open_server, {"prompt": prompt, "max_tokens": 3, "vllm_xargs": {"kv_eviction_budget": 0}})
+    with urllib.request.urlopen(f"{open_server}/metrics", timeout=30) as answer:
+        told = [log_file.read_text(), refused.value.read().decode(), answer.read().decode()]
+    assert not any("zyzzyva" in text for text in told)
+
+
+def test_a_killed_engine_is_noticed(open_server):
+    """As in stock vLLM: what runs is answered with an error, and the server ends. The last test of this server."""
+    with ThreadPoolExecutor(4) as pool:
+        body = {"prompt": list(range(1000, 1400)), "max_tokens": 1500, "ignore_eos": True}
+        running = [pool.submit(post, open_server, body) for _ in range(4)]
+        time.sleep(2)
+        engine_process().kill()
+        for request in running:
+            with pytest.raises((urllib.error.URLError, ConnectionError)):
+                request.result(timeout=60)
+    wait_until(lambda: not is_ready(open_server))

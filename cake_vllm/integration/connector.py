@@ -31,7 +31,6 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         config = eviction_config(vllm_config)
         assert config is not None, "the connector is set up only where eviction is on"
-        self._report: EvictionReport | None = None
         if role == KVConnectorRole.SCHEDULER:
             max_model_len = vllm_config.model_config.max_model_len
             self.scheduler = EvictionScheduler(config, kv_cache_config, vllm_config.scheduler_config, max_model_len)
@@ -96,14 +95,12 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
             raise RuntimeError("--kv-eviction does not work together with micro-batching: drop --enable-dbo")
         self.worker.begin(connector_metadata, metadata)
 
-    def wait_for_save(self) -> None:
-        """Compacts what this step finished."""
-        self._report = self.worker.finish()
-
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        """What was compacted."""
-        report, self._report = self._report, None
-        return report
+        """Compacts what this step finished, and reports it."""
+        return self.worker.finish()
+
+    def wait_for_save(self) -> None:
+        """Nothing to wait for. With drafts this hook comes after the report."""
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """No KV comes from outside."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import vllm
 from packaging.version import Version
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import KVTransferConfig, SpeculativeConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.engine.input_processor import InputProcessor
 
 from cake_vllm import BELOW_VLLM, MIN_VLLM
-from cake_vllm.config import BUDGET_KEY, OFF, POLICY_KEY, KVEvictionConfig, flag
+from cake_vllm.config import BUDGET_KEY, CONFIG_KEY, OFF, POLICY_KEY, KVEvictionConfig, flag
 from cake_vllm.integration.args import install_args
 from cake_vllm.integration.patching import wrap
 
@@ -69,6 +69,7 @@ def _create_engine_config(original: Callable[..., VllmConfig], self: Any, *args:
     self.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
     vllm_config = original(self, *args, **kwargs)
     refuse_model(vllm_config)
+    refuse_speculation(config, vllm_config.speculative_config)
     resolved = config.resolve(vllm_config.model_config.hf_text_config)
     vllm_config.additional_config = {**settings, **resolved.settings()}
     preset = resolved.options.get("preset", "none for this model")
@@ -106,7 +107,6 @@ def refuse_arguments(args: Any) -> None:
         (args.kv_transfer_config is not None and not ours, "--kv-transfer-config", "drop one of the two"),
         (args.kv_offloading_size is not None, "--kv-offloading-size", "drop one of the two"),
         (args.disable_hybrid_kv_cache_manager is True, "--disable-hybrid-kv-cache-manager", "drop it"),
-        (args.speculative_config is not None, "--speculative-config", "drop one of the two"),
         (args.pipeline_parallel_size > 1, "--pipeline-parallel-size", "set it to 1"),
         (args.decode_context_parallel_size > 1, "--decode-context-parallel-size", "set it to 1"),
         (args.prefill_context_parallel_size > 1, "--prefill-context-parallel-size", "set it to 1"),
@@ -115,6 +115,26 @@ def refuse_arguments(args: Any) -> None:
     for refused, argument, fix in checks:
         if refused:
             raise ValueError(f"{flag(POLICY_KEY)} does not work together with {argument} yet: {fix}")
+
+
+def refuse_speculation(config: KVEvictionConfig, speculative: SpeculativeConfig | None) -> None:
+    """Refuses drafts that come from a model, whose layers would be evicted too, and drafts in what is evicted.
+
+    Raises:
+        ValueError: one sentence that says what to change.
+    """
+    if speculative is None:
+        return
+    if speculative.method != "ngram":
+        raise ValueError(
+            f"{flag(POLICY_KEY)} does not work together with --speculative-config of method {speculative.method} yet: "
+            "use ngram or drop one of the two"
+        )
+    if config.decode != "off":
+        raise ValueError(
+            f"{flag(POLICY_KEY)} cannot evict generated tokens before their drafts are verified: "
+            f"""set {flag(CONFIG_KEY)} '{{"decode": "off"}}' or drop --speculative-config"""
+        )
 
 
 def refuse_model(vllm_config: VllmConfig) -> None:
