@@ -1,125 +1,202 @@
-"""Time to first token and time of a decode step, with CAKE and with stock vLLM, in one run on one machine.
+"""Time to first token and time of a decode step against stock vLLM, side by side on one machine.
 
-Both engines run in this process, one after the other, on prompts of equal length from a real text, each measured
-several times after a warm-up. Prints medians and their ratio, and writes everything as JSON.
+Both engines live at once, each in a process of its own, and take turns: a prompt here and then there, a few decode
+steps here and then there. So what else happens on the machine hits both, and the ratios are steadier than the times.
+Every figure is a median over repetitions after a warm-up.
+
+``decode, nothing to evict``: what eviction costs those who do not need it. ``first token``: what an eviction costs the
+prompt. ``decode, evicted``: long prompts cut to the budget, against stock vLLM with as long prompts, and against stock
+vLLM with prompts as short as the budget, which is the limit.
 
     python benchmarks/latency.py MODEL --out benchmarks/results/latency.json
 """
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+# Threads of the engine whose turn it is not must not spin for long.
+os.environ.setdefault("KMP_BLOCKTIME", "1")
 
 from common import speeches, write
 from tqdm import tqdm
-from vllm import SamplingParams
 
-from cake_vllm import LLM
+#: Decode steps in a turn; the first one finds cold caches and does not count.
+TURN = 6
 
 
-class Bench:
-    """One engine and its clock."""
+def serve(pipe: Any, model: str, settings: dict[str, Any]) -> None:
+    """One engine; answers ``(method, arguments)`` from the pipe until it is ``None``."""
+    engine = Engine(model, settings)
+    pipe.send(None)
+    while (call := pipe.recv()) is not None:
+        method, arguments = call
+        pipe.send(getattr(engine, method)(*arguments))
 
-    def __init__(self, model: str, max_model_len: int, **kwargs):
+
+class Engine:
+    """vLLM's offline engine and a clock."""
+
+    def __init__(self, model: str, settings: dict[str, Any]):
+        from cake_vllm import LLM
+
         self.llm = LLM(
             model,
             dtype="float32",
             block_size=32,
             enforce_eager=True,
             enable_prefix_caching=False,
-            max_model_len=max_model_len,
             max_num_seqs=16,
-            kv_cache_memory_bytes=4 * 2**30,
-            **kwargs,
+            **settings,
         )
         self.engine = self.llm.llm_engine
+        self._running: list[str] = []
         self._count = 0
+
+    def tokens(self, text: str) -> list[int]:
+        """Ids of a text."""
+        return self.llm.get_tokenizer()(text)["input_ids"]
 
     def first_token(self, prompt: list[int]) -> float:
         """Seconds from the request to its first token."""
         start = time.perf_counter()
         self._add(prompt, 1)
-        self._drain()
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        self._running.clear()
         return time.perf_counter() - start
 
-    def decode_steps(self, prompts: list[list[int]], steps: int) -> list[float]:
-        """Seconds of each decode step of a batch."""
+    def start(self, prompts: list[list[int]], max_tokens: int) -> None:
+        """Brings a batch to its decode phase."""
         for prompt in prompts:
-            self._add(prompt, steps + 64)
-        produced = 0
-        while produced < len(prompts):
-            produced = sum(bool(output.outputs[0].token_ids) for output in self.engine.step())
+            self._add(prompt, max_tokens)
+        begun: set[str] = set()
+        while len(begun) < len(prompts):
+            begun |= {output.request_id for output in self.engine.step() if output.outputs[0].token_ids}
+
+    def steps(self) -> list[float]:
+        """Seconds of the decode steps of a turn."""
         times = []
-        for _ in range(steps):
+        for _ in range(TURN):
             start = time.perf_counter()
             self.engine.step()
             times.append(time.perf_counter() - start)
-        self.engine.abort_request([f"r{i}" for i in range(self._count)])
-        self._drain()
-        return times
+        return times[1:]
 
-    def close(self) -> None:
-        """Ends the engine."""
-        self.engine.engine_core.shutdown()
-
-    def _add(self, prompt: list[int], max_tokens: int) -> None:
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        self.engine.add_request(f"r{self._count}", {"prompt_token_ids": prompt}, params)
-        self._count += 1
-
-    def _drain(self) -> None:
+    def stop(self) -> None:
+        """Ends the batch."""
+        self.engine.abort_request(self._running)
         while self.engine.has_unfinished_requests():
             self.engine.step()
+        self._running.clear()
+
+    def _add(self, prompt: list[int], max_tokens: int) -> None:
+        from vllm import SamplingParams
+
+        name = f"r{self._count}"
+        self._count += 1
+        self._running.append(name)
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
 
 
-def measure(name: str, bench: Bench, text: list[int], args: argparse.Namespace) -> dict:
-    """All figures of one engine, in seconds."""
-    figures: dict[str, list[float]] = {}
-    with tqdm(desc=name, total=len(args.lengths) * (args.repeats + 2)) as bar:
-        for length in args.lengths:
-            bench.first_token(text[:length])
-            bar.update()
-            runs = figures.setdefault(f"first token, {length} tokens", [])
-            for i in range(args.repeats):
-                runs.append(bench.first_token(text[i : i + length]))
-                bar.update()
-            prompts = [text[37 * i : 37 * i + length] for i in range(args.batch)]
-            steps = bench.decode_steps(prompts, args.steps)
-            figures[f"decode step, {length} tokens, batch {args.batch}"] = steps[len(steps) // 4 :]
-            bar.update()
-    return figures
+class Remote:
+    """An :class:`Engine` in another process."""
+
+    def __init__(self, model: str, settings: dict[str, Any]):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, model, settings))
+        self._process.start()
+        # Ours would keep the pipe open if the process died.
+        theirs.close()
+        self._pipe.recv()
+
+    def __call__(self, method: str, *arguments: Any) -> Any:
+        """Calls a method over there."""
+        self._pipe.send((method, arguments))
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.send(None)
+        self._process.join()
+
+
+def first_tokens(engines: dict[str, Remote], text: list[int], length: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds to the first token of prompts of one length, by engine."""
+    runs: dict[str, list[float]] = {name: [] for name in engines}
+    for index in range(repeats + 1):
+        for name, engine in engines.items():
+            runs[name].append(engine("first_token", text[index : index + length]))
+    return {name: seconds[1:] for name, seconds in runs.items()}
+
+
+def decode_steps(cases: dict[str, tuple[Remote, list[list[int]]]], turns: int) -> dict[str, list[float]]:
+    """Seconds of decode steps of batches that take turns; two of them may share an engine, one after the other."""
+    runs: dict[str, list[float]] = {name: [] for name in cases}
+    for engine, prompts in cases.values():
+        engine("start", prompts, TURN * (turns + 1))
+    for _ in range(turns):
+        for name, (engine, _prompts) in cases.items():
+            runs[name] += engine("steps")
+    for engine, _prompts in cases.values():
+        engine("stop")
+    return runs
 
 
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--budget", type=int, default=256)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 4000])
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=24, help="decode steps; the first quarter is not counted")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--budget", type=int, default=256, help="of the evicted batch and of the first tokens")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 4000, 8000], help="for the first token")
+    parser.add_argument("--context", type=int, default=6000, help="of the evicted batch")
+    parser.add_argument("--batch", type=int, default=8, help="of the evicted batch")
+    parser.add_argument("--turns", type=int, default=30, help=f"of {TURN} decode steps each")
+    parser.add_argument("--repeats", type=int, default=5, help="of each first token")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     args = parser.parse_args()
 
-    max_model_len = max(args.lengths) + 200
-    results = {}
-    for name, kwargs in (("stock", {}), ("cake", {"kv_eviction": "cake", "kv_eviction_budget": args.budget})):
-        bench = Bench(args.model, max_model_len, **kwargs)
-        text = bench.llm.get_tokenizer()(speeches()[0])["input_ids"]
-        results[name] = measure(name, bench, text, args)
-        bench.close()
+    settings = {
+        "max_model_len": max(max(args.lengths) + 16, args.context + TURN * (args.turns + 2)),
+        "kv_cache_memory_bytes": 4 * 2**30,
+    }
+    eviction = {"kv_eviction": "cake", "kv_eviction_budget": args.budget}
+    # Whatever an evicted batch is compared with generates as many tokens: its cache grows alike.
+    stock, cake = Remote(args.model, settings), Remote(args.model, {**settings, **eviction})
+    both = {"stock": stock, "cake": cake}
+    text = stock("tokens", speeches()[0])
+    short = [text[97 * i : 97 * i + 100] for i in range(16)]
+    long = [text[97 * i : 97 * i + args.context] for i in range(args.batch)]
+    cut = [prompt[: args.budget] for prompt in long]
+    results: dict[str, dict[str, list[float]]] = {}
+    with tqdm(total=len(args.lengths) + 4) as bar:
+        for batch in (1, 16):
+            cases = {name: (engine, short[:batch]) for name, engine in both.items()}
+            results[f"decode, nothing to evict, batch {batch}"] = decode_steps(cases, args.turns)
+            bar.update()
+        for length in args.lengths:
+            results[f"first token, {length} tokens"] = first_tokens(both, text, length, args.repeats)
+            bar.update()
+        for name, prompts in ((f"{args.context}", long), (f"{args.budget}", cut)):
+            figure = f"decode, {args.context} evicted to {args.budget}, stock at {name}, batch {args.batch}"
+            results[figure] = decode_steps({"stock": (stock, prompts), "cake": (cake, long)}, args.turns)
+            bar.update()
+    for engine in both.values():
+        engine.close()
 
-    print(f"\n{'median':44} {'stock':>9} {'cake':>9} {'ratio':>7}")
-    for figure, stock in results["stock"].items():
-        a, b = statistics.median(stock), statistics.median(results["cake"][figure])
-        print(f"{figure:44} {a:8.3f}s {b:8.3f}s {b / a:7.3f}")
+    print(f"\n{'median, milliseconds':60} {'stock':>9} {'cake':>9} {'ratio':>7}")
+    for figure, runs in results.items():
+        a, b = (statistics.median(runs[name]) * 1e3 for name in both)
+        print(f"{figure:60} {a:9.1f} {b:9.1f} {b / a:7.3f}")
     write(args.out, results)
 
 

@@ -7,11 +7,14 @@ while eviction is on in the engine at hand; otherwise every class here hands out
 
 import itertools
 from abc import abstractmethod
+from copy import copy
+from dataclasses import replace
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
-from vllm.v1.attention.backend import AttentionImpl, AttentionType
+from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec, replace_as
 
 from cake_vllm.integration.plugin import eviction_config
@@ -51,6 +54,12 @@ class EvictingBackend:
         return cls.evicting_impl
 
     @classmethod
+    def get_builder_cls(cls) -> type[AttentionMetadataBuilder]:
+        """The stock builder; while eviction is on, one that shares what it builds among the layers."""
+        stock = super().get_builder_cls()  # type: ignore[misc]
+        return stock if cls._spec_fields is None else _sharing(stock)
+
+    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Gives each layer of full attention a spec that no other layer shares."""
         spec = super().customize_spec(spec)  # type: ignore[misc]
@@ -63,6 +72,41 @@ class EvictingBackend:
         if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
             return spec
         return replace_as(spec, EvictableSpec, layer_index=next(cls._layer_index), **cls._spec_fields)
+
+
+class SharingBuilder(AttentionMetadataBuilder):
+    """Mixin for an ``AttentionMetadataBuilder``; put it first among the bases.
+
+    Layers of one shape differ in their block tables only, but each is a KV cache group of its own and would have its
+    metadata built anew. Here the first layer's is built and the others get copies with their own tables.
+    """
+
+    #: By shape of the layers, the last step's lengths and the metadata that was built for them.
+    _built: ClassVar[dict[Any, tuple[torch.Tensor, Any]]]
+
+    def __init__(self, kv_cache_spec: Any, *args: Any, **kwargs: Any):
+        super().__init__(kv_cache_spec, *args, **kwargs)
+        spec = replace(kv_cache_spec, layer_index=0) if hasattr(kv_cache_spec, "layer_index") else kv_cache_spec
+        self._shape = spec, getattr(self, "num_heads", None), getattr(self, "num_heads_q", None)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        """See the base class."""
+        # Of one step if they have the same lengths: the very same tensor, which vLLM makes once per step.
+        lengths = common_attn_metadata.seq_lens
+        of_lengths, built = self._built.get(self._shape, (None, None))
+        if of_lengths is not lengths or common_prefix_len:
+            built = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)  # type: ignore[safe-super]
+            self._built[self._shape] = lengths, built
+            return built
+        own: Any = copy(built)
+        own.block_table = common_attn_metadata.block_table_tensor
+        own.slot_mapping = common_attn_metadata.slot_mapping
+        return own
+
+
+@cache
+def _sharing(stock: type[AttentionMetadataBuilder]) -> type[AttentionMetadataBuilder]:
+    return type(f"Sharing{stock.__name__}", (SharingBuilder, stock), {"_built": {}})
 
 
 class EvictingImpl(AttentionImpl):

@@ -47,6 +47,7 @@ class Observation:
 
     Attributes:
         end: logical length after this step.
+        num_tokens: of them, computed in this step.
         tail_block: id of the block that position ``end - 1`` lies in, in the first evictable layer. No other
             request's row ends in it, so it tells which row of the batch this is.
         grant: see :class:`Grant`.
@@ -56,6 +57,7 @@ class Observation:
 
     req_id: str
     end: int
+    num_tokens: int
     tail_block: int
     grant: Grant | None = None
     is_last: bool = True

@@ -236,7 +236,8 @@ class EvictionScheduler:
     def _observation(self, tracked: Tracked, end: int, grant: Grant | None, is_last: bool) -> Observation:
         request_id = tracked.request.request_id
         own = tracked.config if tracked.config is not self.config else None
-        return Observation(request_id, end, self._tail_block(request_id, end), grant, is_last, own)
+        num_tokens = end - tracked.request.num_computed_tokens
+        return Observation(request_id, end, num_tokens, self._tail_block(request_id, end), grant, is_last, own)
 
     def _grant(self, tracked: Tracked, policy: Policy, end: int, budget: int, divides: bool) -> Grant:
         request_id, num_blocks = tracked.request.request_id, end // self.block_size

@@ -20,7 +20,7 @@ from cake_vllm.integration.attention import STEP, EvictingImpl
 from cake_vllm.integration.messages import Eviction, EvictionReport, Grant, Observation, StepPlan
 from cake_vllm.integration.projections import output_projection
 from cake_vllm.integration.spec import evictable_groups
-from cake_vllm.kernels import BlockLayout, EvictedRows
+from cake_vllm.kernels import BlockLayout, EvictedRows, to_device
 from cake_vllm.policies import LayerInputs, LayerScore, PagedPrompt, Policy
 
 logger = init_logger("vllm.cake_vllm.worker")
@@ -47,12 +47,21 @@ class Watched:
 
 @dataclass(frozen=True)
 class Batched:
-    """Where an observed request lies in the batch: row ``row``, query tokens ``[first, last)``."""
+    """Where an observed request lies in the batch; on the device, so that nothing has to wait for it.
+
+    Attributes:
+        row: ``[1]`` int64.
+        end: ``[1]``, behind its last query token.
+    """
 
     what: Observation
-    row: int
-    first: int
-    last: int
+    row: torch.Tensor
+    end: torch.Tensor
+
+    def recent(self, query: torch.Tensor, count: int) -> torch.Tensor:
+        """Its last ``count`` queries of a step's ``[num_tokens, Hq, D]``, or all if there are fewer."""
+        count = min(count, self.what.num_tokens)
+        return query.index_select(0, self.end - count + torch.arange(count, device=query.device))
 
 
 @dataclass
@@ -159,21 +168,21 @@ class EvictionWorker:
             return
         metadata = [attn_metadata[layer.name] for layer in self.layers]
         seq_lens = metadata[0].seq_lens
-        tails = ((seq_lens - 1).clamp(min=0) // self.block_size).long()
-        row_of_tail = {
-            tail: row for row, tail in enumerate(metadata[0].block_table.gather(1, tails[:, None])[:, 0].tolist())
-        }
-        slots = torch.zeros(len(seq_lens), dtype=torch.int64)
-        for tail, req_id in plan.evicted.items():
-            slots[row_of_tail[tail]] = self._rows.slot(req_id)
-        if slots.any():
-            self._redirect(metadata, seq_lens, slots.to(seq_lens.device))
+        last = ((seq_lens - 1).clamp(min=0) // self.block_size).long()
+        # [1, R]
+        tails = metadata[0].block_table.gather(1, last[:, None]).T
+        if plan.evicted:
+            known = [(tail, self._rows.slot(req_id)) for tail, req_id in plan.evicted.items()]
+            # [2, number of evicted rows, 1]
+            of_tail, slot = to_device(known, torch.int64, tails.device).T.unsqueeze(-1)
+            self._redirect(metadata, seq_lens, ((tails == of_tail) * slot).sum(dim=0))
         batched = []
         if plan.observations:
-            query_start = metadata[0].query_start_loc.tolist()
-            for what in plan.observations:
-                row = row_of_tail[what.tail_block]
-                batched.append(Batched(what, row, query_start[row], query_start[row + 1]))
+            asked = to_device([what.tail_block for what in plan.observations], torch.int32, tails.device)
+            rows = (tails == asked[:, None]).int().argmax(dim=1, keepdim=True)
+            ends = metadata[0].query_start_loc[1:][rows]
+            for what, row, end in zip(plan.observations, rows, ends, strict=True):
+                batched.append(Batched(what, row, end))
                 self._watched.setdefault(what.req_id, Watched())
             self._observations.extend(plan.observations)
         for index, (layer, changed) in enumerate(zip(self.layers, metadata, strict=True)):
@@ -208,19 +217,19 @@ class EvictionWorker:
             watched = self._watched[place.what.req_id]
             if watched.error is None:
                 try:
-                    self._look(layer_index, place, watched, query, block_table[place.row])
+                    self._look(layer_index, place, watched, query, block_table.index_select(0, place.row)[0])
                 except Exception as error:
                     watched.error = error
 
     def _look(self, layer_index: int, place: Batched, watched: Watched, query: torch.Tensor, row: torch.Tensor) -> None:
         what, grant, config = place.what, place.what.grant, place.what.config or self.config
         policy, num_queries = config.policy, config.policy.num_queries
-        recent = query[max(place.first, place.last - num_queries) : place.last]
+        recent = place.recent(query, num_queries)
         if layer_index in watched.queries:
             recent = torch.cat([watched.queries[layer_index], recent])
             recent = recent[max(len(recent) - num_queries, 0) :]
         if not what.is_last:
-            watched.queries[layer_index] = recent.clone()
+            watched.queries[layer_index] = recent
         if grant is None:
             return
         held = self._held.get(what.req_id)
@@ -238,7 +247,7 @@ class EvictionWorker:
             return
         count = num_pages * self.block_size - protected
         if config.decode == "cake":
-            inputs = self._inputs(policy, layer_index, query[place.last - 1 : place.last], blocks, num_cached)
+            inputs = self._inputs(policy, layer_index, place.recent(query, 1), blocks, num_cached)
             chosen = policy.trim(inputs, count).sort(dim=-1).values
         elif len(recent) < num_queries:
             return
@@ -287,11 +296,13 @@ class EvictionWorker:
                     postponed += 1
                     trace[index] = None
                     continue
-                copied = torch.tensor(lent[:num_copied], dtype=torch.int64, device=blocks.device)
+                copied = to_device(lent[:num_copied], torch.int64, blocks.device)
                 pages = torch.cat([copied, own[len(own) - (num_pages - num_copied) :]])
-                del lent[:num_copied]
                 layer.layout.compact(layer.cache, blocks, chosen, pages)
-                held.pages[index], held.start[index] = pages.tolist(), num_blocks
+                # Ids of its own blocks are on the device alone.
+                held.pages[index] = lent[:num_copied] if num_copied == num_pages else pages.tolist()
+                held.start[index] = num_blocks
+                del lent[:num_copied]
                 cut.add(index)
         except Exception as error:
             watched.error = error

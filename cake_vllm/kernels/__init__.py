@@ -1,6 +1,6 @@
 """Tensor operations on paged KV caches. Nothing here imports vLLM."""
 
 from cake_vllm.kernels.pages import BlockLayout
-from cake_vllm.kernels.rows import EvictedRows
+from cake_vllm.kernels.rows import EvictedRows, to_device
 
-__all__ = ["BlockLayout", "EvictedRows"]
+__all__ = ["BlockLayout", "EvictedRows", "to_device"]

@@ -10,7 +10,15 @@ where ``k`` pages hold what the layer kept of the first ``start`` blocks. A laye
 request that was not evicted, has ``k = start = 0``: its row is the logical row.
 """
 
+from typing import Any
+
 import torch
+
+
+def to_device(numbers: Any, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """A tensor of (lists of) numbers, without waiting for the device."""
+    on_host = torch.tensor(numbers, dtype=dtype, pin_memory=torch.device(device).type == "cuda")
+    return on_host.to(device, non_blocking=True)
 
 
 class EvictedRows:
@@ -21,6 +29,8 @@ class EvictedRows:
 
     def __init__(self, num_layers: int, block_size: int, device: torch.device | str):
         self.block_size = block_size
+        #: Whether numbers can be looked at without waiting for a device.
+        self.is_on_host = torch.device(device).type == "cpu"
         self._pages = torch.zeros(2, num_layers, 1, dtype=torch.int32, device=device)
         self._num_pages = torch.zeros(2, num_layers, dtype=torch.int32, device=device)
         self._start = torch.zeros(2, num_layers, dtype=torch.int32, device=device)
@@ -52,9 +62,12 @@ class EvictedRows:
             self._pages = torch.cat([self._pages, torch.zeros_like(self._pages)], dim=2)
         width = self._pages.shape[2]
         padded = [layer + [0] * (width - len(layer)) for layer in pages]
-        self._pages[slot] = torch.tensor(padded, dtype=torch.int32)
-        self._num_pages[slot] = torch.tensor([len(layer) for layer in pages], dtype=torch.int32)
-        self._start[slot] = torch.tensor(start, dtype=torch.int32)
+        for table, numbers in (
+            (self._pages, padded),
+            (self._num_pages, [len(layer) for layer in pages]),
+            (self._start, start),
+        ):
+            table[slot] = to_device(numbers, torch.int32, table.device)
         self._slots[req_id] = slot
 
     def discard(self, req_id: str) -> None:
@@ -74,19 +87,22 @@ class EvictedRows:
             slots: ``[R]`` int64, from :meth:`slot`.
 
         Returns:
-            ``[L, R, C]`` int32 tables and ``[L, R]`` int32 lengths, contiguous. Entries beyond a row's length are
-            arbitrary but valid block ids.
+            ``[L, R, C']`` int32 tables and ``[L, R]`` int32 lengths, contiguous. ``C'`` is ``C``, or on CPUs, where it
+            can be seen without waiting, what the longest row needs. Entries beyond a row's length are arbitrary but
+            valid block ids.
         """
-        num_columns = tables.shape[-1]
         num_pages = self._num_pages[slots].T.unsqueeze(-1)
         start = self._start[slots].T.unsqueeze(-1)
+        lengths = seq_lens - (start - num_pages).squeeze(-1) * self.block_size
+        num_columns = last = tables.shape[-1]
+        if self.is_on_host:
+            num_columns = -(-int(lengths.max()) // self.block_size)
         column = torch.arange(num_columns, dtype=torch.int32, device=tables.device)
-        source = (column - num_pages + start).clamp_(0, num_columns - 1)
+        source = (column - num_pages + start).clamp_(0, last - 1)
         composed = tables.gather(2, source.long())
         width = min(self._pages.shape[2], num_columns)
         private = self._pages[slots, :, :width].transpose(0, 1)
         composed[..., :width] = torch.where(column[:width] < num_pages, private, composed[..., :width])
-        lengths = seq_lens - (start - num_pages).squeeze(-1) * self.block_size
         # Kernels read rows of both by pointer.
         return composed.contiguous(), lengths.to(seq_lens.dtype).contiguous()
 

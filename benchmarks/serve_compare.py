@@ -1,0 +1,225 @@
+"""Stock vLLM and this plugin on the same KV memory, under ``vllm bench serve``.
+
+Starts one server after the other with a pool that holds a few full prompts, sends the same requests to each with the
+same seed, all at once, and follows ``/metrics`` meanwhile. Prints one table, and with ``--out`` writes the raw numbers
+and draws the course of each run beside them.
+
+``peak running``: the most requests that the engine ran at once. ``peak tokens/s``: the best second of output, which is
+one of decoding alone. ``tokens/s``: of the whole run, prompts included.
+
+    python benchmarks/serve_compare.py MODEL --out benchmarks/results/serve_random.json
+    python benchmarks/serve_compare.py MODEL --text --out benchmarks/results/serve_text.json
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "deploy"))
+
+from common import speeches, write
+from demo import server
+from tqdm import tqdm
+
+#: Series of ``/metrics`` that are followed, by their names in the results.
+SERIES = {
+    "running": "vllm:num_requests_running",
+    "waiting": "vllm:num_requests_waiting",
+    "usage": "vllm:kv_cache_usage_perc",
+    "generated": "vllm:generation_tokens_total",
+    "preemptions": "vllm:num_preemptions_total",
+    "freed blocks": "vllm:kv_eviction_freed_blocks_total",
+    "evicted requests": "vllm:kv_eviction_requests_total",
+}
+
+
+def pool_bytes(model: Path, num_tokens: int, dtype: str) -> int:
+    """Bytes that the keys and values of ``num_tokens`` take in all layers."""
+    config = json.loads((model / "config.json").read_text())
+    head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    per_layer = 2 * config["num_key_value_heads"] * head_size * {"float32": 4, "bfloat16": 2}[dtype]
+    return num_tokens * config["num_hidden_layers"] * per_layer
+
+
+def read_metrics(url: str) -> dict[str, float]:
+    """Current values of :data:`SERIES`; those that the server does not have are 0."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    found = {}
+    for name, series in SERIES.items():
+        values = re.findall(rf"^{series}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+        found[name] = sum(map(float, values))
+    return found
+
+
+class Follower(threading.Thread):
+    """Reads the metrics a few times a second until :meth:`stop`."""
+
+    def __init__(self, url: str, total: int, name: str):
+        super().__init__()
+        self.url = url
+        self.samples: list[dict[str, float]] = []
+        self._bar = tqdm(desc=name, total=total, unit="tok")
+        self._done = threading.Event()
+
+    def run(self) -> None:
+        """See the base class."""
+        start, first = time.monotonic(), read_metrics(self.url)
+        while not self._done.wait(0.25):
+            now = read_metrics(self.url)
+            counted = {
+                key: now[key] - first[key] for key in ("generated", "preemptions", "freed blocks", "evicted requests")
+            }
+            self.samples.append({"time": time.monotonic() - start, **now, **counted})
+            self._bar.update(counted["generated"] - self._bar.n)
+
+    def stop(self) -> list[dict[str, float]]:
+        """Ends it and returns the samples; counters start at 0."""
+        self._done.set()
+        self.join()
+        self._bar.close()
+        return self.samples
+
+
+def write_prompts(file: Path, model: str, args: argparse.Namespace) -> None:
+    """Pieces of speeches, each of another place, as the client reads them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = list(itertools.chain.from_iterable(tokenizer(text)["input_ids"] for text in speeches()[:20]))
+    with file.open("w") as lines:
+        for index in range(args.requests + args.warmups):
+            piece = ids[index * args.input_len : (index + 1) * args.input_len]
+            assert len(piece) == args.input_len, "the text is too short: ask for fewer requests"
+            lines.write(json.dumps({"prompt": tokenizer.decode(piece)}) + "\n")
+
+
+def bench(url: str, args: argparse.Namespace, prompts: Path | None, folder: Path) -> dict[str, Any]:
+    """Runs the client and returns what it saved."""
+    if prompts:
+        dataset = ["custom", "--dataset-path", str(prompts), "--custom-output-len", str(args.output_len)]
+        dataset += ["--skip-chat-template", "--disable-shuffle"]
+    else:
+        dataset = ["random", "--random-input-len", str(args.input_len), "--random-output-len", str(args.output_len)]
+    command = [str(Path(sys.executable).parent / "vllm"), "bench", "serve", "--backend", "openai", "--base-url", url]
+    command += ["--model", "demo", "--tokenizer", args.model, "--num-prompts", str(args.requests), "--seed", "0"]
+    command += ["--num-warmups", str(args.warmups), "--ignore-eos", "--temperature", "0", "--disable-tqdm"]
+    command += ["--save-result", "--result-dir", str(folder), "--result-filename", "result.json"]
+    command += ["--dataset-name", *dataset]
+    env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError("vllm bench serve failed:\n" + done.stdout[-3000:])
+    return json.loads((folder / "result.json").read_text())
+
+
+def measure(name: str, flags: list[str], args: argparse.Namespace, prompts: Path | None) -> dict[str, Any]:
+    """One server's figures and its course."""
+    num_tokens = args.pool_prompts * (args.input_len + args.output_len)
+    memory = pool_bytes(Path(args.model), num_tokens, args.dtype)
+    common = ["--dtype", args.dtype, "--block-size", str(args.block_size), "--enforce-eager"]
+    common += ["--max-model-len", str(args.input_len + args.output_len + 64), "--max-num-seqs", str(args.requests)]
+    common += ["--max-num-batched-tokens", str(args.chunk), "--kv-cache-memory-bytes", str(memory)]
+    with tempfile.TemporaryDirectory() as folder, server(args.model, *common, *flags) as url:
+        follower = Follower(url, args.requests * args.output_len, name)
+        follower.start()
+        try:
+            client = bench(url, args, prompts, Path(folder))
+        finally:
+            samples = follower.stop()
+    last = samples[-1]
+    return {
+        "figures": {
+            "completed": client["completed"],
+            "peak running": max(sample["running"] for sample in samples),
+            "peak tokens/s": client["max_output_tokens_per_s"],
+            "tokens/s": client["output_throughput"],
+            "seconds": client["duration"],
+            "TTFT s": client["median_ttft_ms"] / 1e3,
+            "TPOT ms": client["median_tpot_ms"],
+            "ITL ms": client["median_itl_ms"],
+            "preemptions": last["preemptions"],
+            "freed blocks": last["freed blocks"],
+        },
+        "client": {key: value for key, value in client.items() if isinstance(value, int | float)},
+        "samples": samples,
+    }
+
+
+def draw(results: dict[str, Any], file: Path) -> None:
+    """Running requests, pool usage and generated tokens over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {"running": "requests running", "usage": "share of the pool in use", "generated": "tokens generated"}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 3.6), layout="constrained")
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+        for name, result in results.items():
+            samples = result["samples"]
+            axis.plot([sample["time"] for sample in samples], [sample[key] for sample in samples], label=name)
+        axis.set(title=title, xlabel="seconds", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a model directory")
+    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--input-len", type=int, default=2048)
+    parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--pool-prompts", type=int, default=4, help="full requests that the pool holds")
+    parser.add_argument("--budget", default="0.1")
+    parser.add_argument("--policy", default="cake")
+    parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--chunk", type=int, default=512, help="max-num-batched-tokens of the servers")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--warmups", type=int, default=2, help="requests before the clock starts")
+    parser.add_argument("--text", action="store_true", help="prompts of real English prose instead of random tokens")
+    parser.add_argument("--out", type=Path, help="where to write the JSON, and a PNG beside it")
+    args = parser.parse_args()
+
+    eviction = ["--kv-eviction", args.policy, "--kv-eviction-budget", args.budget]
+    servers = {
+        "stock": [],
+        f"{args.policy}, exact": eviction,
+        f"{args.policy}, progressive": [*eviction, "--kv-eviction-config", '{"prefill": "progressive"}'],
+    }
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.jsonl" if args.text else None
+        if prompts:
+            write_prompts(prompts, args.model, args)
+        for name, flags in servers.items():
+            results[name] = measure(name, flags, args, prompts)
+
+    stock = results["stock"]["figures"]
+    print("\n| |" + "".join(f" {name} |" for name in results) + "\n|---|" + "---|" * len(results))
+    for what, base in stock.items():
+        cells = []
+        for result in results.values():
+            value = result["figures"][what]
+            ratio = f" ({value / base:.2f}x)" if base and result is not results["stock"] else ""
+            cells.append(f" {value:,.{0 if value >= 100 or value == int(value) else 1}f}{ratio} |")
+        print(f"| {what} |" + "".join(cells))
+    write(args.out, results)
+    if args.out:
+        draw(results, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""How often the worker waits for the device: counted where a tensor's numbers are asked for on the host."""
+
+from collections import Counter
+
+import pytest
+from engine import Engine
+from random_models import numbers
+from torch.overrides import TorchFunctionMode
+
+from cake_vllm.integration.worker import EvictionWorker
+
+pytestmark = pytest.mark.engine
+
+WAITS = {"tolist", "item", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "masked_select"}
+
+
+class Waits(TorchFunctionMode):
+    """Counts calls that would wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen[func.__name__] += func.__name__ in WAITS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("decode", ["off", "cake", "window"])
+def test_the_worker_waits_once_for_each_prompt(tiny, monkeypatch, same_on_both, decode):
+    """For the preferences, by which the budget is divided; never while it decodes, but for giving a block back."""
+    counted = []
+    for name in ("begin", "finish", "_observe"):
+        method = getattr(EvictionWorker, name)
+
+        def counting(*args, method=method):
+            with Waits() as waits:
+                result = method(*args)
+            counted.append(sum(waits.seen.values()))
+            return result
+
+        monkeypatch.setattr(EvictionWorker, name, counting)
+    options = {"kv_eviction_config": {"decode": decode}, "kv_eviction_budget": 100}
+    engine: Engine = tiny(kv_eviction="cake", max_num_batched_tokens=256, **options)
+    # As on a GPU.
+    monkeypatch.setattr(engine.connector.worker._rows, "is_on_host", False)
+    engine.forget_prefixes()
+    for seed in range(3):
+        engine.add(numbers(50 + seed, 600), 80)
+    steps = []
+    while engine.llm.llm_engine.has_unfinished_requests():
+        counted.clear()
+        engine.step()
+        steps.append((engine.stats(), sum(counted)))
+    prompts = [(stats["requests"], waits) for stats, waits in steps if stats and stats["requests"]]
+    assert sum(requests for requests, _ in prompts) == 3
+    assert all(waits == requests for requests, waits in prompts)
+    quiet = [waits for stats, waits in steps if not stats]
+    assert len(quiet) > 60
+    assert not any(quiet)
