@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ def write(out: Path | None, results: Any) -> None:
         "results": results,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    text = json.dumps(record, indent=1)
+    # Lists of numbers on a line each.
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found.group().split()), text)
+    out.write_text(text + "\n")
 
 
 def cpu_name() -> str:

@@ -50,7 +50,12 @@ def main() -> None:
     args = parser.parse_args()
 
     longest = max(args.contexts) + TURN * (args.turns + 2)
-    settings = {"max_model_len": longest, "skip_tokenizer_init": True, "max_num_batched_tokens": 2048}
+    settings = {
+        "dtype": "float32",
+        "max_model_len": longest,
+        "skip_tokenizer_init": True,
+        "max_num_batched_tokens": 2048,
+    }
     results: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as model:
         save_model(model, longest, args.layers)

@@ -49,7 +49,6 @@ class Engine:
 
         self.llm = LLM(
             model,
-            dtype="float32",
             block_size=32,
             enforce_eager=True,
             enable_prefix_caching=False,
@@ -162,10 +161,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="of the evicted batch")
     parser.add_argument("--turns", type=int, default=30, help=f"of {TURN} decode steps each")
     parser.add_argument("--repeats", type=int, default=5, help="of each first token")
+    parser.add_argument("--dtype", default="auto", help="of the model (default: its own)")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     args = parser.parse_args()
 
     settings = {
+        "dtype": args.dtype,
         "max_model_len": max(max(args.lengths) + 16, args.context + TURN * (args.turns + 2)),
         "kv_cache_memory_bytes": 4 * 2**30,
     }

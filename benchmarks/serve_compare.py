@@ -43,12 +43,9 @@ SERIES = {
 }
 
 
-def pool_bytes(model: Path, num_tokens: int, dtype: str) -> int:
-    """Bytes that the keys and values of ``num_tokens`` take in all layers."""
-    config = json.loads((model / "config.json").read_text())
-    head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    per_layer = 2 * config["num_key_value_heads"] * head_size * {"float32": 4, "bfloat16": 2}[dtype]
-    return num_tokens * config["num_hidden_layers"] * per_layer
+def num_layers(model: Path) -> int:
+    """Layers of a model directory; under eviction a block is one layer's, otherwise all layers'."""
+    return json.loads((model / "config.json").read_text())["num_hidden_layers"]
 
 
 def read_metrics(url: str) -> dict[str, float]:
@@ -83,12 +80,12 @@ class Follower(threading.Thread):
             self.samples.append({"time": time.monotonic() - start, **now, **counted})
             self._bar.update(counted["generated"] - self._bar.n)
 
-    def stop(self) -> list[dict[str, float]]:
-        """Ends it and returns the samples; counters start at 0."""
+    def stop(self) -> dict[str, list[float]]:
+        """Ends it and returns the samples by series; counters start at 0."""
         self._done.set()
         self.join()
         self._bar.close()
-        return self.samples
+        return {key: [round(sample[key], 3) for sample in self.samples] for key in self.samples[0]}
 
 
 def write_prompts(file: Path, model: str, args: argparse.Namespace) -> None:
@@ -125,11 +122,12 @@ def bench(url: str, args: argparse.Namespace, prompts: Path | None, folder: Path
 
 def measure(name: str, flags: list[str], args: argparse.Namespace, prompts: Path | None) -> dict[str, Any]:
     """One server's figures and its course."""
-    num_tokens = args.pool_prompts * (args.input_len + args.output_len)
-    memory = pool_bytes(Path(args.model), num_tokens, args.dtype)
+    num_blocks = args.pool_prompts * -(-(args.input_len + args.output_len) // args.block_size)
+    if flags:
+        num_blocks *= num_layers(Path(args.model))
     common = ["--dtype", args.dtype, "--block-size", str(args.block_size), "--enforce-eager"]
     common += ["--max-model-len", str(args.input_len + args.output_len + 64), "--max-num-seqs", str(args.requests)]
-    common += ["--max-num-batched-tokens", str(args.chunk), "--kv-cache-memory-bytes", str(memory)]
+    common += ["--max-num-batched-tokens", str(args.chunk), "--num-gpu-blocks-override", str(num_blocks + 1)]
     with tempfile.TemporaryDirectory() as folder, server(args.model, *common, *flags) as url:
         follower = Follower(url, args.requests * args.output_len, name)
         follower.start()
@@ -137,19 +135,18 @@ def measure(name: str, flags: list[str], args: argparse.Namespace, prompts: Path
             client = bench(url, args, prompts, Path(folder))
         finally:
             samples = follower.stop()
-    last = samples[-1]
     return {
         "figures": {
             "completed": client["completed"],
-            "peak running": max(sample["running"] for sample in samples),
+            "peak running": max(samples["running"]),
             "peak tokens/s": client["max_output_tokens_per_s"],
             "tokens/s": client["output_throughput"],
             "seconds": client["duration"],
             "TTFT s": client["median_ttft_ms"] / 1e3,
             "TPOT ms": client["median_tpot_ms"],
             "ITL ms": client["median_itl_ms"],
-            "preemptions": last["preemptions"],
-            "freed blocks": last["freed blocks"],
+            "preemptions": samples["preemptions"][-1],
+            "freed blocks": samples["freed blocks"][-1],
         },
         "client": {key: value for key, value in client.items() if isinstance(value, int | float)},
         "samples": samples,
@@ -167,8 +164,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
     figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 3.6), layout="constrained")
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for name, result in results.items():
-            samples = result["samples"]
-            axis.plot([sample["time"] for sample in samples], [sample[key] for sample in samples], label=name)
+            axis.plot(result["samples"]["time"], result["samples"][key], label=name)
         axis.set(title=title, xlabel="seconds", ylim=(0, None))
         axis.grid(alpha=0.3)
     axes[0].legend()

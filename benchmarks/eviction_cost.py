@@ -1,0 +1,107 @@
+"""What each policy's eviction costs a prompt: seconds in the worker's part of the plugin.
+
+One engine; every request asks for a policy of its own. ``looking``: queries set aside and scores computed, in the
+layers' forwards. ``evicting``: budgets divided, positions chosen, pages compacted. Both beside the time to the first
+token of the same prompt without eviction.
+
+    python benchmarks/eviction_cost.py MODEL --out benchmarks/results/eviction_cost.json
+"""
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
+from common import speeches, write
+from tqdm import tqdm
+from vllm import SamplingParams
+
+from cake_vllm import LLM
+from cake_vllm.integration.worker import EvictionWorker
+from cake_vllm.policies import policy_names
+
+
+class Clock:
+    """Adds up the seconds that a method takes."""
+
+    def __init__(self, owner: type, name: str):
+        self.seconds = 0.0
+        method = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        setattr(owner, name, timed)
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--policies", nargs="+", default=list(policy_names()))
+    parser.add_argument("--budget", type=int, default=512)
+    parser.add_argument("--length", type=int, default=4000, help="of the prompts, tokens")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="auto", help="of the model (default: its own)")
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
+    args = parser.parse_args()
+
+    looking, evicting = Clock(EvictionWorker, "_observe"), Clock(EvictionWorker, "finish")
+    llm = LLM(
+        args.model,
+        dtype=args.dtype,
+        block_size=32,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_model_len=args.length + 100,
+        kv_cache_memory_bytes=2**30,
+        kv_eviction="cake",
+        kv_eviction_budget=args.budget,
+    )
+    text = llm.get_tokenizer()(speeches()[0])["input_ids"][: args.length]
+
+    def first_token(policy: str) -> tuple[float, float, float]:
+        looking.take(), evicting.take()
+        params = SamplingParams(temperature=0, max_tokens=1, extra_args={"kv_eviction": policy})
+        start = time.perf_counter()
+        llm.generate({"prompt_token_ids": text}, params, use_tqdm=False)
+        return time.perf_counter() - start, looking.take(), evicting.take()
+
+    results: dict[str, Any] = {}
+    names = ["none", *args.policies]
+    with tqdm(total=len(names) * (args.repeats + 1)) as bar:
+        for name in names:
+            first_token(name)
+            bar.update()
+        for name in names:
+            results[name] = {"seconds": []}
+        for _ in range(args.repeats):
+            for name in names:
+                results[name]["seconds"].append(first_token(name))
+                bar.update()
+    stock = statistics.median(total for total, _, _ in results["none"]["seconds"])
+    print(f"\nfirst token without eviction: {stock:.3f} s")
+    print("\n| policy | looking | evicting | of the first token |\n|---|---|---|---|")
+    for name in args.policies:
+        look, evict = (statistics.median(run[i] for run in results[name]["seconds"]) for i in (1, 2))
+        print(f"| `{name}` | {look * 1e3:.1f} ms | {evict * 1e3:.1f} ms | {(look + evict) / stock:.2%} |")
+    write(args.out, results)
+
+
+if __name__ == "__main__":
+    main()
