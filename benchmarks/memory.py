@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--policy", default="cake")
     parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
-    parser.add_argument("--block-sizes", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--block-sizes", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--length", type=int, default=4000, help="of the prompts, tokens")
     parser.add_argument("--prompts", type=int, default=5, help="for each budget, of lengths that differ by 7")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
