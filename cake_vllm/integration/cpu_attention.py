@@ -9,7 +9,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadata
-from vllm.v1.worker.block_table import MultiGroupBlockTable
+from vllm.v1.worker.block_table import MultiGroupBlockTable, SlotMappingMode
 
 from cake_vllm.integration.attention import EvictingBackend, EvictingImpl
 from cake_vllm.integration.patching import wrap
@@ -73,6 +73,8 @@ def _compute_slot_mapping(
 ) -> None:
     """Calls the CPU kernel for each group; vLLM's way through a launcher of GPU kernels takes ten times as long."""
     for table in self.block_tables:
+        if table.slot_mapping_mode != SlotMappingMode.TOKEN_TO_KV_SLOT:
+            continue
         torch.ops._C.compute_slot_mapping_kernel_impl(
             query_start_loc, positions, table.block_table.gpu, table.slot_mapping.gpu, table.block_size
         )
