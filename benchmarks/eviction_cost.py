@@ -82,14 +82,12 @@ def main() -> None:
         llm.generate({"prompt_token_ids": text}, params, use_tqdm=False)
         return time.perf_counter() - start, looking.take(), evicting.take()
 
-    results: dict[str, Any] = {}
     names = ["none", *args.policies]
+    results: dict[str, Any] = {name: {"seconds": []} for name in names}
     with tqdm(total=len(names) * (args.repeats + 1)) as bar:
         for name in names:
             first_token(name)
             bar.update()
-        for name in names:
-            results[name] = {"seconds": []}
         for _ in range(args.repeats):
             for name in names:
                 results[name]["seconds"].append(first_token(name))

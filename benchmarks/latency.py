@@ -139,7 +139,7 @@ def first_tokens(engines: dict[str, Remote], text: list[int], length: int, repea
 
 
 def decode_steps(cases: dict[str, tuple[Remote, list[list[int]]]], turns: int) -> dict[str, list[float]]:
-    """Seconds of decode steps of batches that take turns; two of them may share an engine, one after the other."""
+    """Seconds of decode steps of batches that take turns, each on an engine of its own."""
     runs: dict[str, list[float]] = {name: [] for name in cases}
     for engine, prompts in cases.values():
         engine("start", prompts, TURN * (turns + 1))
@@ -171,7 +171,6 @@ def main() -> None:
         "kv_cache_memory_bytes": 4 * 2**30,
     }
     eviction = {"kv_eviction": "cake", "kv_eviction_budget": args.budget}
-    # Whatever an evicted batch is compared with generates as many tokens: its cache grows alike.
     stock, cake = Remote(args.model, settings), Remote(args.model, {**settings, **eviction})
     both = {"stock": stock, "cake": cake}
     text = stock("tokens", speeches()[0])

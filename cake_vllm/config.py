@@ -100,7 +100,7 @@ class KVEvictionConfig:
         if name == OFF:
             settings = wishes
         elif name != self.policy_name and name in policy_names():
-            settings[CONFIG_KEY] = {"prefill": PREFILLS[self.is_progressive]}
+            settings[CONFIG_KEY] = {"prefill": self.prefill}
             if self.decode in policy_class(name).decodes:
                 settings[CONFIG_KEY]["decode"] = self.decode
         try:
@@ -148,9 +148,14 @@ class KVEvictionConfig:
         return self.options.get("decode", self.policy.decodes[0])
 
     @property
+    def prefill(self) -> str:
+        """How prompts are evicted; one of :data:`PREFILLS`."""
+        return self.options.get("prefill", PREFILLS[0])
+
+    @property
     def is_progressive(self) -> bool:
         """Whether prompts are evicted after every chunk."""
-        return self.options.get("prefill", PREFILLS[0]) == "progressive"
+        return self.prefill == "progressive"
 
     def never_evicted_len(self) -> int:
         """Prompts up to this length are kept whole, and nothing asks for their last queries; in tokens."""

@@ -39,15 +39,13 @@ BUDGET = 128
 EVICTED = BUDGET + 32
 
 
-#: What makes engines run inside the other tests; users have none of it.
-ENGINE_VARIABLES = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER", "OMP_NUM_THREADS")
-
-
-@pytest.fixture(autouse=True)
-def users_environment(monkeypatch):
-    """The server as users start it."""
-    for name in ENGINE_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+@pytest.fixture(scope="module", autouse=True)
+def users_environment():
+    """The server as users start it, without what makes engines run inside the other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER", "OMP_NUM_THREADS"):
+            patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +153,6 @@ def open_server(chatty_model, log_file):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")
         patch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
-        for name in ENGINE_VARIABLES:
-            patch.delenv(name, raising=False)
         flags = ["--kv-eviction", "cake", "--kv-eviction-budget", "400", *FLAGS]
         with server(chatty_model, *flags, log_file=log_file) as url:
             yield url

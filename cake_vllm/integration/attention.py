@@ -93,10 +93,11 @@ class SharingBuilder(AttentionMetadataBuilder):
         """See the base class."""
         # Of one step if they have the same lengths: the very same tensor, which vLLM makes once per step.
         lengths = common_attn_metadata.seq_lens
-        of_lengths, built = self._built.get(self._shape, (None, None))
-        if of_lengths is not lengths or common_prefix_len:
+        shape = self._shape, common_prefix_len
+        of_lengths, built = self._built.get(shape, (None, None))
+        if of_lengths is not lengths:
             built = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)  # type: ignore[safe-super]
-            self._built[self._shape] = lengths, built
+            self._built[shape] = lengths, built
             return built
         own: Any = copy(built)
         own.block_table = common_attn_metadata.block_table_tensor
