@@ -21,7 +21,6 @@ from tqdm import tqdm
 from vllm import SamplingParams
 
 from cake_vllm import LLM
-from cake_vllm.integration.cache_manager import EvictingManager
 
 
 def held(llm: LLM, prompt: list[int], budget: int) -> tuple[int, int]:
@@ -33,15 +32,15 @@ def held(llm: LLM, prompt: list[int], budget: int) -> tuple[int, int]:
         pass
     core = engine.engine_core.engine_core
     (name,) = core.scheduler.requests
-    full = partial = 0
-    for layer in core.scheduler.kv_cache_manager.coordinator.single_type_managers:
-        assert isinstance(layer, EvictingManager)
-        num_blocks = len(prompt) // layer.block_size
-        full += layer.num_held(name, num_blocks) * layer.block_size
-        partial += (len(layer.req_to_blocks[name]) - num_blocks) * layer.block_size
+    manager = core.scheduler.kv_cache_manager
+    total = manager.block_pool.num_gpu_blocks - 1 - manager.block_pool.get_num_free_blocks()
+    layers = manager.coordinator.single_type_managers
+    block_size = layers[0].block_size
+    partial = sum(len(layer.req_to_blocks[name]) - len(prompt) // block_size for layer in layers)
+    full = total - partial
     while engine.has_unfinished_requests():
         engine.step()
-    return full, partial
+    return full * block_size, partial * block_size
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
 """What many KV cache groups cost the scheduler: vLLM's real ``KVCacheManager``, stock against one group per layer.
 
-``decode step``: slots for one token of every running request, the mean over a block's worth of steps, so that growth is
-in it. ``admission``: slots for a prompt of 32K tokens; ``its pages``: as many pages from the pool and nothing else.
-``finish``: the pages of a request with a prompt of 1,000 tokens go back. Every figure is a median in microseconds,
-beside its ratio to stock in the same run.
+``decode step``: slots for one token of every running request and the plan for the worker, the mean over a block's worth
+of steps, so that growth is in it. ``evicted``: the same with every request evicted to 256 tokens, and what each gives
+back whenever it has filled a block. ``admission``: slots for a prompt of 32K tokens; ``its pages``: as many pages from
+the pool and nothing else. ``eviction``: this prompt's to 256 tokens, that is the grant and what is freed; ``finish``:
+the pages of a request with a prompt of 1,000 tokens go back. Every figure is a median in microseconds; ratios are to
+stock in the same run.
 
     python benchmarks/scheduler_cost.py --out benchmarks/results/scheduler_cost.json
 """
@@ -13,6 +15,7 @@ import gc
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -21,42 +24,83 @@ import torch
 from common import write
 from tqdm import tqdm
 from vllm import SamplingParams
+from vllm.config import SchedulerConfig
 from vllm.utils.hashing import sha256_cbor
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
+from cake_vllm.config import KVEvictionConfig
+from cake_vllm.integration.messages import Eviction
+from cake_vllm.integration.scheduler import EvictionScheduler
 from cake_vllm.integration.spec import EvictableSpec
 
 BLOCK_SIZE = 16
+PROMPT, LONG, BUDGET, LONGEST = 1000, 32_768, 256, 40_000
 SHAPE = {"block_size": BLOCK_SIZE, "num_kv_heads": 8, "head_size": 128, "dtype": torch.bfloat16}
 
 
 class Bench:
-    """A pool, its manager, and requests with prompts of 1,000 tokens."""
+    """A pool, its manager, and running requests; with layers, the scheduler's half of the plugin beside them.
 
-    def __init__(self, num_layers: int, num_requests: int, steps: int, caching: bool):
+    Args:
+        num_layers: evictable ones; 0 is stock vLLM.
+        budget: tokens per layer.
+    """
+
+    def __init__(self, num_layers: int, budget: int, args: argparse.Namespace):
+        self.num_layers = num_layers
         specs = [EvictableSpec(**SHAPE, layer_index=index) for index in range(num_layers)] or [
             FullAttentionSpec(**SHAPE)
         ]
         groups = [KVCacheGroupSpec([f"layer {index}"], spec) for index, spec in enumerate(specs)]
-        tokens = num_requests * (1000 + steps + BLOCK_SIZE) + 40_000
+        tokens = args.requests * (PROMPT + args.steps + BLOCK_SIZE) + LONGEST
         config = KVCacheConfig(len(specs) * tokens // BLOCK_SIZE + 1, [], groups)
-        self.manager = KVCacheManager(config, 40_000, BLOCK_SIZE, BLOCK_SIZE, enable_caching=caching)
-        hasher = get_request_block_hasher(BLOCK_SIZE, sha256_cbor) if caching else None
-        self.requests = [self._request(str(index), 1000, hasher) for index in range(num_requests)]
-        self.long = self._request("long", 32_768, hasher)
+        self.manager = KVCacheManager(config, LONGEST, BLOCK_SIZE, BLOCK_SIZE, enable_caching=args.caching)
+        if num_layers:
+            limits = SchedulerConfig.default_factory(max_model_len=LONGEST, max_num_batched_tokens=LONGEST)
+            settings = {"kv_eviction": "cake", "kv_eviction_budget": budget}
+            self.half = EvictionScheduler(KVEvictionConfig.from_settings(settings), config, limits, LONGEST)
+            self.half.bind(self.manager)
+        hasher = get_request_block_hasher(BLOCK_SIZE, sha256_cbor) if args.caching else None
+        self.requests = [self._request(str(index), PROMPT, hasher) for index in range(args.requests)]
+        self.long = self._request("long", LONG, hasher)
         for request in self.requests:
             self._prefill(request)
+            self._plan([request])
+            request.num_computed_tokens = request.num_tokens
 
     def _request(self, name: str, length: int, hasher) -> Request:
         prompt = [hash((name, position)) % 1000 for position in range(length)]
         return Request(name, prompt, SamplingParams(max_tokens=100), None, block_hasher=hasher)
 
     def _prefill(self, request: Request) -> None:
+        if self.num_layers:
+            self.half.add(request)
         assert self.manager.allocate_slots(request, request.num_tokens) is not None
-        request.num_computed_tokens = request.num_tokens
+
+    def _plan(self, requests: list[Request]) -> float:
+        """Seconds of the scheduler's half; the worker keeps the budget in every layer, in no time."""
+        if not self.num_layers:
+            return 0.0
+        output = SchedulerOutput.make_empty()
+        for request in requests:
+            output.num_scheduled_tokens[request.request_id] = request.num_tokens - request.num_computed_tokens
+        start = time.perf_counter()
+        plan = self.half.plan(output)
+        seconds = time.perf_counter() - start
+        kept = (BUDGET,) * self.num_layers
+        pages = (BUDGET // BLOCK_SIZE,) * self.num_layers
+        evictions = [
+            (observation.req_id, Eviction(observation.grant.epoch, pages, kept, kept))
+            for observation in plan.observations
+            if observation.grant is not None
+        ]
+        start = time.perf_counter()
+        self.half.finish(evictions)
+        return seconds + time.perf_counter() - start
 
     def decode_step(self) -> float:
         """Seconds."""
@@ -65,50 +109,74 @@ class Bench:
         start = time.perf_counter()
         for request in self.requests:
             self.manager.allocate_slots(request, 1)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start + self._plan(self.requests)
         for request in self.requests:
             request.num_computed_tokens += 1
         return seconds
 
-    def admission(self) -> float:
-        """Seconds."""
+    def admission(self) -> tuple[float, float]:
+        """Seconds to admit the long request, and to evict it."""
         start = time.perf_counter()
         self._prefill(self.long)
-        seconds = time.perf_counter() - start
-        self.manager.free(self.long)
-        self.manager.block_pool.reset_prefix_cache()
-        self.long.num_computed_tokens = 0
-        return seconds
+        admission = time.perf_counter() - start
+        eviction = self._plan([self.long])
+        self._free(self.long)
+        return admission, eviction
 
     def pages(self) -> float:
         """Seconds."""
-        pool, count = self.manager.block_pool, len(self.manager.coordinator.single_type_managers)
+        pool = self.manager.block_pool
         start = time.perf_counter()
-        blocks = pool.get_new_blocks(count * 32_768 // BLOCK_SIZE)
+        blocks = pool.get_new_blocks(max(self.num_layers, 1) * LONG // BLOCK_SIZE)
         seconds = time.perf_counter() - start
-        pool.free_blocks(blocks)
+        # Back to the end of the queue, as what is in the prefix cache: else the next ones would be the same.
+        for block in blocks:
+            block.ref_cnt -= 1
+        pool.free_block_queue.append_n(blocks)
         return seconds
 
     def finish(self) -> float:
         """Seconds."""
-        request = self.requests.pop()
+        return self._free(self.requests.pop())
+
+    def _free(self, request: Request) -> float:
         start = time.perf_counter()
+        if self.num_layers:
+            self.half.remove(request.request_id)
         self.manager.free(request)
         return time.perf_counter() - start
 
 
 def measure(num_layers: int, args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of every repetition, by figure."""
-    bench = Bench(num_layers, args.requests, args.steps, args.caching)
-    gc.collect()
-    gc.freeze()
-    decode = [bench.decode_step() for _ in range(args.steps)]
-    # A block's worth of steps at a time: one of them allocates.
-    blocks = [sum(decode[start : start + BLOCK_SIZE]) / BLOCK_SIZE for start in range(0, len(decode), BLOCK_SIZE)]
-    figures = {"decode step": blocks[1:], "admission": [bench.admission() for _ in range(5)]}
-    figures["its pages"] = [bench.pages() for _ in range(5)]
-    figures["finish"] = [bench.finish() for _ in range(args.requests)]
-    gc.unfreeze()
+    figures: dict[str, list[float]] = {}
+
+    def run(what: Callable[[Bench], dict[str, list[float]]], budget: int) -> None:
+        bench = Bench(num_layers, budget, args)
+        gc.collect()
+        gc.freeze()
+        figures.update(what(bench))
+        gc.unfreeze()
+
+    def decode(bench: Bench) -> list[float]:
+        steps = [bench.decode_step() for _ in range(args.steps)]
+        # A block's worth of steps at a time: one of them allocates.
+        blocks = [sum(steps[start : start + BLOCK_SIZE]) / BLOCK_SIZE for start in range(0, len(steps), BLOCK_SIZE)]
+        return blocks[1:]
+
+    def whole(bench: Bench) -> dict[str, list[float]]:
+        result = {"decode step": decode(bench)}
+        result["finish"] = [bench.finish() for _ in range(args.requests)]
+        result["its pages"] = [bench.pages() for _ in range(5)]
+        return result
+
+    def evicted(bench: Bench) -> dict[str, list[float]]:
+        result = {"evicted": decode(bench)}
+        result["admission"], result["eviction"] = map(list, zip(*(bench.admission() for _ in range(5)), strict=True))
+        return result
+
+    run(whole, LONGEST)
+    run(evicted, BUDGET)
     return figures
 
 
@@ -126,9 +194,10 @@ def main() -> None:
     results = {name: measure(layers, args) for name, layers in tqdm(cases.items())}
     medians = {name: {what: statistics.median(runs) for what, runs in case.items()} for name, case in results.items()}
     stock = medians["stock, one group"]
-    print(f"\n{'median, microseconds':24}" + "".join(f"{what:>14}{'ratio':>8}" for what in stock))
+    columns = ("decode step", "evicted", "admission", "its pages", "eviction", "finish")
+    print(f"\n{'median, microseconds':24}" + "".join(f"{what:>14}{'ratio':>8}" for what in columns))
     for name, figures in medians.items():
-        cells = (f"{seconds * 1e6:14.0f}{seconds / stock[what]:8.2f}" for what, seconds in figures.items())
+        cells = (f"{figures[what] * 1e6:14.0f}{figures[what] / (stock[what] or 1):8.2f}" for what in columns)
         print(f"{name:24}" + "".join(cells))
     write(args.out, {"medians": medians, "seconds": results})
 

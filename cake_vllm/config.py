@@ -142,10 +142,15 @@ class KVEvictionConfig:
         except ValueError as error:
             raise ValueError(f"{flag(CONFIG_KEY)}: {error}") from None
 
-    @property
+    @cached_property
     def decode(self) -> str:
         """How generated tokens are evicted; one of :attr:`Policy.decodes`."""
         return self.options.get("decode", self.policy.decodes[0])
+
+    @cached_property
+    def num_rescoring(self) -> int:
+        """Last queries that have to be at hand whenever a block is full."""
+        return self.policy.num_queries if self.decode == "window" else 0
 
     @property
     def prefill(self) -> str:

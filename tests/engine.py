@@ -76,9 +76,9 @@ class Engine:
         half, worker = self.scheduler.connector.scheduler, self.connector.worker
         for name, held in worker._held.items():
             if name in half._tracked and half._tracked[name].is_evicted:
-                for manager, pages, start in zip(half._managers, held.pages, held.start, strict=True):
-                    assert [block.block_id for block in manager.private_blocks.get(name, [])] == pages
-                    row = manager.req_to_blocks[name]
+                cut = half._managers[0].cuts[name]
+                for row, own, pages, start in zip(cut.rows, cut.pages, held.pages, held.start, strict=True):
+                    assert [block.block_id for block in own or []] == pages
                     assert [block.is_null for block in row] == [index < start for index in range(len(row))]
 
     def run(self) -> dict[str, list[int]]:

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,19 +17,35 @@ from vllm.v1.core import kv_cache_manager
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from vllm.v1.request import Request
 
-from cake_vllm.integration.cache_manager import check_integrity
+from cake_vllm.integration.cache_manager import EvictingManager, ExactPrefixManager, check_integrity
 from cake_vllm.integration.coordinator import LayerwiseCoordinator
 from cake_vllm.integration.spec import EvictableSpec
 
 LAYERS, BLOCK = 5, 16
 
 
-def make_manager(caching: bool) -> KVCacheManager:
+class SeparateManager(EvictingManager):
+    """A layer that enters its own blocks into the prefix cache."""
+
+    def cache_blocks(self, *args, **kwargs) -> None:
+        ExactPrefixManager.cache_blocks(self, *args, **kwargs)
+
+
+@register_kv_cache_spec(manager_class=SeparateManager)
+@dataclass(frozen=True, kw_only=True)
+class SeparateSpec(EvictableSpec):
+    """A layer for vLLM's own coordinator."""
+
+
+def make_manager(caching: bool, spec: type[EvictableSpec] = EvictableSpec, num_blocks: int = 60) -> KVCacheManager:
     shape = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 8, "dtype": torch.float32}
-    groups = [KVCacheGroupSpec([str(i)], EvictableSpec(**shape, layer_index=i)) for i in range(LAYERS)]
-    return KVCacheManager(KVCacheConfig(LAYERS * 60 + 1, [], groups), 1000, BLOCK, BLOCK, enable_caching=caching)
+    specs = [spec(**shape, layer_index=i, never_evicted_len=1000) for i in range(LAYERS)]
+    groups = [KVCacheGroupSpec([str(i)], spec) for i, spec in enumerate(specs)]
+    config = KVCacheConfig(LAYERS * num_blocks + 1, [], groups)
+    return KVCacheManager(config, 1000, BLOCK, BLOCK, enable_caching=caching)
 
 
 def history(manager: KVCacheManager, caching: bool) -> list:
@@ -72,7 +89,7 @@ def test_answers_are_those_of_every_layer(caching, monkeypatch):
         patch.setattr(
             kv_cache_manager, "get_kv_cache_coordinator", kv_cache_manager.get_kv_cache_coordinator.__wrapped__
         )
-        plain = make_manager(caching)
+        plain = make_manager(caching, SeparateSpec)
     assert not isinstance(plain.coordinator, LayerwiseCoordinator)
     # The order in which prefixes are forgotten is part of what the layers decide together.
     for layer in plain.coordinator.single_type_managers:
@@ -82,6 +99,64 @@ def test_answers_are_those_of_every_layer(caching, monkeypatch):
     arrivals = [answer for answer in answers if isinstance(answer, tuple)]
     assert any(refused for _, refused in arrivals), "the pool was never full"
     assert any(num_hit for num_hit, _ in arrivals) == caching
+
+
+def test_a_prefix_is_hit_while_all_its_blocks_are_there():
+    """A block of one layer is handed out again while the first layer's is not: forgotten, also for good."""
+    init_none_hash(sha256_cbor)
+    hasher = get_request_block_hasher(BLOCK, sha256_cbor)
+    manager = make_manager(caching=True, num_blocks=20)
+    first, *_, last = manager.coordinator.single_type_managers
+    prompt = list(range(6 * BLOCK))
+
+    def arrive(name: str) -> tuple[Request, int]:
+        request = Request(name, prompt, SamplingParams(max_tokens=50), None, block_hasher=hasher)
+        hits, num_hit, _ = manager.get_computed_blocks(request)
+        assert len({len(row) for row in hits.blocks}) == 1
+        assert manager.allocate_slots(request, len(prompt) - num_hit, num_hit, hits) is not None
+        request.num_computed_tokens = len(prompt)
+        return request, num_hit
+
+    owner, num_hit = arrive("owner")
+    assert num_hit == 0
+    reader, num_hit = arrive("reader")
+    assert num_hit == 5 * BLOCK
+    for layer in (first, last):
+        assert layer.req_to_blocks["reader"][:5] == layer.req_to_blocks["owner"][:5]
+    # An eviction gives up the last layer's row from its fourth block on, and the pool hands those blocks out again.
+    manager.free(reader)
+    row = last.req_to_blocks["owner"]
+    given_up, row[3:] = row[3:], [manager.block_pool.null_block] * 3
+    manager.block_pool.free_blocks(reversed(given_up))
+    reader, num_hit = arrive("another reader")
+    assert num_hit == 5 * BLOCK
+    manager.free(reader)
+    manager.block_pool.free_blocks(manager.block_pool.get_new_blocks(manager.block_pool.get_num_free_blocks()))
+    second, num_hit = arrive("second")
+    assert num_hit == 3 * BLOCK
+    # Now its blocks stand for the prefix, and go on doing so without the first owner.
+    manager.free(owner)
+    third, num_hit = arrive("third")
+    assert num_hit == 5 * BLOCK
+    for layer in (first, last):
+        assert layer.req_to_blocks["third"][:5] == layer.req_to_blocks["second"][:5]
+    manager.free(second)
+    manager.free(third)
+    check_integrity(manager)
+
+
+def test_what_is_known_of_prefixes_does_not_grow():
+    init_none_hash(sha256_cbor)
+    hasher = get_request_block_hasher(BLOCK, sha256_cbor)
+    manager = make_manager(caching=True, num_blocks=20)
+    (first, *_) = manager.coordinator.single_type_managers
+    for turn in range(200):
+        prompt = [turn] * 150
+        request = Request(str(turn), prompt, SamplingParams(max_tokens=50), None, block_hasher=hasher)
+        assert manager.allocate_slots(request, len(prompt)) is not None
+        manager.free(request)
+        assert len(first.columns) <= 2 * 20 + 1
+        assert all(len(others) == LAYERS - 1 for others in first.columns.values())
 
 
 SERVE = """

@@ -95,11 +95,14 @@ def test_steady_state(tiny, decode, same_on_both):
                 continue
             steps += 1
             length = scheduler._tracked[name].request.num_computed_tokens
-            for layer, manager in enumerate(scheduler._managers):
-                given = held.counts[layer] + worker.config.policy.protected
-                blocks = manager.num_held(name, -(-length // 32))
-                assert blocks * 32 <= -(-given // 32) * 32 + 2 * 32
-            total = sum(manager.num_held(name, -(-length // 32)) for manager in scheduler._managers)
+            cut = scheduler._managers[0].cuts[name]
+            blocks = [
+                len(pages or ()) + -(-length // 32) - start
+                for pages, start in zip(cut.pages, cut.num_traded, strict=True)
+            ]
+            for count, given in zip(blocks, held.counts, strict=True):
+                assert count * 32 <= -(-(given + worker.config.policy.protected) // 32) * 32 + 2 * 32
+            total = sum(blocks)
             assert total == engine.num_free - engine.pool.get_num_free_blocks()
             assert total <= 4 * (256 // 32 + 2)
     assert steps > 3900, request

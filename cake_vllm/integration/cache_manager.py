@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
@@ -14,6 +14,8 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SlidingWindowManager,
 )
 from vllm.v1.request import Request
+
+from cake_vllm.integration.messages import Grant
 
 
 class ExactPrefixManager(SingleTypeKVCacheManager):
@@ -45,25 +47,108 @@ class ExactSlidingWindowManager(ExactPrefixManager, SlidingWindowManager):
     """A sliding-window layer beside evictable ones."""
 
 
+class Cut:
+    """What a request that was evicted has beside its rows.
+
+    Attributes:
+        rows: by layer, the logical row.
+        pages: by layer, the request's own pages, which it reads first; ``None`` where nothing was cut.
+        num_traded: by layer, leading blocks of the row that these stand for; null blocks lie in their place.
+        lent: pages that were granted and not yet dealt out, oldest grant first.
+    """
+
+    def __init__(self, rows: list[list[KVCacheBlock]]):
+        self.rows = rows
+        self.pages: list[list[KVCacheBlock] | None] = [None] * len(rows)
+        self.num_traded = [0] * len(rows)
+        self.lent: list[KVCacheBlock] = []
+
+    def shrink(
+        self, grant: Grant, pages: Sequence[int | None], num_blocks: int, null_block: KVCacheBlock
+    ) -> tuple[list[list[KVCacheBlock]], list[KVCacheBlock]]:
+        """Replaces what the layers read by fewer pages: first lent ones, then the last of what they read before.
+
+        Nothing is copied that stays: with 80 layers, touching every page of a request is what costs time here.
+
+        Args:
+            grant: the oldest that was not dealt out.
+            pages: how many of them each layer has then; ``None`` where nothing changes.
+            num_blocks: how many blocks of its row, from the beginning, they stand for.
+            null_block: what comes into the row.
+
+        Returns:
+            What the layers give up, and what is left of the lent pages.
+        """
+        lent, given_up = self.lent[: len(grant.lent)], []
+        del self.lent[: len(grant.lent)]
+        num_dealt = 0
+        for layer, num_pages in enumerate(pages):
+            if num_pages is None:
+                continue
+            row, held, start = self.rows[layer], self.pages[layer], self.num_traded[layer]
+            is_cut = held is not None
+            held = self.pages[layer] = held or []
+            held += row[start:num_blocks]
+            row[start:num_blocks] = [null_block] * (num_blocks - start)
+            self.num_traded[layer] = num_blocks
+            num_copied = grant.num_copied(num_pages, len(held), is_cut)
+            num_given_up = len(held) - (num_pages - num_copied)
+            given_up.append(held[:num_given_up])
+            held[:num_given_up] = lent[num_dealt : num_dealt + num_copied]
+            num_dealt += num_copied
+        return given_up, lent[num_dealt:]
+
+
 class EvictingManager(ExactPrefixManager, FullAttentionManager):
     """Full attention whose requests may trade the full blocks of their row for fewer pages of their own.
 
     The logical row of a request keeps its length: blocks that were given back are null blocks in it, as under a
-    sliding window. Private pages are owned beside the row and leave with it, so that finish, abort and preemption
+    sliding window. Its own pages are kept beside the row and leave with it, so that finish, abort and preemption
     return them without knowing of them.
 
     Attributes:
-        private_blocks: by request that was cut in this layer, its pages.
-        lent_blocks: by request, pages that were granted to it and not yet dealt out; in the first layer only.
+        cuts: by request that was evicted, what it has beside its rows; in the first layer only.
+        columns: by a block of the first layer that was entered into the prefix cache, the blocks of the other layers
+            at its positions; in the first layer only.
         layers: the managers of all evictable layers, this one included.
     """
 
     def __init__(self, kv_cache_spec: Any, **kwargs):
         most = kv_cache_spec.max_request_blocks
         super().__init__(kv_cache_spec, max_admission_blocks_per_request=most, **kwargs)
-        self.private_blocks: dict[str, list[KVCacheBlock]] = {}
-        self.lent_blocks: dict[str, list[KVCacheBlock]] = {}
+        self.cuts: dict[str, Cut] = {}
+        self.columns: dict[int, Sequence[KVCacheBlock]] = {}
         self.layers: Sequence[EvictingManager] = [self]
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args, **kwargs) -> None:
+        """See the base class; the first layer enters its blocks, and they stand for those of the others.
+
+        The others get the very object that is the first one's hash. A pool takes a block's hash away when it hands
+        the block out, so a column is whole as long as all its blocks have that object.
+        """
+        if self is not self.layers[0]:
+            return
+        request_id = request.request_id
+        start = self.num_cached_block.get(request_id, 0)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+        end = self.num_cached_block.get(request_id, 0)
+        if start == end:
+            return
+        for first, *others in zip(*(layer.req_to_blocks[request_id][start:end] for layer in self.layers), strict=True):
+            assert first.block_hash is not None
+            for block in others:
+                block.set_block_hash(first.block_hash, first.block_hash_num_tokens)
+            self.columns[first.block_id] = others
+        if len(self.columns) * len(self.layers) > 2 * self.block_pool.num_gpu_blocks:
+            blocks = self.block_pool.blocks
+            self.columns = {key: others for key, others in self.columns.items() if self.is_whole(blocks[key])}
+
+    def is_whole(self, first: KVCacheBlock) -> bool:
+        """Whether no block in the column of this block of the first layer was handed out again."""
+        block_hash, others = first.block_hash, self.columns.get(first.block_id)
+        if block_hash is None or others is None:
+            return False
+        return all(other.block_hash is block_hash for other in others)
 
     @classmethod
     def find_longest_cache_hit(
@@ -78,37 +163,20 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """See the base class; a prompt that will be evicted computes at least the window's queries.
 
-        The first layer is asked first and with all but the last token of the prompt, which is how it knows where
-        the window begins; the others are asked for no more than it found.
+        The first layer is asked for all of them, and with all but the last token of the prompt, which is how it knows
+        where the window begins.
         """
-        if kv_cache_spec.layer_index == 0 and max_length + 1 > kv_cache_spec.never_evicted_len:
+        if max_length + 1 > kv_cache_spec.never_evicted_len:
             max_length = max(max_length + 1 - kv_cache_spec.num_queries, 0)
         return super().find_longest_cache_hit(
             block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
         )
 
-    def num_shared(self, request_id: str, num_blocks: int) -> int:
-        """How many leading blocks of the row ``[0, num_blocks)`` other requests may read too."""
-        row = self.req_to_blocks[request_id]
-        return next((i for i in range(num_blocks, 0, -1) if row[i - 1].ref_cnt > 1), 0)
-
-    def num_held(self, request_id: str, num_blocks: int) -> int:
-        """How many full blocks the request reads here: its own pages and the row's blocks ``[0, num_blocks)``."""
-        row = self.req_to_blocks[request_id][:num_blocks]
-        return len(self.private_blocks.get(request_id, ())) + sum(not block.is_null for block in row)
-
-    def shrink(self, request_id: str, num_blocks: int, lent: list[KVCacheBlock], num_own: int) -> list[KVCacheBlock]:
-        """Replaces the request's pages and its row's blocks ``[0, num_blocks)``, and returns what is given up.
-
-        What the request reads then is private: first ``lent``, then the last ``num_own`` of what it read before. The
-        row has null blocks in its place.
-        """
-        row = self.req_to_blocks[request_id]
-        held = self.private_blocks.get(request_id, []) + [block for block in row[:num_blocks] if not block.is_null]
-        row[:num_blocks] = [self._null_block] * num_blocks
-        given_up, own = held[: len(held) - num_own], held[len(held) - num_own :]
-        self.private_blocks[request_id] = lent + own
-        return given_up
+    def cut(self, request_id: str) -> Cut:
+        """What the request has beside its rows; asked of the first layer, when the request is evicted."""
+        if request_id not in self.cuts:
+            self.cuts[request_id] = Cut([layer.req_to_blocks[request_id] for layer in self.layers])
+        return self.cuts[request_id]
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """See the base class; gives the blocks of all evictable layers at once.
@@ -117,12 +185,20 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
         a prefix is hit as far as all layers have it.
         """
         rows = [super(EvictingManager, layer).pop_blocks_for_free(request_id) for layer in self.layers]
-        private = [block for layer in self.layers for block in layer.private_blocks.pop(request_id, [])]
-        return interleave(rows) + private + self.lent_blocks.pop(request_id, [])
+        cut = self.cuts.pop(request_id, None)
+        if cut is None:
+            return interleave(rows)
+        start = min(cut.num_traded)
+        return interleave([row[start:] for row in rows]) + list(chain(cut.lent, *filter(None, cut.pages)))
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         """None: cascade attention would read the row and not what takes its place."""
         return 0
+
+
+def num_shared(row: Sequence[KVCacheBlock]) -> int:
+    """How many leading blocks of a row other requests may read too."""
+    return next((index for index in range(len(row), 0, -1) if row[index - 1].ref_cnt > 1), 0)
 
 
 def interleave(rows: Sequence[Sequence[KVCacheBlock]]) -> list[KVCacheBlock]:
@@ -140,7 +216,7 @@ def check_integrity(manager: KVCacheManager) -> None:
     for group in manager.coordinator.single_type_managers:
         rows = list(group.req_to_blocks.values())
         if isinstance(group, EvictingManager):
-            rows += [*group.private_blocks.values(), *group.lent_blocks.values()]
+            rows += [row for cut in group.cuts.values() for row in (cut.lent, *filter(None, cut.pages))]
         owners.update(block.block_id for row in rows for block in row if not block.is_null)
     pool = manager.block_pool
     for block in pool.blocks:

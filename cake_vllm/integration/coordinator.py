@@ -3,7 +3,8 @@
 vLLM asks the manager of every KV cache group for every request at every step. Evictable layers are groups of their
 own, but their logical rows have one length: whether a request needs a block, or has blocks to enter into the prefix
 cache, is the same in all of them. The first layer is asked, and the answer is multiplied; only where blocks change
-hands, once in a block's worth of steps, the layers are gone through. (No hook of vLLM reaches the coordinator: see
+hands, once in a block's worth of steps, the layers are gone through. The prefix cache knows the first layer's blocks,
+which lead to those of the others at the same positions. (No hook of vLLM reaches the coordinator: see
 ``patches/README.md``.)
 """
 
@@ -12,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.v1.core import kv_cache_manager
-from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
@@ -67,17 +68,37 @@ class LayerwiseCoordinator(KVCacheCoordinator):
         if count <= 0:
             return self._no_blocks
         blocks = self.block_pool.get_new_blocks(count * len(layers))
-        rows = tuple(blocks[start : start + count] for start in range(0, len(blocks), count))
+        rows = tuple(blocks[layer :: len(layers)] for layer in range(len(layers)))
         for layer, row in zip(layers, rows, strict=True):
             layer.req_to_blocks[request_id].extend(row)
         return rows
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        """See the base class; nothing to do until another block is full."""
+        """See the base class; nothing to do until another block is full, and then the first layer does it."""
         first = self._layers[0]
-        num_full_blocks = first.num_exact(request.request_id, num_computed_tokens) // first.block_size
-        if self._others or first.num_cached_block.get(request.request_id, 0) < num_full_blocks:
+        if self._others:
             super().cache_blocks(request, num_computed_tokens)
+        elif first.enable_caching:
+            num_full_blocks = first.num_exact(request.request_id, num_computed_tokens) // first.block_size
+            if first.num_cached_block.get(request.request_id, 0) < num_full_blocks:
+                first.cache_blocks(request, num_computed_tokens, replay_boundaries=())
+
+    def find_longest_cache_hit(
+        self, block_hashes: list[BlockHash], max_cache_hit_length: int
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int, int]:
+        """See the base class, which knows the first layer's blocks only; hits that are not whole are forgotten."""
+        first = self._layers[0]
+        while True:
+            answer = super().find_longest_cache_hit(block_hashes, max_cache_hit_length)  # type: ignore[safe-super]
+            hits = answer[0]
+            found = hits[first.kv_cache_group_id]
+            if broken := {block.block_id for block in found if not first.is_whole(block)}:
+                self.block_pool.evict_blocks(broken)
+                continue
+            columns = [first.columns[block.block_id] for block in found]
+            for index, layer in enumerate(self._layers[1:]):
+                hits[layer.kv_cache_group_id].extend(column[index] for column in columns)
+            return answer
 
     def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
         """See the base class; full attention skips nothing."""
@@ -106,6 +127,11 @@ def customize(coordinator: KVCacheCoordinator) -> KVCacheCoordinator:
         assert isinstance(coordinator, LayerwiseCoordinator)
         for layer in coordinator._layers:
             layer.layers = coordinator._layers
+        if isinstance(coordinator, HybridKVCacheCoordinator):
+            others = {layer.kv_cache_group_id for layer in coordinator._layers[1:]}
+            coordinator.attention_groups = [
+                group for group in coordinator.attention_groups if others.isdisjoint(group.group_ids)
+            ]
     return coordinator
 
 

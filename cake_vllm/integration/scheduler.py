@@ -11,13 +11,12 @@ from typing import Any
 from vllm.config import SchedulerConfig
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
 from cake_vllm.config import AUTO, OFF, REPORT_KEY, KVEvictionConfig
-from cake_vllm.integration.cache_manager import EvictingManager, ExactPrefixManager, interleave
+from cake_vllm.integration.cache_manager import EvictingManager, ExactPrefixManager, interleave, num_shared
 from cake_vllm.integration.messages import Eviction, Grant, Observation, StepPlan
 from cake_vllm.integration.spec import evictable_groups
 from cake_vllm.metrics import EvictionStats
@@ -58,7 +57,6 @@ class Pending:
     Attributes:
         length: logical length of the request after the step, tokens.
         is_prompt_end: whether its prompt ended with the step.
-        lent: pages for it.
         in_place: whether they were too few to copy to.
     """
 
@@ -66,7 +64,6 @@ class Pending:
     length: int
     is_prompt_end: bool
     grant: Grant
-    lent: list[KVCacheBlock]
     in_place: bool
 
 
@@ -207,7 +204,7 @@ class EvictionScheduler:
             tracked.is_decoding = True
             prompt_len = end
         budget = self._budget(config, prompt_len)
-        is_rescored = _num_rescoring(config) > 0
+        is_rescored = config.num_rescoring > 0
         if not (is_rescored or policy.is_evicted(prompt_len, budget)):
             return None
         # Without the whole window the scores would be others: served in full.
@@ -220,18 +217,18 @@ class EvictionScheduler:
         return self._observation(tracked, end, grant, is_last and not is_rescored)
 
     def _observe_decoding(self, tracked: Tracked, config: KVEvictionConfig, end: int) -> Observation | None:
-        if config.decode == "off":
+        to_boundary = -end % self.block_size
+        if to_boundary >= max(config.num_rescoring, 1) or config.decode == "off":
             return None
         budget = self._budget(config, tracked.request.num_prompt_tokens)
-        num_rescoring, to_boundary = _num_rescoring(config), -end % self.block_size
         num_blocks, num_pages = -(-end // self.block_size), -(-budget // self.block_size)
-        if to_boundary >= max(num_rescoring, 1) or not (tracked.is_evicted or num_blocks > num_pages):
+        if not (tracked.is_evicted or num_blocks > num_pages):
             return None
         # Right after its prompt an eviction may not be reported yet: the next block will do.
         is_known = tracked.wanted is not None or not tracked.is_evicted
         can_cut = is_known and not to_boundary
         grant = self._grant(tracked, config.policy, end, budget, divides=False) if can_cut else None
-        return self._observation(tracked, end, grant, is_last=not num_rescoring)
+        return self._observation(tracked, end, grant, is_last=not config.num_rescoring)
 
     def _observation(self, tracked: Tracked, end: int, grant: Grant | None, is_last: bool) -> Observation:
         request_id = tracked.request.request_id
@@ -241,7 +238,8 @@ class EvictionScheduler:
 
     def _grant(self, tracked: Tracked, policy: Policy, end: int, budget: int, divides: bool) -> Grant:
         request_id, num_blocks = tracked.request.request_id, end // self.block_size
-        whole = [layer for layer, manager in enumerate(self._managers) if request_id not in manager.private_blocks]
+        cut = self._managers[0].cut(request_id)
+        whole = [layer for layer, pages in enumerate(cut.pages) if pages is None]
         if not divides:
             # Layers that are within what they were given stay as they are.
             wanted = tracked.wanted or (budget,) * len(self._managers)
@@ -252,24 +250,23 @@ class EvictionScheduler:
             # Policies may round a layer's share up by one.
             most = total_tokens(budget, policy.protected, len(self._managers)) + len(self._managers)
             num_pages = PagedPrompt(end, policy.protected, self.block_size).max_pages(most, len(whole))
-        num_shared, num_free = num_blocks, self._pool.get_num_free_blocks()
+        first_own, num_free = num_blocks, self._pool.get_num_free_blocks()
         in_place = num_pages + self._reserved > num_free
         if in_place:
-            managers = [self._managers[layer] for layer in whole]
-            num_shared = max((manager.num_shared(request_id, num_blocks) for manager in managers), default=0)
+            rows = [cut.rows[layer][:num_blocks] for layer in whole]
+            first_own = max(map(num_shared, rows), default=0)
             # Nobody may hit what is about to be overwritten.
-            own = interleave([manager.req_to_blocks[request_id][num_shared:num_blocks] for manager in managers])
-            self._pool.evict_blocks({block.block_id for block in own})
-            num_pages = min(num_pages, len(whole) * num_shared, num_free)
+            self._pool.evict_blocks({block.block_id for block in interleave([row[first_own:] for row in rows])})
+            num_pages = min(num_pages, len(whole) * first_own, num_free)
         lent = self._pool.get_new_blocks(num_pages)
-        self._managers[0].lent_blocks.setdefault(request_id, []).extend(lent)
+        cut.lent += lent
         if not tracked.is_evicted:
             tracked.is_evicted = True
             for group in self._exact:
                 group.exact_len[request_id] = end
-        grant = Grant(next(self._epochs), budget, divides, tuple(block.block_id for block in lent), num_shared)
+        grant = Grant(next(self._epochs), budget, divides, tuple(block.block_id for block in lent), first_own)
         is_prompt_end = divides and tracked.is_decoding
-        self._pending[grant.epoch] = Pending(request_id, end, is_prompt_end, grant, lent, in_place and bool(whole))
+        self._pending[grant.epoch] = Pending(request_id, end, is_prompt_end, grant, in_place and bool(whole))
         return grant
 
     def _free(self, request_id: str, pending: Pending, eviction: Eviction) -> int:
@@ -277,19 +274,10 @@ class EvictionScheduler:
 
         Returns how many blocks fewer the request has now than before the eviction.
         """
-        num_blocks, lent = pending.length // self.block_size, list(pending.lent)
-        kept = self._managers[0].lent_blocks
-        kept[request_id] = kept[request_id][len(lent) :]
-        rows = []
-        for manager, pages in zip(self._managers, eviction.pages, strict=True):
-            if pages is not None:
-                num_copied = pending.grant.num_copied(
-                    pages, manager.num_held(request_id, num_blocks), request_id in manager.private_blocks
-                )
-                rows.append(manager.shrink(request_id, num_blocks, lent[:num_copied], pages - num_copied))
-                del lent[:num_copied]
-        self._pool.free_blocks([*lent, *reversed(interleave(rows))])
-        return sum(map(len, rows)) - (len(pending.lent) - len(lent))
+        cut, num_blocks = self._managers[0].cuts[request_id], pending.length // self.block_size
+        given_up, unused = cut.shrink(pending.grant, eviction.pages, num_blocks, self._pool.null_block)
+        self._pool.free_blocks([*unused, *reversed(interleave(given_up))])
+        return sum(map(len, given_up)) - (len(pending.grant.lent) - len(unused))
 
     def _tail_block(self, request_id: str, end: int) -> int:
         """Id of the block that position ``end - 1`` lies in, in the first layer."""
@@ -303,8 +291,3 @@ class EvictionScheduler:
 
 def _asked(request: Request) -> dict[str, Any] | None:
     return request.sampling_params.extra_args if request.sampling_params else None
-
-
-def _num_rescoring(config: KVEvictionConfig) -> int:
-    """Last queries that have to be at hand whenever a block is full."""
-    return config.policy.num_queries if config.decode == "window" else 0
