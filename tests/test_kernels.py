@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from cake_vllm.kernels import BlockLayout, EvictedRows
+from cake_vllm.kernels.pages import find_strides
 
 HEADS, BLOCK, SIZE, BLOCKS = 3, 8, 4, 20
 
 
-@pytest.fixture(params=["plain", "transposed", "shuffled"])
+@pytest.fixture(params=["plain", "transposed", "tiles", "shuffled"])
 def layout(request) -> BlockLayout:
     count = BLOCK * SIZE
     plain = torch.arange(count).view(BLOCK, SIZE)
@@ -16,6 +17,9 @@ def layout(request) -> BlockLayout:
         return BlockLayout(plain, plain + count)
     if request.param == "transposed":
         return BlockLayout(torch.arange(count).view(SIZE, BLOCK).T.contiguous(), plain + count)
+    if request.param == "tiles":
+        tiles = torch.arange(count).view(BLOCK // 4, SIZE // 2, 4, 2).transpose(1, 2).reshape(BLOCK, SIZE)
+        return BlockLayout(tiles, plain + count)
     order = torch.randperm(2 * count, generator=torch.Generator().manual_seed(0)).view(2, BLOCK, SIZE)
     return BlockLayout(order[0], order[1])
 
@@ -26,15 +30,34 @@ def element(cache, layout, index, blocks, head, position):
     return [block[place].item() for place in index[position % BLOCK]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [1, BLOCK, 3 * BLOCK - 1])
-def test_read_keys(layout, num_tokens):
-    cache = torch.randn(BLOCKS, HEADS, 2 * BLOCK * SIZE)
+def test_read(layout, num_tokens, dtype):
+    cache = torch.randn(BLOCKS, HEADS, 2 * BLOCK * SIZE, dtype=dtype)
     blocks = torch.tensor([7, 3, 11, 2])
-    keys = layout.read_keys(cache, blocks, num_tokens)
-    assert keys.shape == (HEADS, num_tokens, SIZE)
-    for head in range(HEADS):
-        for position in range(num_tokens):
-            assert keys[head, position].tolist() == element(cache, layout, layout.key_index, blocks, head, position)
+    for read, index in ((layout.read_keys, layout.key_index), (layout.read_values, layout.value_index)):
+        found = read(cache, blocks, num_tokens)
+        assert found.shape == (HEADS, num_tokens, SIZE)
+        for head in range(HEADS):
+            for position in range(num_tokens):
+                assert found[head, position].tolist() == element(cache, layout, index, blocks, head, position)
+
+
+def test_strides():
+    """The units in which an order is regular, or that it is not."""
+    count = BLOCK * SIZE
+    plain = torch.arange(count).view(BLOCK, SIZE)
+    assert find_strides(plain, 4) == (4, 0, (BLOCK, 1), (1, 1))
+    assert find_strides(plain + count, 2) == (2, count // 2, (BLOCK, SIZE // 2), (SIZE // 2, 1))
+    assert find_strides(plain + 1, 4) == (1, 1, (BLOCK, SIZE), (SIZE, 1))
+    assert find_strides(plain.flatten().view(SIZE, BLOCK).T, 4) == (1, 0, (BLOCK, SIZE), (1, BLOCK))
+    # As for matrix units: tiles of four slots, in which pairs of channels lie side by side.
+    tiles = torch.arange(count).view(BLOCK // 4, SIZE // 2, 4, 2).transpose(1, 2).reshape(BLOCK, SIZE)
+    assert find_strides(tiles, 4) == (2, 0, (2, 4, 2, 1), (8, 1, 4, 1))
+    shuffled = plain.clone()
+    shuffled[2, 1:3] = plain[2, 1:3].flip(0)
+    assert find_strides(shuffled, 4) is None
+    assert find_strides(plain[torch.randperm(BLOCK, generator=torch.Generator().manual_seed(1))], 4) is None
 
 
 @pytest.mark.parametrize("pages", [[15, 4], [7, 3], [3, 7]], ids=["copied", "in-place", "in-place-crossed"])

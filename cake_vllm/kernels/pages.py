@@ -6,10 +6,61 @@ for matrix units), so the order is a value here, not an assumption: :class:`Bloc
 element's place in a block.
 """
 
+import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Strides(NamedTuple):
+    """A regular order of ``[B, D]`` elements, in units of ``unit`` elements that lie side by side.
+
+    Attributes:
+        offset: place of the first unit.
+        sizes: what slots and then channels count in, most significant first: an order in tiles has several digits.
+        steps: units from one to the next of each.
+    """
+
+    unit: int
+    offset: int
+    sizes: tuple[int, ...]
+    steps: tuple[int, ...]
+
+
+@lru_cache
+def find_strides(index: torch.Tensor, largest: int) -> Strides | None:
+    """The regular order that ``[B, D]`` places follow, in units of at most ``largest``; ``None``: they do not."""
+    places = index.cpu()
+    slots, channels = _digits((places[:, 0] - places[0, 0]).tolist()), _digits((places[0] - places[0, 0]).tolist())
+    found = torch.tensor(places[0, 0])
+    for size, step in slots + channels:
+        found = found.unsqueeze(-1) + torch.arange(size) * step
+    if not torch.equal(found.flatten(), places.flatten()):
+        return None
+    offset, unit = int(places[0, 0]), 1
+    if channels and channels[-1][1] == 1:
+        *others, (run, _) = slots + channels
+        unit = math.gcd(largest, run, offset, *(step for _, step in others))
+        channels[-1] = (run // unit, unit)
+    sizes, steps = zip(*slots, *channels, strict=True)
+    return Strides(unit, offset // unit, sizes, tuple(step // unit for step in steps))
+
+
+def _digits(numbers: list[int]) -> list[tuple[int, int]]:
+    """Sizes and steps, most significant first, such that counting in them gives ``numbers``, if anything does."""
+    digits: list[tuple[int, int]] = []
+    count = 1
+    while count < len(numbers):
+        step = numbers[count]
+        multiples = enumerate(numbers[::count])
+        size = next((times for times, number in multiples if number != times * step), len(numbers) // count)
+        digits.insert(0, (size, step))
+        count *= size
+    return digits
 
 
 @dataclass(frozen=True)
@@ -54,7 +105,17 @@ class BlockLayout:
     def _read(self, index: torch.Tensor, cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
         used = -(-num_tokens // self.block_size)
         pages = cache.index_select(0, blocks[:used])
-        return pages[:, :, index].transpose(0, 1).flatten(1, 2)[:, :num_tokens]
+        strides = find_strides(index, 8 // cache.element_size())
+        if strides is None:
+            return pages[:, :, index].transpose(0, 1).flatten(1, 2)[:, :num_tokens]
+        # Side by side, elements move as one number: an index per element takes five times as long on CPUs.
+        units = pages.view(INTEGERS[strides.unit * cache.element_size()])
+        num_pages, num_kv_heads, size = units.shape
+        found = units.as_strided(
+            (num_kv_heads, num_pages, *strides.sizes), (size, num_kv_heads * size, *strides.steps), strides.offset
+        )
+        found = found.reshape(num_kv_heads, num_pages * self.block_size, -1).contiguous()
+        return found.view(cache.dtype)[:, :num_tokens]
 
     def compact(self, cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor, pages: torch.Tensor) -> None:
         """Copies kept positions into whole pages, **in place** in ``cache``.

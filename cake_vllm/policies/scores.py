@@ -16,7 +16,7 @@ def prefix_attention(inputs: LayerInputs) -> Iterator[torch.Tensor]:
     and kvpress do the same). One head at a time keeps the peak at ``G * w * S`` floats, whatever the model's width.
 
     Yields:
-        ``[G, w, S - w]`` float32 for each KV head.
+        ``[G, w, S - w]`` float32 for each KV head, the caller's to overwrite.
 
     Raises:
         ValueError: if the prompt is not longer than the window or the heads do not divide.
@@ -37,7 +37,7 @@ def prefix_attention(inputs: LayerInputs) -> Iterator[torch.Tensor]:
 
 def attention_logits(queries: torch.Tensor, keys: torch.Tensor, scale: float, soft_cap: float) -> torch.Tensor:
     """``[..., q, S]`` float32 logits of ``[..., q, D]`` queries on ``[S, D]`` keys; see :class:`LayerInputs`."""
-    logits = queries.float() @ keys.float().T * scale
+    logits = ((queries.float() * scale).flatten(0, -2) @ keys.float().T).unflatten(0, queries.shape[:-1])
     return soft_cap * torch.tanh(logits / soft_cap) if soft_cap > 0 else logits
 
 
