@@ -1,16 +1,19 @@
-"""What each policy's eviction costs a prompt: seconds in the worker's part of the plugin.
+"""What each policy's eviction costs a prompt: seconds and memory in the worker's part of the plugin.
 
 One engine; every request asks for a policy of its own. ``looking``: queries set aside and scores computed, in the
 layers' forwards. ``evicting``: budgets divided, positions chosen, pages compacted. Both beside the time to the first
-token of the same prompt without eviction.
+token of the same prompt without eviction. ``peak``: the most memory that both hold at any time beside the KV cache, by
+torch's profiler, in a run of its own.
 
     python benchmarks/eviction_cost.py MODEL --out benchmarks/results/eviction_cost.json
 """
 
 import argparse
+import bisect
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 from common import speeches, write
+from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 from vllm import SamplingParams
 
@@ -26,9 +30,11 @@ from cake_vllm import LLM
 from cake_vllm.integration.worker import EvictionWorker
 from cake_vllm.policies import policy_names
 
+SPAN = "eviction"
+
 
 class Clock:
-    """Adds up the seconds that a method takes."""
+    """Adds up the seconds that a method takes, and marks its span for the profiler."""
 
     def __init__(self, owner: type, name: str):
         self.seconds = 0.0
@@ -37,7 +43,8 @@ class Clock:
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
-                return method(*args, **kwargs)
+                with record_function(SPAN):
+                    return method(*args, **kwargs)
             finally:
                 self.seconds += time.perf_counter() - start
 
@@ -47,6 +54,24 @@ class Clock:
         """Seconds since the last call."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
+
+
+def peak_memory(run: Callable[[], Any]) -> int:
+    """The most bytes that were allocated within spans and not yet freed, while ``run`` runs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    spans = sorted(
+        (event.start_ns(), event.start_ns() + event.duration_ns()) for event in events if event.name() == SPAN
+    )
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    starts, live, peak = [start for start, _ in spans], 0, 0
+    for moment, change in changes:
+        index = bisect.bisect_right(starts, moment) - 1
+        if index >= 0 and moment <= spans[index][1]:
+            live += change
+            peak = max(peak, live)
+    return peak
 
 
 def main() -> None:
@@ -84,7 +109,7 @@ def main() -> None:
 
     names = ["none", *args.policies]
     results: dict[str, Any] = {name: {"seconds": []} for name in names}
-    with tqdm(total=len(names) * (args.repeats + 1)) as bar:
+    with tqdm(total=len(names) * (args.repeats + 2)) as bar:
         for name in names:
             first_token(name)
             bar.update()
@@ -92,12 +117,16 @@ def main() -> None:
             for name in names:
                 results[name]["seconds"].append(first_token(name))
                 bar.update()
+        for name in names:
+            results[name]["peak bytes"] = peak_memory(lambda name=name: first_token(name))
+            bar.update()
     stock = statistics.median(total for total, _, _ in results["none"]["seconds"])
     print(f"\nfirst token without eviction: {stock:.3f} s")
-    print("\n| policy | looking | evicting | of the first token |\n|---|---|---|---|")
+    print("\n| policy | looking | evicting | of the first token | peak |\n|---|---|---|---|---|")
     for name in args.policies:
         look, evict = (statistics.median(run[i] for run in results[name]["seconds"]) for i in (1, 2))
-        print(f"| `{name}` | {look * 1e3:.1f} ms | {evict * 1e3:.1f} ms | {(look + evict) / stock:.2%} |")
+        times = f"{look * 1e3:.1f} ms | {evict * 1e3:.1f} ms | {(look + evict) / stock:.2%}"
+        print(f"| `{name}` | {times} | {results[name]['peak bytes'] / 2**20:.1f} MiB |")
     write(args.out, results)
 
 

@@ -64,7 +64,7 @@ class DefensiveKV(Policy):
         risks, means, mass = [], [], []
         for attention in prefix_attention(inputs):
             pooled = average_pool(attention, self.pool_kernel)
-            pooled = pooled * (attention.sum(dim=-1, keepdim=True) / pooled.sum(dim=-1, keepdim=True))
+            pooled.mul_(attention.sum(dim=-1, keepdim=True) / pooled.sum(dim=-1, keepdim=True))
             risk = pooled.amax(dim=(0, 1))
             risks.append(risk.clamp(min=risk.mean()))
             mean = attention.mean(dim=(0, 1))
