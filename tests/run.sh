@@ -1,11 +1,20 @@
 #!/usr/bin/env bash
-# Sets up and runs everything that must pass: formatting, lint, types, and the tests on both of vLLM's model runners.
-# Arguments go to pytest.
+# Sets up and runs everything that must pass: formatting, lint, types, and the tests on both of vLLM's model runners,
+# which share the cores. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 deploy/setup.sh >/dev/null
 .venv/bin/ruff format --check .
 .venv/bin/ruff check .
 .venv/bin/mypy
-.venv/bin/python -m pytest -c pyproject.toml tests "$@"
-.venv/bin/python -m pytest -c pyproject.toml tests --runner v2 -m engine "$@"
+
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + 1) / 2))}
+log=$(mktemp)
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -f "$log"' EXIT
+.venv/bin/python -m pytest -c pyproject.toml tests --runner v2 -m engine "$@" >"$log" 2>&1 &
+status=0
+.venv/bin/python -m pytest -c pyproject.toml tests "$@" || status=$?
+wait $! || status=$?
+cat "$log"
+exit "$status"
