@@ -15,20 +15,18 @@ import argparse
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "deploy"))
 
 from common import speeches, write
-from demo import server
+from demo import samples, server
 from tqdm import tqdm
 
 #: Series of ``/metrics`` that are followed, by their names in the results.
@@ -50,12 +48,10 @@ def num_layers(model: Path) -> int:
 
 def read_metrics(url: str) -> dict[str, float]:
     """Current values of :data:`SERIES`; those that the server does not have are 0."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
-        text = answer.read().decode()
-    found = {}
-    for name, series in SERIES.items():
-        values = re.findall(rf"^{series}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
-        found[name] = sum(map(float, values))
+    found = dict.fromkeys(SERIES, 0.0)
+    names = {series: name for name, series in SERIES.items()}
+    for series, _, value in samples(url, "|".join(names)):
+        found[names[series]] += value
     return found
 
 

@@ -68,14 +68,20 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def metrics(url: str) -> dict[str, float]:
-    """The plugin's series on ``/metrics``; a layer's gauge under its layer number."""
+def samples(url: str, pattern: str) -> list[tuple[str, str, float]]:
+    """Names, labels and values of the series on ``/metrics`` whose whole name matches ``pattern``."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
         text = answer.read().decode()
+    found = re.findall(rf"^({pattern})(?:\{{(.*)\}})? (\S+)$", text, re.MULTILINE)
+    return [(name, labels, float(value)) for name, labels, value in found]
+
+
+def metrics(url: str) -> dict[str, float]:
+    """The plugin's series on ``/metrics``; a layer's gauge under its layer number."""
     found = {}
-    for name, labels, value in re.findall(r"^vllm:kv_eviction_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+    for name, labels, value in samples(url, r"vllm:kv_eviction_\w+"):
         layer = re.search(r'layer="(\d+)"', labels)
-        found[layer.group(1) if layer else name.removesuffix("_total")] = float(value)
+        found[layer.group(1) if layer else name.removeprefix("vllm:kv_eviction_").removesuffix("_total")] = value
     return found
 
 

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import shutil
 import sys
 import threading
@@ -19,7 +18,7 @@ from random_models import save_random_model
 
 sys.path.insert(0, str(ROOT / "deploy"))
 
-from demo import is_ready, metrics, server
+from demo import is_ready, metrics, samples, server
 
 pytestmark = pytest.mark.slow
 
@@ -68,9 +67,7 @@ def post(url: str, body: dict, timeout: float = 120) -> dict:
 
 def series(url: str, name: str) -> float:
     """Sum of a series of vLLM's own."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
-        text = answer.read().decode()
-    return sum(float(value) for value in re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE))
+    return sum(value for _, _, value in samples(url, name))
 
 
 def control(url: str, action: str) -> None:
