@@ -15,7 +15,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections import defaultdict
 from pathlib import Path
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -56,7 +56,7 @@ class Bench:
             FullAttentionSpec(**SHAPE)
         ]
         groups = [KVCacheGroupSpec([f"layer {index}"], spec) for index, spec in enumerate(specs)]
-        tokens = args.requests * (PROMPT + args.steps + BLOCK_SIZE) + LONGEST
+        tokens = args.requests * (PROMPT + args.steps + 2 * BLOCK_SIZE) + LONGEST
         config = KVCacheConfig(len(specs) * tokens // BLOCK_SIZE + 1, [], groups)
         self.manager = KVCacheManager(config, LONGEST, BLOCK_SIZE, BLOCK_SIZE, enable_caching=args.caching)
         if num_layers:
@@ -64,17 +64,17 @@ class Bench:
             settings = {"kv_eviction": "cake", "kv_eviction_budget": budget}
             self.half = EvictionScheduler(KVEvictionConfig.from_settings(settings), config, limits, LONGEST)
             self.half.bind(self.manager)
-        hasher = get_request_block_hasher(BLOCK_SIZE, sha256_cbor) if args.caching else None
-        self.requests = [self._request(str(index), PROMPT, hasher) for index in range(args.requests)]
-        self.long = self._request("long", LONG, hasher)
+        self._hasher = get_request_block_hasher(BLOCK_SIZE, sha256_cbor) if args.caching else None
+        self._count = 0
+        self.requests = [self._request(str(index), PROMPT) for index in range(args.requests)]
         for request in self.requests:
             self._prefill(request)
             self._plan([request])
             request.num_computed_tokens = request.num_tokens
 
-    def _request(self, name: str, length: int, hasher) -> Request:
+    def _request(self, name: str, length: int) -> Request:
         prompt = [hash((name, position)) % 1000 for position in range(length)]
-        return Request(name, prompt, SamplingParams(max_tokens=100), None, block_hasher=hasher)
+        return Request(name, prompt, SamplingParams(max_tokens=100), None, block_hasher=self._hasher)
 
     def _prefill(self, request: Request) -> None:
         if self.num_layers:
@@ -115,12 +115,14 @@ class Bench:
         return seconds
 
     def admission(self) -> tuple[float, float]:
-        """Seconds to admit the long request, and to evict it."""
+        """Seconds to admit a long request, and to evict it."""
+        self._count += 1
+        request = self._request(f"long {self._count}", LONG)
         start = time.perf_counter()
-        self._prefill(self.long)
+        self._prefill(request)
         admission = time.perf_counter() - start
-        eviction = self._plan([self.long])
-        self._free(self.long)
+        eviction = self._plan([request])
+        self._free(request)
         return admission, eviction
 
     def pages(self) -> float:
@@ -147,37 +149,24 @@ class Bench:
         return time.perf_counter() - start
 
 
-def measure(num_layers: int, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every repetition, by figure."""
-    figures: dict[str, list[float]] = {}
-
-    def run(what: Callable[[Bench], dict[str, list[float]]], budget: int) -> None:
-        bench = Bench(num_layers, budget, args)
-        gc.collect()
-        gc.freeze()
-        figures.update(what(bench))
-        gc.unfreeze()
-
-    def decode(bench: Bench) -> list[float]:
-        steps = [bench.decode_step() for _ in range(args.steps)]
-        # A block's worth of steps at a time: one of them allocates.
-        blocks = [sum(steps[start : start + BLOCK_SIZE]) / BLOCK_SIZE for start in range(0, len(steps), BLOCK_SIZE)]
-        return blocks[1:]
-
-    def whole(bench: Bench) -> dict[str, list[float]]:
-        result = {"decode step": decode(bench)}
-        result["finish"] = [bench.finish() for _ in range(args.requests)]
-        result["its pages"] = [bench.pages() for _ in range(5)]
-        return result
-
-    def evicted(bench: Bench) -> dict[str, list[float]]:
-        result = {"evicted": decode(bench)}
-        result["admission"], result["eviction"] = map(list, zip(*(bench.admission() for _ in range(5)), strict=True))
-        return result
-
-    run(whole, LONGEST)
-    run(evicted, BUDGET)
-    return figures
+def measure(cases: dict[str, int], budget: int, args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every repetition by case and figure; the cases take turns, so that noise hits all of them."""
+    benches = {name: Bench(num_layers, budget, args) for name, num_layers in cases.items()}
+    seconds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in cases}
+    gc.collect()
+    gc.freeze()
+    for turn in tqdm(range(args.steps // BLOCK_SIZE + 1), desc=f"budget {budget}"):
+        for name, bench in benches.items():
+            # A block's worth of steps at a time: one of them allocates.
+            steps = [bench.decode_step() for _ in range(BLOCK_SIZE)]
+            admission, eviction = bench.admission()
+            figures = {"decode step": sum(steps) / BLOCK_SIZE, "admission": admission, "eviction": eviction}
+            figures |= {"its pages": bench.pages(), "finish": bench.finish()}
+            if turn:
+                for what, value in figures.items():
+                    seconds[name][what].append(value)
+    gc.unfreeze()
+    return seconds
 
 
 def main() -> None:
@@ -185,13 +174,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[30, 80])
     parser.add_argument("--requests", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=6 * BLOCK_SIZE, help="decode steps, a multiple of the block size")
+    parser.add_argument("--steps", type=int, default=16 * BLOCK_SIZE, help="decode steps, a multiple of the block size")
     parser.add_argument("--caching", action="store_true", help="with prefix caching")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     args = parser.parse_args()
     init_none_hash(sha256_cbor)
     cases = {"stock, one group": 0} | {f"{layers} layers": layers for layers in args.layers}
-    results = {name: measure(layers, args) for name, layers in tqdm(cases.items())}
+    results = measure(cases, LONGEST, args)
+    for name, figures in measure(cases, BUDGET, args).items():
+        results[name]["evicted"], results[name]["eviction"] = figures["decode step"], figures["eviction"]
     medians = {name: {what: statistics.median(runs) for what, runs in case.items()} for name, case in results.items()}
     stock = medians["stock, one group"]
     columns = ("decode step", "evicted", "admission", "its pages", "eviction", "finish")

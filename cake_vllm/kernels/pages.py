@@ -36,7 +36,7 @@ def find_strides(index: torch.Tensor, largest: int) -> Strides | None:
     """The regular order that ``[B, D]`` places follow, in units of at most ``largest``; ``None``: they do not."""
     places = index.cpu()
     slots, channels = _digits((places[:, 0] - places[0, 0]).tolist()), _digits((places[0] - places[0, 0]).tolist())
-    found = torch.tensor(places[0, 0])
+    found = places[0, 0]
     for size, step in slots + channels:
         found = found.unsqueeze(-1) + torch.arange(size) * step
     if not torch.equal(found.flatten(), places.flatten()):
