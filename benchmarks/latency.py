@@ -205,17 +205,20 @@ def main() -> None:
     short = [text[97 * i : 97 * i + 100] for i in range(16)]
     long = [text[97 * i : 97 * i + args.context] for i in range(args.batch)]
     cut = [prompt[: args.budget] for prompt in long]
+    lengths, compared = args.lengths, {args.context: long, args.budget: cut}
+    if args.runner == "v2":
+        lengths, compared = [], {}
     results: dict[str, dict[str, list[float]]] = {}
-    with tqdm(total=2 if args.runner == "v2" else len(args.lengths) + 4) as bar:
+    with tqdm(total=2 + len(lengths) + len(compared)) as bar:
         for batch in (1, 16):
             cases = {name: (engine, short[:batch]) for name, engine in both.items()}
             results[f"decode, nothing to evict, batch {batch}"] = decode_steps(cases, args.turns)
             bar.update()
-        for length in args.lengths if args.runner == "v1" else ():
+        for length in lengths:
             results[f"first token, {length} tokens"] = first_tokens(both, text, length, args.repeats)
             bar.update()
-        for name, prompts in ((f"{args.context}", long), (f"{args.budget}", cut)) if args.runner == "v1" else ():
-            figure = f"decode, {args.context} evicted to {args.budget}, stock at {name}, batch {args.batch}"
+        for length, prompts in compared.items():
+            figure = f"decode, {args.context} evicted to {args.budget}, stock at {length}, batch {args.batch}"
             results[figure] = decode_steps({"stock": (stock, prompts), "cake": (cake, long)}, args.turns)
             bar.update()
     for engine in both.values():

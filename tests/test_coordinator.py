@@ -48,16 +48,21 @@ def make_manager(caching: bool, spec: type[EvictableSpec] = EvictableSpec, num_b
     return KVCacheManager(config, 1000, BLOCK, BLOCK, enable_caching=caching)
 
 
+def make_request(name: str, prompt: list[int], caching: bool = True) -> Request:
+    init_none_hash(sha256_cbor)
+    hasher = get_request_block_hasher(BLOCK, sha256_cbor) if caching else None
+    return Request(name, prompt, SamplingParams(max_tokens=50), None, block_hasher=hasher)
+
+
 def history(manager: KVCacheManager, caching: bool) -> list:
     """What a manager answers to a random sequence of arrivals, steps and ends."""
     dice = random.Random(5)
-    hasher = get_request_block_hasher(BLOCK, sha256_cbor) if caching else None
     running: list[Request] = []
     seen: list = []
     for step in range(600):
         if dice.random() < 0.2:
             prompt = [1] * dice.randint(1, 200) + [step] * dice.randint(1, 100)
-            request = Request(str(step), prompt, SamplingParams(max_tokens=50), None, block_hasher=hasher)
+            request = make_request(str(step), prompt, caching)
             hits, num_hit, _ = manager.get_computed_blocks(request)
             new = manager.allocate_slots(
                 request, request.num_tokens - num_hit, num_hit, hits, full_sequence_must_fit=True
@@ -82,7 +87,6 @@ def history(manager: KVCacheManager, caching: bool) -> list:
 
 @pytest.mark.parametrize("caching", [False, True])
 def test_answers_are_those_of_every_layer(caching, monkeypatch):
-    init_none_hash(sha256_cbor)
     ours = make_manager(caching)
     assert isinstance(ours.coordinator, LayerwiseCoordinator)
     with monkeypatch.context() as patch:
@@ -103,14 +107,12 @@ def test_answers_are_those_of_every_layer(caching, monkeypatch):
 
 def test_a_prefix_is_hit_while_all_its_blocks_are_there():
     """A block of one layer is handed out again while the first layer's is not: forgotten, also for good."""
-    init_none_hash(sha256_cbor)
-    hasher = get_request_block_hasher(BLOCK, sha256_cbor)
     manager = make_manager(caching=True, num_blocks=20)
     first, *_, last = manager.coordinator.single_type_managers
     prompt = list(range(6 * BLOCK))
 
     def arrive(name: str) -> tuple[Request, int]:
-        request = Request(name, prompt, SamplingParams(max_tokens=50), None, block_hasher=hasher)
+        request = make_request(name, prompt)
         hits, num_hit, _ = manager.get_computed_blocks(request)
         assert len({len(row) for row in hits.blocks}) == 1
         assert manager.allocate_slots(request, len(prompt) - num_hit, num_hit, hits) is not None
@@ -146,13 +148,11 @@ def test_a_prefix_is_hit_while_all_its_blocks_are_there():
 
 
 def test_what_is_known_of_prefixes_does_not_grow():
-    init_none_hash(sha256_cbor)
-    hasher = get_request_block_hasher(BLOCK, sha256_cbor)
     manager = make_manager(caching=True, num_blocks=20)
     (first, *_) = manager.coordinator.single_type_managers
     for turn in range(200):
         prompt = [turn] * 150
-        request = Request(str(turn), prompt, SamplingParams(max_tokens=50), None, block_hasher=hasher)
+        request = make_request(str(turn), prompt)
         assert manager.allocate_slots(request, len(prompt)) is not None
         manager.free(request)
         assert len(first.columns) <= 2 * 20 + 1

@@ -16,7 +16,13 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
 from cake_vllm.config import AUTO, OFF, REPORT_KEY, KVEvictionConfig
-from cake_vllm.integration.cache_manager import EvictingManager, ExactPrefixManager, interleave, num_shared
+from cake_vllm.integration.cache_manager import (
+    EvictingManager,
+    ExactPrefixManager,
+    ExactSlidingWindowManager,
+    interleave,
+    num_shared,
+)
 from cake_vllm.integration.messages import Eviction, Grant, Observation, StepPlan
 from cake_vllm.integration.spec import evictable_groups
 from cake_vllm.metrics import EvictionStats
@@ -96,7 +102,9 @@ class EvictionScheduler:
         """Takes hold of the block managers."""
         every = manager.coordinator.single_type_managers
         self._managers: list[EvictingManager] = [every[group] for group in self.groups]  # type: ignore[misc]
-        self._exact = [group for group in every if isinstance(group, ExactPrefixManager)]
+        # The first layer enters blocks into the prefix cache for all evictable ones.
+        windows = (group for group in every if isinstance(group, ExactSlidingWindowManager))
+        self._exact: list[ExactPrefixManager] = [self._managers[0], *windows]
         self._pool = manager.block_pool
 
     def add(self, request: Request) -> None:

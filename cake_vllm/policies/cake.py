@@ -85,7 +85,7 @@ class Cake(Policy):
         for attention in prefix_attention(inputs):
             terms[0] -= (attention + 1e-10).log_().mul_(attention).sum()
             mean = attention.mean(dim=1)
-            # Two passes: torch.var_mean along this axis is ten times slower on CPUs. In place: so is fresh memory.
+            # Two passes: torch.var_mean along this axis is ten times slower on CPUs. In place: fresh memory is slow.
             variance = attention.sub_(mean.unsqueeze(1)).square_().sum(dim=1) / (self.window - 1)
             terms[1] += variance.sum()
             rows.append(average_pool((mean + self.gamma * variance).mean(dim=0), self.pool_kernel))
