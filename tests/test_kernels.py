@@ -47,22 +47,24 @@ def test_strides():
     """The units in which an order is regular, or that it is not."""
     count = BLOCK * SIZE
     plain = torch.arange(count).view(BLOCK, SIZE)
-    assert find_strides(plain, 4) == (4, 0, (BLOCK, 1), (1, 1))
-    assert find_strides(plain + count, 2) == (2, count // 2, (BLOCK, SIZE // 2), (SIZE // 2, 1))
-    assert find_strides(plain + 1, 4) == (1, 1, (BLOCK, SIZE), (SIZE, 1))
-    assert find_strides(plain.flatten().view(SIZE, BLOCK).T, 4) == (1, 0, (BLOCK, SIZE), (1, BLOCK))
+    assert find_strides(plain, 4) == (4, 0, ((BLOCK, 1),), ((1, 1),))
+    assert find_strides(plain + count, 2) == (2, count // 2, ((BLOCK, SIZE // 2),), ((SIZE // 2, 1),))
+    assert find_strides(plain + 1, 4) == (1, 1, ((BLOCK, SIZE),), ((SIZE, 1),))
+    assert find_strides(plain.flatten().view(SIZE, BLOCK).T, 4) == (1, 0, ((BLOCK, 1),), ((SIZE, BLOCK),))
     # As for matrix units: tiles of four slots, in which pairs of channels lie side by side.
     tiles = torch.arange(count).view(BLOCK // 4, SIZE // 2, 4, 2).transpose(1, 2).reshape(BLOCK, SIZE)
-    assert find_strides(tiles, 4) == (2, 0, (2, 4, 2, 1), (8, 1, 4, 1))
+    assert find_strides(tiles, 4) == (2, 0, ((2, 8), (4, 1)), ((2, 4), (1, 1)))
     shuffled = plain.clone()
     shuffled[2, 1:3] = plain[2, 1:3].flip(0)
     assert find_strides(shuffled, 4) is None
     assert find_strides(plain[torch.randperm(BLOCK, generator=torch.Generator().manual_seed(1))], 4) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pages", [[15, 4], [7, 3], [3, 7]], ids=["copied", "in-place", "in-place-crossed"])
-def test_compact(layout, pages):
-    cache = torch.randn(BLOCKS, HEADS, 2 * BLOCK * SIZE)
+def test_compact(layout, pages, dtype):
+    # One of several layers whose blocks lie side by side.
+    cache = torch.randn(BLOCKS, 2 * HEADS, 2 * BLOCK * SIZE, dtype=dtype)[:, HEADS:]
     before = cache.clone()
     blocks = torch.tensor([7, 3, 11, 2])
     positions = torch.stack([torch.randperm(4 * BLOCK)[: 2 * BLOCK].sort().values for _ in range(HEADS)])

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from cake_vllm.policies import LayerInputs, PagedPrompt, Policy, create_policy, knobs, policy_names
+from cake_vllm.policies import LayerInputs, PagedPrompt, Policy, create_policy, knobs, policy_names, scores
 from cake_vllm.policies.base import LayerScore, total_tokens
 from cake_vllm.policies.budgets import cascade, kept_after, proportional, settle
 from cake_vllm.policies.cake import PRESETS, Cake
-from cake_vllm.policies.scores import average_pool, prefix_attention
+from cake_vllm.policies.scores import average_pool, heads_at_once, prefix_attention
 
 
 @pytest.mark.parametrize("package", ["policies", "kernels", "config"])
@@ -47,7 +47,7 @@ def test_prefix_attention(num_heads, num_kv_heads, dtype):
     queries = torch.randn(num_heads, 8, 16).to(dtype)
     keys = torch.randn(num_kv_heads, 50, 16).to(dtype)
     before = queries.clone(), keys.clone()
-    got = torch.cat(list(prefix_attention(LayerInputs(queries, keys, 0.25))))
+    got = torch.cat(list(prefix_attention(LayerInputs(queries, keys, 0.25)))).flatten(0, 1)
     torch.testing.assert_close(got.double(), reference_attention(queries, keys, 0.25), rtol=1e-4, atol=1e-7)
     assert torch.equal(queries, before[0])
     assert torch.equal(keys, before[1])
@@ -55,7 +55,7 @@ def test_prefix_attention(num_heads, num_kv_heads, dtype):
 
 def test_prefix_attention_soft_cap():
     queries, keys = 3 * torch.randn(1, 4, 16), 3 * torch.randn(1, 20, 16)
-    (capped,) = prefix_attention(LayerInputs(queries, keys, 1.0, logits_soft_cap=5.0))
+    ((capped,),) = prefix_attention(LayerInputs(queries, keys, 1.0, logits_soft_cap=5.0))
     logits = 5.0 * torch.tanh(queries[0] @ keys[0].T / 5.0)
     logits[:, 16:].masked_fill_(torch.ones(4, 4, dtype=torch.bool).triu(1), float("-inf"))
     torch.testing.assert_close(capped[0], logits.softmax(-1)[:, :16])
@@ -226,6 +226,27 @@ def test_all_heads_at_once_are_scored_as_one_by_one(name):
             alone.append(policy.score(LayerInputs(queries, keys, layer.scale, values=values)))
         assert torch.equal(together.indicator, torch.cat([score.indicator for score in alone]))
         torch.testing.assert_close(together.terms, sum(score.terms for score in alone), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_how_many_heads_are_looked_at_together_changes_nothing(name, monkeypatch):
+    """Here one by one; elsewhere as many as fit, the last piece smaller."""
+    policy = small(name)
+    for layer in Shape(num_heads=10, num_kv_heads=5).layers(policy):
+        alone = policy.score(layer)
+        with monkeypatch.context() as patch:
+            patch.setattr(scores, "heads_at_once", lambda device, weights_per_head: 2)
+            together = policy.score(layer)
+        for a, b in zip([together.indicator, *together.extra], [alone.indicator, *alone.extra], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(together.terms, alone.terms, rtol=1e-5, atol=0)
+
+
+def test_heads_at_once_fit_a_fixed_amount():
+    elsewhere = torch.device("meta")
+    assert heads_at_once(torch.device("cpu"), 1) == 1
+    assert heads_at_once(elsewhere, 4 * 32 * 8192) == 16
+    assert heads_at_once(elsewhere, 4 * 32 * 2**20) == 1
 
 
 @pytest.mark.parametrize("name", policy_names())

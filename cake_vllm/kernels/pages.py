@@ -8,7 +8,7 @@ element's place in a block.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,37 +17,56 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Strides(NamedTuple):
-    """A regular order of ``[B, D]`` elements, in units of ``unit`` elements that lie side by side.
+    """A regular order of ``[B, D]`` elements, in units of elements that lie side by side.
+
+    Side by side, elements move as one number: an index per element takes five times as long on CPUs.
 
     Attributes:
+        unit: elements in a unit.
         offset: place of the first unit.
-        sizes: what slots and then channels count in, most significant first: an order in tiles has several digits.
-        steps: units from one to the next of each.
+        slots: ``(size, step)`` of what slots count in, most significant first: an order in tiles has several digits.
+            The step is in units.
+        channels: the same of channels.
     """
 
     unit: int
     offset: int
-    sizes: tuple[int, ...]
-    steps: tuple[int, ...]
+    slots: tuple[tuple[int, int], ...]
+    channels: tuple[tuple[int, int], ...]
+
+    def view(self, blocks: torch.Tensor) -> torch.Tensor:
+        """``[n, Hkv, *slot digits, *channel digits]`` integers, each a unit, of ``[n, Hkv, E]`` elements."""
+        units = blocks.view(INTEGERS[self.unit * blocks.element_size()])
+        sizes, steps = zip(*self.slots, *self.channels, strict=True)
+        offset = units.storage_offset() + self.offset
+        return units.as_strided((*units.shape[:2], *sizes), (*units.stride()[:2], *steps), offset)
+
+    def digits(self, slots: torch.Tensor) -> list[torch.Tensor]:
+        """Slot numbers as indices of the slot digits."""
+        digits: list[torch.Tensor] = []
+        for size, _ in reversed(self.slots):
+            digits.insert(0, slots % size)
+            slots = slots // size
+        return digits
 
 
 @lru_cache
 def find_strides(index: torch.Tensor, largest: int) -> Strides | None:
     """The regular order that ``[B, D]`` places follow, in units of at most ``largest``; ``None``: they do not."""
     places = index.cpu()
-    slots, channels = _digits((places[:, 0] - places[0, 0]).tolist()), _digits((places[0] - places[0, 0]).tolist())
+    offset, unit = int(places[0, 0]), 1
+    slots, channels = _digits((places[:, 0] - offset).tolist()), _digits((places[0] - offset).tolist())
     found = places[0, 0]
     for size, step in slots + channels:
         found = found.unsqueeze(-1) + torch.arange(size) * step
     if not torch.equal(found.flatten(), places.flatten()):
         return None
-    offset, unit = int(places[0, 0]), 1
     if channels and channels[-1][1] == 1:
-        *others, (run, _) = slots + channels
-        unit = math.gcd(largest, run, offset, *(step for _, step in others))
-        channels[-1] = (run // unit, unit)
-    sizes, steps = zip(*slots, *channels, strict=True)
-    return Strides(unit, offset // unit, sizes, tuple(step // unit for step in steps))
+        run = channels.pop()[0]
+        unit = math.gcd(largest, run, offset, *(step for _, step in slots + channels))
+        channels.append((run // unit, unit))
+    in_units = [tuple((size, step // unit) for size, step in digits) for digits in (slots, channels)]
+    return Strides(unit, offset // unit, *in_units)
 
 
 def _digits(numbers: list[int]) -> list[tuple[int, int]]:
@@ -80,11 +99,6 @@ class BlockLayout:
         """``B``, positions in a block."""
         return self.key_index.shape[0]
 
-    @cached_property
-    def both_index(self) -> torch.Tensor:
-        """``[B, 2 * D]``: keys and values of a slot side by side."""
-        return torch.cat([self.key_index, self.value_index], dim=1)
-
     def read_keys(self, cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Keys of the first ``num_tokens`` positions of a block row.
 
@@ -108,13 +122,8 @@ class BlockLayout:
         strides = find_strides(index, 8 // cache.element_size())
         if strides is None:
             return pages[:, :, index].transpose(0, 1).flatten(1, 2)[:, :num_tokens]
-        # Side by side, elements move as one number: an index per element takes five times as long on CPUs.
-        units = pages.view(INTEGERS[strides.unit * cache.element_size()])
-        num_pages, num_kv_heads, size = units.shape
-        found = units.as_strided(
-            (num_kv_heads, num_pages, *strides.sizes), (size, num_kv_heads * size, *strides.steps), strides.offset
-        )
-        found = found.reshape(num_kv_heads, num_pages * self.block_size, -1).contiguous()
+        found = strides.view(pages).transpose(0, 1)
+        found = found.reshape(len(found), used * self.block_size, -1).contiguous()
         return found.view(cache.dtype)[:, :num_tokens]
 
     def compact(self, cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor, pages: torch.Tensor) -> None:
@@ -133,9 +142,16 @@ class BlockLayout:
             raise ValueError(f"{num_kept} positions do not fill {len(pages)} pages of {self.block_size}")
         if not len(pages):
             return
-        block_of = blocks[positions // self.block_size].unsqueeze(-1)
-        head = torch.arange(num_kv_heads, device=cache.device).view(-1, 1, 1)
-        kept = cache[block_of, head, self.both_index[positions % self.block_size]]
-        filled = torch.empty(num_kv_heads, len(pages), cache.shape[-1], dtype=cache.dtype, device=cache.device)
-        filled[:, :, self.both_index] = kept.unflatten(1, (len(pages), self.block_size))
-        cache.index_copy_(0, pages, filled.transpose(0, 1))
+        block_of, slot = blocks[positions // self.block_size], positions % self.block_size
+        head = torch.arange(num_kv_heads, device=cache.device).unsqueeze(1)
+        filled = torch.empty(len(pages), num_kv_heads, cache.shape[-1], dtype=cache.dtype, device=cache.device)
+        for index in (self.key_index, self.value_index):
+            strides = find_strides(index, 8 // cache.element_size())
+            if strides is None:
+                kept = cache[block_of.unsqueeze(-1), head.unsqueeze(-1), index[slot]]
+                filled[:, :, index] = kept.unflatten(1, (len(pages), self.block_size)).transpose(0, 1)
+            else:
+                kept = strides.view(cache)[(block_of, head, *strides.digits(slot))]
+                goal = strides.view(filled).transpose(0, 1)
+                goal.copy_(kept.view(goal.shape))
+        cache.index_copy_(0, pages, filled)

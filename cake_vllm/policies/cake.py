@@ -84,13 +84,13 @@ class Cake(Policy):
         terms = torch.zeros(2, device=inputs.keys.device)
         for attention in prefix_attention(inputs):
             terms[0] -= (attention + 1e-10).log_().mul_(attention).sum()
-            mean = attention.mean(dim=1)
+            mean = attention.mean(dim=2)
             # Two passes: torch.var_mean along this axis is ten times slower on CPUs. In place: fresh memory is slow.
-            variance = attention.sub_(mean.unsqueeze(1)).square_().sum(dim=1) / (self.window - 1)
+            variance = attention.sub_(mean.unsqueeze(2)).square_().sum(dim=2) / (self.window - 1)
             terms[1] += variance.sum()
-            rows.append(average_pool((mean + self.gamma * variance).mean(dim=0), self.pool_kernel))
+            rows.append(average_pool((mean + self.gamma * variance).mean(dim=1), self.pool_kernel))
         terms = torch.nan_to_num(terms, nan=0.0, posinf=0.0, neginf=0.0)
-        return LayerScore(finite(torch.stack(rows)), terms)
+        return LayerScore(finite(torch.cat(rows)), terms)
 
     def preferences(self, scores: Sequence[LayerScore]) -> list[float]:
         """Preference of each layer; float64."""
@@ -119,12 +119,11 @@ class Cake(Policy):
         more than its budget needs, it gives one back; and the cache stays in ascending order.
         """
         keys, num_cached = inputs.keys, inputs.keys.shape[1]
-        rows = []
-        for head_queries, head_keys in zip(inputs.queries.unflatten(0, (len(keys), -1)), keys, strict=True):
-            logits = attention_logits(head_queries, head_keys, inputs.scale, inputs.logits_soft_cap)
-            attention = logits.softmax(dim=-1)[:, 0, : num_cached - self.window]
-            rows.append(average_pool(attention, self.pool_kernel).mean(dim=0))
-        best = finite(torch.stack(rows)).topk(count, dim=-1).indices
+        queries = inputs.queries.unflatten(0, (len(keys), -1))
+        logits = attention_logits(queries, keys, inputs.scale, inputs.logits_soft_cap)
+        attention = logits.softmax(dim=-1)[:, :, 0, : num_cached - self.window]
+        scores = average_pool(attention, self.pool_kernel).mean(dim=1)
+        best = finite(scores).topk(count, dim=-1).indices
         last = torch.arange(num_cached - self.window, num_cached, device=keys.device)
         return torch.cat([best, last.expand(len(keys), -1)], dim=1)
 

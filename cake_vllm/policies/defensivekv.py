@@ -65,16 +65,16 @@ class DefensiveKV(Policy):
         for attention in prefix_attention(inputs):
             pooled = average_pool(attention, self.pool_kernel)
             pooled.mul_(attention.sum(dim=-1, keepdim=True) / pooled.sum(dim=-1, keepdim=True))
-            risk = pooled.amax(dim=(0, 1))
-            risks.append(risk.clamp(min=risk.mean()))
-            mean = attention.mean(dim=(0, 1))
-            means.append(mean / mean.sum())
+            risk = pooled.amax(dim=(1, 2))
+            risks.append(risk.maximum(risk.mean(dim=-1, keepdim=True)))
+            mean = attention.mean(dim=(1, 2))
+            means.append(mean / mean.sum(dim=-1, keepdim=True))
             # Taken after the window's columns are cut off, hence of the prefix's end: as the official code has it.
-            mass.append(attention[..., -self.window :].sum(dim=-1).mean())
+            mass.append(attention[..., -self.window :].sum(dim=-1).mean(dim=(1, 2)))
         norms = projected_value_norms(inputs)[:, : -self.window]
         norms = norms / norms.sum(dim=0 if self.normalize_over == "heads" else 1, keepdim=True)
-        extra = (finite(torch.stack(means)), torch.stack(mass).mean())
-        return LayerScore(finite(torch.stack(risks) * norms), torch.empty(0), extra)
+        extra = (finite(torch.cat(means)), torch.cat(mass).mean())
+        return LayerScore(finite(torch.cat(risks) * norms), torch.empty(0), extra)
 
     def rank(self, score: LayerScore, prompt_len: int, keep_ratio: float) -> torch.Tensor:
         """See :meth:`Policy.rank`: protected entries and the window share the layer's largest score."""

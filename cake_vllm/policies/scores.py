@@ -8,14 +8,14 @@ from cake_vllm.policies.base import LayerInputs
 
 
 def prefix_attention(inputs: LayerInputs) -> Iterator[torch.Tensor]:
-    """Attention weights of the last ``w`` queries on the positions before them, one KV head at a time.
+    """Attention weights of the last ``w`` queries on the positions before them, some KV heads at a time.
 
     The softmax runs in float32 over all ``S`` keys, causal among the last ``w``; the columns of these are cut off
     afterwards and the rest is *not* renormalised (antgroup/cakekv, scoring block of the attention forward; SnapKV
-    and kvpress do the same). One head at a time keeps the peak at ``G * w * S`` floats, whatever the model's width.
+    and kvpress do the same). The peak does not grow with the model's width; see :func:`heads_at_once`.
 
     Yields:
-        ``[G, w, S - w]`` float32 for each KV head, the caller's to overwrite.
+        ``[n, G, w, S - w]`` float32 for the next ``n`` KV heads, the caller's to overwrite.
 
     Raises:
         ValueError: if the prompt is not longer than the window or the heads do not divide.
@@ -26,17 +26,27 @@ def prefix_attention(inputs: LayerInputs) -> Iterator[torch.Tensor]:
         raise ValueError(f"a prompt of {prompt_len} tokens has no prefix before a window of {window}")
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
-    grouped = inputs.queries.unflatten(0, (num_kv_heads, num_heads // num_kv_heads))
     future = torch.ones(window, window, dtype=torch.bool, device=inputs.queries.device).triu(1)
-    for head_queries, head_keys in zip(grouped, inputs.keys, strict=True):
-        logits = attention_logits(head_queries, head_keys, inputs.scale, inputs.logits_soft_cap)
+    at_once = heads_at_once(inputs.queries.device, num_heads // num_kv_heads * window * prompt_len)
+    heads = inputs.queries.unflatten(0, (num_kv_heads, -1)).split(at_once), inputs.keys.split(at_once)
+    for queries, keys in zip(*heads, strict=True):
+        logits = attention_logits(queries, keys, inputs.scale, inputs.logits_soft_cap)
         logits[..., prompt_len - window :].masked_fill_(future, float("-inf"))
         yield logits.softmax(dim=-1)[..., : prompt_len - window]
 
 
+def heads_at_once(device: torch.device, weights_per_head: int) -> int:
+    """How many KV heads to look at together: one on CPUs, whose caches hold it; elsewhere 64 MiB of attention weights.
+
+    There an operation costs a launch however little it does.
+    """
+    return 1 if device.type == "cpu" else max(1, 2**24 // weights_per_head)
+
+
 def attention_logits(queries: torch.Tensor, keys: torch.Tensor, scale: float, soft_cap: float) -> torch.Tensor:
-    """``[..., q, S]`` float32 logits of ``[..., q, D]`` queries on ``[S, D]`` keys; see :class:`LayerInputs`."""
-    logits = ((queries.float() * scale).flatten(0, -2) @ keys.float().T).unflatten(0, queries.shape[:-1])
+    """``[n, G, q, S]`` float32 logits of ``[n, G, q, D]`` queries on ``[n, S, D]`` keys; see :class:`LayerInputs`."""
+    logits = (queries.float() * scale).flatten(1, 2) @ keys.float().transpose(1, 2)
+    logits = logits.unflatten(1, queries.shape[1:3])
     return soft_cap * torch.tanh(logits / soft_cap) if soft_cap > 0 else logits
 
 

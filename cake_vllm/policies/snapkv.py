@@ -30,6 +30,6 @@ class SnapKV(Policy):
     def score(self, inputs: LayerInputs) -> LayerScore:
         """See :meth:`Policy.score`."""
         rows = [
-            average_pool(attention.mean(dim=1), self.pool_kernel).mean(dim=0) for attention in prefix_attention(inputs)
+            average_pool(attention.mean(dim=2), self.pool_kernel).mean(dim=1) for attention in prefix_attention(inputs)
         ]
-        return LayerScore(finite(torch.stack(rows)), torch.empty(0))
+        return LayerScore(finite(torch.cat(rows)), torch.empty(0))

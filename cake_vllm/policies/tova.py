@@ -27,5 +27,5 @@ class TOVA(Policy):
 
     def score(self, inputs: LayerInputs) -> LayerScore:
         """See :meth:`Policy.score`."""
-        mean = torch.cat(list(prefix_attention(inputs))).mean(dim=(0, 1))
+        mean = torch.cat(list(prefix_attention(inputs))).mean(dim=(0, 1, 2))
         return LayerScore(finite(mean).expand(len(inputs.keys), -1), torch.empty(0))
