@@ -88,9 +88,9 @@ class Cake(Policy):
             # Two passes: torch.var_mean along this axis is ten times slower on CPUs. In place: fresh memory is slow.
             variance = attention.sub_(mean.unsqueeze(2)).square_().sum(dim=2) / (self.window - 1)
             terms[1] += variance.sum()
-            rows.append(average_pool((mean + self.gamma * variance).mean(dim=1), self.pool_kernel))
+            rows.append((mean + self.gamma * variance).mean(dim=1))
         terms = torch.nan_to_num(terms, nan=0.0, posinf=0.0, neginf=0.0)
-        return LayerScore(finite(torch.cat(rows)), terms)
+        return LayerScore(finite(average_pool(torch.cat(rows), self.pool_kernel)), terms)
 
     def preferences(self, scores: Sequence[LayerScore]) -> list[float]:
         """Preference of each layer; float64."""
