@@ -152,6 +152,11 @@ class KVEvictionConfig:
         """Last queries that have to be at hand whenever a block is full."""
         return self.policy.num_queries if self.decode == "window" else 0
 
+    @cached_property
+    def num_watched(self) -> int:
+        """Tokens at the end of every block with which a decoding request is looked at."""
+        return 0 if self.decode == "off" else max(self.num_rescoring, 1)
+
     @property
     def prefill(self) -> str:
         """How prompts are evicted; one of :data:`PREFILLS`."""

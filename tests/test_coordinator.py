@@ -1,5 +1,6 @@
 """One manager answers for all layers, and the answers are those that vLLM's own coordinator gives."""
 
+import itertools
 import os
 import random
 import subprocess
@@ -15,13 +16,14 @@ from vllm import SamplingParams
 from vllm.utils.hashing import sha256_cbor
 from vllm.v1.core import kv_cache_manager
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 from vllm.v1.request import Request
 
-from cake_vllm.integration.cache_manager import EvictingManager, ExactPrefixManager, check_integrity
+from cake_vllm.integration.cache_manager import Cut, EvictingManager, ExactPrefixManager, check_integrity
 from cake_vllm.integration.coordinator import LayerwiseCoordinator
+from cake_vllm.integration.messages import Grant
 from cake_vllm.integration.spec import EvictableSpec
 
 LAYERS, BLOCK = 5, 16
@@ -145,6 +147,37 @@ def test_a_prefix_is_hit_while_all_its_blocks_are_there():
     manager.free(second)
     manager.free(third)
     check_integrity(manager)
+
+
+def test_turns_of_a_decoding_request_are_the_same_cuts():
+    """Cuts that repeat take a short way; here every other run is kept from it."""
+
+    def states(remembers: bool) -> list:
+        dice, null = random.Random(3), KVCacheBlock(0)
+        null.is_null = True
+        count = itertools.count(1)
+        rows: list[list[KVCacheBlock]] = [[] for _ in range(LAYERS)]
+        cut, seen, pages = Cut(rows), [], (4, None, 0, 2, 7)
+        for end in range(8, 60):
+            for row in rows:
+                row += [KVCacheBlock(next(count)) for _ in range(end - len(row))]
+            if dice.random() < 0.2:
+                continue
+            if dice.random() < 0.2:
+                held = [len(pages or []) + end - start for pages, start in zip(cut.pages, cut.num_traded, strict=True)]
+                pages = tuple(dice.choice([None, 0, min(3, most), most - 1]) for most in held)
+            if not remembers:
+                cut._last = (), 0
+            lent = [KVCacheBlock(next(count)) for _ in range(LAYERS * 7)]
+            cut.lent += lent
+            grant = Grant(end, 64, False, tuple(block.block_id for block in lent), end)
+            given_up, unused = cut.shrink(grant, pages, end, null)
+            for blocks in ([given_up, unused], rows, [held or [] for held in cut.pages]):
+                seen.append([[block.block_id for block in row] for row in blocks])
+            seen.append(list(cut.num_traded))
+        return seen
+
+    assert states(remembers=True) == states(remembers=False)
 
 
 def test_what_is_known_of_prefixes_does_not_grow():

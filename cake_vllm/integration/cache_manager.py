@@ -62,10 +62,13 @@ class Cut:
         self.pages: list[list[KVCacheBlock] | None] = [None] * len(rows)
         self.num_traded = [0] * len(rows)
         self.lent: list[KVCacheBlock] = []
+        # What the last call of `shrink` was told, and the layers that it cut.
+        self._last: tuple[Sequence[int | None], int] = ((), 0)
+        self._last_cut: list[tuple[int, list[KVCacheBlock], list[KVCacheBlock]]] = []
 
     def shrink(
         self, grant: Grant, pages: Sequence[int | None], num_blocks: int, null_block: KVCacheBlock
-    ) -> tuple[list[list[KVCacheBlock]], list[KVCacheBlock]]:
+    ) -> tuple[list[KVCacheBlock], list[KVCacheBlock]]:
         """Replaces what the layers read by fewer pages: first lent ones, then the last of what they read before.
 
         Nothing is copied that stays: with 80 layers, touching every page of a request is what costs time here.
@@ -77,11 +80,15 @@ class Cut:
             null_block: what comes into the row.
 
         Returns:
-            What the layers give up, and what is left of the lent pages.
+            What the layers give up, beginnings of rows first, and what is left of the lent pages.
         """
-        lent, given_up = self.lent[: len(grant.lent)], []
+        lent = self.lent[: len(grant.lent)]
         del self.lent[: len(grant.lent)]
-        num_dealt = 0
+        last, self._last = self._last, (pages, num_blocks)
+        if last == (pages, num_blocks - 1):
+            return self._take_turns(num_blocks - 1, null_block), lent
+        self._last_cut.clear()
+        given_up, num_dealt = [], 0
         for layer, num_pages in enumerate(pages):
             if num_pages is None:
                 continue
@@ -96,7 +103,18 @@ class Cut:
             given_up.append(held[:num_given_up])
             held[:num_given_up] = lent[num_dealt : num_dealt + num_copied]
             num_dealt += num_copied
-        return given_up, lent[num_dealt:]
+            self._last_cut.append((layer, row, held))
+        return interleave(given_up), lent[num_dealt:]
+
+    def _take_turns(self, filled: int, null_block: KVCacheBlock) -> list[KVCacheBlock]:
+        """The usual case of decoding: in every layer that was cut, the block just filled for the oldest page."""
+        given_up = []
+        for layer, row, held in self._last_cut:
+            held.append(row[filled])
+            given_up.append(held.pop(0))
+            row[filled] = null_block
+            self.num_traded[layer] = filled + 1
+        return given_up
 
 
 class EvictingManager(ExactPrefixManager, FullAttentionManager):

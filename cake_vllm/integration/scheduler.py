@@ -149,10 +149,18 @@ class EvictionScheduler:
             end = tracked.request.num_computed_tokens + num_tokens
             if tracked.is_evicted:
                 evicted[self._tail_block(request_id, end)] = request_id
-            if tracked.config is not None and not tracked.failed:
-                observe = self._observe_decoding if tracked.is_decoding else self._observe_prompt
-                if observation := observe(tracked, tracked.config, end):
-                    observations.append(observation)
+            config = tracked.config
+            if config is None or tracked.failed:
+                continue
+            to_boundary = -end % self.block_size
+            if not tracked.is_decoding:
+                observation = self._observe_prompt(tracked, config, end)
+            elif to_boundary < config.num_watched:
+                observation = self._observe_decoding(tracked, config, end, to_boundary)
+            else:
+                continue
+            if observation:
+                observations.append(observation)
         return StepPlan(tuple(output.finished_req_ids | set(preempted)), tuple(observations), evicted)
 
     def finish(self, evictions: Iterable[tuple[str, Eviction]]) -> None:
@@ -224,10 +232,9 @@ class EvictionScheduler:
             return None
         return self._observation(tracked, end, grant, is_last and not is_rescored)
 
-    def _observe_decoding(self, tracked: Tracked, config: KVEvictionConfig, end: int) -> Observation | None:
-        to_boundary = -end % self.block_size
-        if to_boundary >= max(config.num_rescoring, 1) or config.decode == "off":
-            return None
+    def _observe_decoding(
+        self, tracked: Tracked, config: KVEvictionConfig, end: int, to_boundary: int
+    ) -> Observation | None:
         budget = self._budget(config, tracked.request.num_prompt_tokens)
         num_blocks, num_pages = -(-end // self.block_size), -(-budget // self.block_size)
         if not (tracked.is_evicted or num_blocks > num_pages):
@@ -284,8 +291,8 @@ class EvictionScheduler:
         """
         cut, num_blocks = self._managers[0].cuts[request_id], pending.length // self.block_size
         given_up, unused = cut.shrink(pending.grant, eviction.pages, num_blocks, self._pool.null_block)
-        self._pool.free_blocks([*unused, *reversed(interleave(given_up))])
-        return sum(map(len, given_up)) - (len(pending.grant.lent) - len(unused))
+        self._pool.free_blocks([*unused, *reversed(given_up)])
+        return len(given_up) - (len(pending.grant.lent) - len(unused))
 
     def _tail_block(self, request_id: str, end: int) -> int:
         """Id of the block that position ``end - 1`` lies in, in the first layer."""
