@@ -150,7 +150,7 @@ def test_a_prefix_is_hit_while_all_its_blocks_are_there():
 
 
 def test_turns_of_a_decoding_request_are_the_same_cuts():
-    """Cuts that repeat take a short way; here every other run is kept from it."""
+    """Cuts that repeat take a short way, from which one of two runs is kept."""
 
     def states(remembers: bool) -> list:
         dice, null = random.Random(3), KVCacheBlock(0)
@@ -164,7 +164,7 @@ def test_turns_of_a_decoding_request_are_the_same_cuts():
             if dice.random() < 0.2:
                 continue
             if dice.random() < 0.2:
-                held = [len(pages or []) + end - start for pages, start in zip(cut.pages, cut.num_traded, strict=True)]
+                held = [len(own or []) + end - start for own, start in zip(cut.pages, cut.num_traded, strict=True)]
                 pages = tuple(dice.choice([None, 0, min(3, most), most - 1]) for most in held)
             if not remembers:
                 cut._last = (), 0

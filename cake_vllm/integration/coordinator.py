@@ -31,10 +31,6 @@ class LayerwiseCoordinator(KVCacheCoordinator):
         return [manager for manager in self.single_type_managers if isinstance(manager, EvictingManager)]
 
     @functools.cached_property
-    def _rows(self) -> list[dict[str, list[KVCacheBlock]]]:
-        return [layer.req_to_blocks for layer in self._layers]
-
-    @functools.cached_property
     def _others(self) -> list[SingleTypeKVCacheManager]:
         return [manager for manager in self.single_type_managers if not isinstance(manager, EvictingManager)]
 
@@ -72,9 +68,10 @@ class LayerwiseCoordinator(KVCacheCoordinator):
         if count <= 0:
             return self._no_blocks
         blocks = self.block_pool.get_new_blocks(count * len(layers))
-        rows = [blocks[layer :: len(layers)] for layer in range(len(layers))] if count > 1 else [[b] for b in blocks]
-        for of_layer, row in zip(self._rows, rows, strict=True):
-            of_layer[request_id].extend(row)
+        # While decoding it is one block for each.
+        rows = [[b] for b in blocks] if count == 1 else [blocks[index :: len(layers)] for index in range(len(layers))]
+        for layer, row in zip(layers, rows, strict=True):
+            layer.req_to_blocks[request_id].extend(row)
         return tuple(rows)
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:

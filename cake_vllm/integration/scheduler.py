@@ -152,14 +152,10 @@ class EvictionScheduler:
             config = tracked.config
             if config is None or tracked.failed:
                 continue
-            to_boundary = -end % self.block_size
-            if not tracked.is_decoding:
-                observation = self._observe_prompt(tracked, config, end)
-            elif to_boundary < config.num_watched:
-                observation = self._observe_decoding(tracked, config, end, to_boundary)
-            else:
+            if tracked.is_decoding and -end % self.block_size >= config.num_watched:
                 continue
-            if observation:
+            observe = self._observe_decoding if tracked.is_decoding else self._observe_prompt
+            if observation := observe(tracked, config, end):
                 observations.append(observation)
         return StepPlan(tuple(output.finished_req_ids | set(preempted)), tuple(observations), evicted)
 
@@ -232,16 +228,14 @@ class EvictionScheduler:
             return None
         return self._observation(tracked, end, grant, is_last and not is_rescored)
 
-    def _observe_decoding(
-        self, tracked: Tracked, config: KVEvictionConfig, end: int, to_boundary: int
-    ) -> Observation | None:
+    def _observe_decoding(self, tracked: Tracked, config: KVEvictionConfig, end: int) -> Observation | None:
         budget = self._budget(config, tracked.request.num_prompt_tokens)
         num_blocks, num_pages = -(-end // self.block_size), -(-budget // self.block_size)
         if not (tracked.is_evicted or num_blocks > num_pages):
             return None
         # Right after its prompt an eviction may not be reported yet: the next block will do.
         is_known = tracked.wanted is not None or not tracked.is_evicted
-        can_cut = is_known and not to_boundary
+        can_cut = is_known and end % self.block_size == 0
         grant = self._grant(tracked, config.policy, end, budget, divides=False) if can_cut else None
         return self._observation(tracked, end, grant, is_last=not config.num_rescoring)
 
