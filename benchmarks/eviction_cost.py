@@ -27,7 +27,7 @@ from tqdm import tqdm
 from vllm import SamplingParams
 
 from cake_vllm import LLM
-from cake_vllm.integration.worker import EvictionWorker
+from cake_vllm.integration.worker.worker import EvictionWorker
 from cake_vllm.policies import policy_names
 
 SPAN = "eviction"

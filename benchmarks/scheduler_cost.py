@@ -34,8 +34,8 @@ from vllm.v1.request import Request
 
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.messages import Eviction
-from cake_vllm.integration.scheduler import EvictionScheduler
-from cake_vllm.integration.spec import EvictableSpec
+from cake_vllm.integration.scheduler.scheduler import EvictionScheduler
+from cake_vllm.integration.scheduler.spec import EvictableSpec
 
 BLOCK_SIZE = 16
 PROMPT, LONG, BUDGET, LONGEST = 1000, 32_768, 256, 40_000

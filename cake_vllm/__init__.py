@@ -15,7 +15,7 @@ BELOW_VLLM = "0.33"
 
 def register() -> None:
     """Entry point of ``vllm.general_plugins``. Repeatable; raises if it cannot do its work."""
-    from cake_vllm.integration.plugin import install
+    from cake_vllm.integration.front.plugin import install
 
     install()
 

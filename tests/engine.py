@@ -8,8 +8,11 @@ from stock import DEFAULTS
 from vllm import RequestOutput, SamplingParams
 
 from cake_vllm import LLM
-from cake_vllm.integration.cache_manager import check_integrity
-from cake_vllm.metrics import EvictionStats
+from cake_vllm.integration.metrics import EvictionStats
+from cake_vllm.integration.scheduler.cache_manager import check_integrity
+
+#: Kept positions of each layer by head; ``None`` for a layer that kept everything.
+Kept = list[list[torch.Tensor] | None]
 
 
 class Engine:
@@ -70,16 +73,27 @@ class Engine:
         return {name: list(output.outputs[0].token_ids) for name, output in finished.items()}
 
     def _check_halves(self) -> None:
-        """Scheduler and worker hold the same pages of every evicted request, in place of the same blocks."""
+        """Of every evicted request scheduler and worker hold the same columns, and no page of them is dealt twice."""
         if not self.evicts:
             return
         half, worker = self.scheduler.connector.scheduler, self.connector.worker
         for name, held in worker._held.items():
-            if name in half._tracked and half._tracked[name].is_evicted:
-                cut = half._managers[0].cuts[name]
-                for row, own, pages, start in zip(cut.rows, cut.pages, held.pages, held.start, strict=True):
-                    assert [block.block_id for block in own or []] == pages
-                    assert [block.is_null for block in row] == [index < start for index in range(len(row))]
+            if name not in half._tracked or half._tracked[name].by_head is None:
+                continue
+            cuts = [manager.cuts[name] for manager in half._managers]
+            columns = [[block.block_id for block in cut.columns] for cut in cuts]
+            assert {len(of_group) for of_group in columns} == {held.num_columns}
+            own = set(worker.grid.homes(columns, held.by_head).flatten().tolist())
+            dealt = [
+                page for pages, count in zip(held.pages.tolist(), held.dealt, strict=True) for page in pages[:count]
+            ]
+            assert len(set(dealt)) == len(dealt), "a page is dealt twice"
+            assert set(dealt) <= own, "a page is dealt that is not the request's"
+            assert bool((held.used <= held.dealt).all())
+            for manager, cut in zip(half._managers, cuts, strict=True):
+                assert cut.num_traded == held.start
+                row = manager.req_to_blocks[name]
+                assert [block.is_null for block in row] == [index < held.start for index in range(len(row))]
 
     def run(self) -> dict[str, list[int]]:
         """Steps until idle; the tokens of all requests that finished."""
@@ -96,9 +110,7 @@ class Engine:
         done = self.run()
         return [done[name] for name in names]
 
-    def trace(
-        self, prompts: list[list[int]], max_tokens: int, **params: Any
-    ) -> list[tuple[list[int], list[torch.Tensor | None]]]:
+    def trace(self, prompts: list[list[int]], max_tokens: int, **params: Any) -> list[tuple[list[int], Kept]]:
         """Greedy tokens and kept positions of prompts that run together; positions are empty if nothing left."""
         traces = self.connector.worker.trace
         traces.clear()
@@ -106,7 +118,7 @@ class Engine:
         done = self.run()
         return [(done[name], self.positions(name)) for name in names]
 
-    def positions(self, name: str) -> list[torch.Tensor | None]:
+    def positions(self, name: str) -> Kept:
         """Kept positions of a request by layer; empty if nothing left."""
         traces = self.connector.worker.trace
         return next((trace for key, trace in traces.items() if key.rsplit("-", 1)[0] == name), [])
@@ -154,9 +166,10 @@ class Engine:
         del self.llm, self.core, self.scheduler, self.manager, self.pool
 
 
-def same_positions(a: list[torch.Tensor | None], b: list[torch.Tensor | None]) -> bool:
-    """Whether two requests kept the same positions in every layer; ``None`` is a layer that kept everything."""
+def same_positions(a: Kept, b: Kept) -> bool:
+    """Whether two requests kept the same positions in all heads; ``None`` is a layer that kept everything."""
     layers = zip(a, b, strict=True)
     return all(
-        ours is theirs if ours is None or theirs is None else torch.equal(ours, theirs) for ours, theirs in layers
+        ours is theirs if ours is None or theirs is None else all(map(torch.equal, ours, theirs))
+        for ours, theirs in layers
     )

@@ -15,10 +15,19 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from cake_vllm.policies import LayerInputs, PagedPrompt, Policy
 
+#: By layer ``[Hkv, S]``, where the heads of the running request have something, if not everywhere.
+_valid: dict[int, torch.Tensor] = {}
+
 
 def _right_aligned(module, query, key, value, mask, scaling=None, **kwargs):
-    """Attention whose last query sees all keys, whatever other layers hold."""
+    """Attention whose last query sees all keys, whatever other layers and heads hold."""
     causal = causal_lower_right(query.shape[2], key.shape[2]) if query.shape[2] > 1 else None
+    if module.layer_idx in _valid:
+        num_new = query.shape[2]
+        valid = torch.nn.functional.pad(_valid[module.layer_idx], (0, num_new), value=True)
+        _valid[module.layer_idx] = valid
+        seen = torch.ones(num_new, valid.shape[1], dtype=torch.bool).tril(valid.shape[1] - num_new)
+        causal = (valid[:, None] & seen).repeat_interleave(query.shape[1] // len(valid), dim=0)[None]
     output = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=causal, scale=scaling, enable_gqa=True
     )
@@ -30,11 +39,16 @@ AttentionInterface.register("right_aligned", _right_aligned)
 
 @dataclass
 class State:
-    """A request's cache, the last queries of each layer and, after an eviction, the layers' counts."""
+    """A request's cache, the last queries of each layer and, after an eviction, the heads' counts by layer.
+
+    Heads that hold different numbers of tokens are aligned at the end; ``valid`` says where they have something.
+    """
 
     cache: DynamicCache
     queries: dict[int, torch.Tensor] = field(default_factory=dict)
-    counts: list[int] = field(default_factory=list)
+    counts: list[list[int]] = field(default_factory=list)
+    valid: dict[int, torch.Tensor] = field(default_factory=dict)
+    is_evicted: bool = False
     length: int = 0
 
 
@@ -80,29 +94,44 @@ class Replay:
         tokens = [token]
         while len(tokens) < num_tokens:
             tokens.append(self._forward(state, tokens[-1:]))
-            if decode != "off" and state.length % block_size == 0 and state.length > budget:
+            num_blocks, is_full = state.length // block_size, state.length % block_size == 0
+            if decode != "off" and is_full and (state.is_evicted or num_blocks > -(-budget // block_size)):
                 self._trim(state, policy, block_size, decode)
         return tokens, kept
 
     def _forward(self, state: State, tokens: list[int]) -> int:
         """Computes tokens and returns the next one."""
         self._state = state
+        _valid.clear()
+        _valid.update(state.valid)
         positions = torch.arange(state.length, state.length + len(tokens))[None]
         state.length += len(tokens)
         logits = self.model(
             torch.tensor([tokens]), past_key_values=state.cache, position_ids=positions, logits_to_keep=1
         ).logits
+        state.valid = dict(_valid)
         return int(logits[0, -1].argmax())
 
     def _trim(self, state: State, policy: Policy, block_size: int, decode: str) -> None:
-        """Eviction while decoding, once per block, in layers that hold more blocks than their count needs."""
-        for index, (layer, count) in enumerate(zip(state.cache.layers, state.counts, strict=True)):
-            target = -(-(count + policy.protected) // block_size) * block_size
-            if layer.keys.shape[2] <= target:
-                continue
+        """Eviction while decoding, once per block: of heads that hold more blocks than their count needs."""
+        state.is_evicted = True
+        for index, counts in enumerate(state.counts):
             inputs = self._inputs(state, index, 1 if decode == "cake" else policy.num_queries)
-            keep = policy.trim if decode == "cake" else policy.rescore
-            _gather(layer, keep(inputs, target - policy.protected).sort(dim=-1).values)
+            targets = [-(-(count + policy.protected) // block_size) * block_size for count in counts]
+            lengths = self._lengths(state, index)
+            if all(length <= target for length, target in zip(lengths, targets, strict=True)):
+                continue
+            if decode == "cake":
+                keep = list(policy.trim(inputs, targets[0] - policy.protected).sort(dim=-1).values)
+            else:
+                kept = [min(length, target) for length, target in zip(lengths, targets, strict=True)]
+                keep = policy.rescore(inputs, [count - policy.protected for count in kept])
+            _gather(state, index, keep)
+
+    def _lengths(self, state: State, index: int) -> list[int]:
+        """Tokens that each head of a layer holds."""
+        keys = state.cache.layers[index].keys
+        return state.valid[index].sum(dim=1).tolist() if index in state.valid else [keys.shape[2]] * keys.shape[1]
 
     def _prefill(self, prompt: tuple[int, ...]) -> tuple[State, int]:
         """The state after the whole prompt, and the next token; computed once a prompt."""
@@ -125,52 +154,65 @@ class Replay:
         return hook
 
     def _inputs(self, state: State, index: int, num_queries: int) -> LayerInputs:
-        layer, queries = state.cache.layers[index], state.queries[index]
+        layer, queries, valid = state.cache.layers[index], state.queries[index], state.valid.get(index)
+        keys, values = layer.keys[0], layer.values[0]
         return LayerInputs(
             queries[:, queries.shape[1] - num_queries :],
-            layer.keys[0],
+            keys,
             layer.keys.shape[-1] ** -0.5,
-            values=layer.values[0],
+            values=values,
             output_weight=self.model.model.layers[index].self_attn.o_proj.weight,
             layer_index=index,
+            valid=valid,
         )
 
     def _prune(self, state: State, policy: Policy, budget: int, block_size: int) -> list[list[list[int]]]:
         layers, length = state.cache.layers, state.length
-        if not policy.is_evicted(length, budget):
-            state.counts = [budget - policy.protected] * len(layers)
+        frees = state.is_evicted or -(-(budget + block_size) // block_size) < length // block_size
+        if not (policy.is_evicted(length, budget) and frees):
+            state.counts = [[budget - policy.protected]] * len(layers)
             return [[list(range(length))] * layer.keys.shape[1] for layer in layers]
-        scores = [policy.score(self._inputs(state, index, policy.num_queries)) for index in range(len(layers))]
-        counts = policy.budgets(scores, length, budget)
+        state.is_evicted = True
+        scores = [policy.judge(self._inputs(state, index, policy.num_queries)) for index in range(len(layers))]
+        given = policy.head_budgets(scores, length, budget)
         kept, self.ranks, state.counts = [], [], []
-        for layer, score, count in zip(layers, scores, counts, strict=True):
-            _, num_heads, num_cached, _ = layer.keys.shape
+        for index, (score, counts) in enumerate(zip(scores, given, strict=True)):
+            num_cached, lengths = layers[index].keys.shape[2], self._lengths(state, index)
             paged = PagedPrompt(num_cached, policy.protected, block_size)
-            count = min(count, num_cached - policy.protected)
+            counts = [min(count, has - policy.protected) for count, has in zip(counts, lengths, strict=True)]
             ratio = min(1.0, budget / num_cached)
-            ranks = policy.rank(score, num_cached, ratio)
-            state.counts.append(count)
+            ranks = policy.ranks(score, num_cached, ratio, counts)
+            state.counts.append(counts)
             self.ranks.append(ranks)
-            pages = paged.pages(count)
-            if pages == paged.full_blocks:
-                kept.append([list(range(num_cached))] * num_heads)
-                continue
-            tail = torch.arange(paged.full_len, num_cached).expand(num_heads, -1)
-            positions = torch.cat([paged.positions(ranks, pages), tail], dim=1)
-            chosen = policy.keep(score, [count] * num_heads, num_cached, ratio)
-            for rank, ours, head in zip(ranks, chosen, positions.tolist(), strict=True):
+            tail = torch.arange(paged.full_len, num_cached)
+            positions = [
+                torch.cat([head, tail]) for head in paged.positions(ranks, [paged.pages(count) for count in counts])
+            ]
+            chosen = policy.keep(score, counts, num_cached, ratio)
+            for rank, ours, head in zip(ranks, chosen, map(torch.Tensor.tolist, positions), strict=True):
                 lost = sorted(set(ours.tolist()) - set(head))
-                least = (
-                    rank[[position for position in head if position < min(len(rank), paged.full_len)]].min()
-                    if lost
-                    else 0
+                here = [position for position in head if position < min(len(rank), paged.full_len)]
+                assert not lost or (rank[lost] == rank[here].min()).all(), (
+                    "rounding to whole blocks lost a position that was chosen"
                 )
-                assert (rank[lost] == least).all(), "rounding to whole blocks lost a position that was chosen"
-            _gather(layer, positions)
-            kept.append(positions.tolist())
+            _gather(state, index, positions)
+            kept.append([head.tolist() for head in positions])
         return kept
 
 
-def _gather(layer, positions: torch.Tensor) -> None:
-    index = positions[None, :, :, None].expand(-1, -1, -1, layer.keys.shape[-1])
-    layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
+def _gather(state: State, index: int, positions: list[torch.Tensor]) -> None:
+    """Leaves what each head keeps, ascending positions in its part of the cache."""
+    layer, longest = state.cache.layers[index], max(map(len, positions))
+    keys, values = (
+        torch.zeros(1, len(positions), longest, tensor.shape[-1], dtype=tensor.dtype)
+        for tensor in (layer.keys, layer.values)
+    )
+    valid = torch.zeros(len(positions), longest, dtype=torch.bool)
+    for head, kept in enumerate(positions):
+        first = longest - len(kept)
+        keys[0, head, first:], values[0, head, first:] = layer.keys[0, head, kept], layer.values[0, head, kept]
+        valid[head, first:] = True
+    layer.keys, layer.values = keys, values
+    state.valid.pop(index, None)
+    if not valid.all():
+        state.valid[index] = valid

@@ -11,7 +11,7 @@ from conftest import ROOT
 from transformers import AutoConfig
 
 import cake_vllm
-from cake_vllm.integration import plugin
+from cake_vllm.integration.front import plugin
 
 cake_vllm.register()
 
@@ -203,7 +203,7 @@ class StockImpl(AttentionImpl):
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_that_cannot_be_evicted(name):
-    from cake_vllm.integration.attention import EvictingImpl
+    from cake_vllm.integration.worker.attention import EvictingImpl
 
     kwargs, what = ATTENTION[name]
     impl = type("Impl", (EvictingImpl, StockImpl), dict.fromkeys(EvictingImpl.__abstractmethods__))

@@ -5,7 +5,7 @@ import torch
 from engine import Engine, same_positions
 from random_models import save_random_model
 
-from cake_vllm.integration.gpu_attention import EvictingTritonBackend, EvictingTritonImpl, side_by_side
+from cake_vllm.integration.worker.gpu_attention import EvictingTritonBackend, EvictingTritonImpl, side_by_side
 
 
 class InterpretedTritonImpl(EvictingTritonImpl):

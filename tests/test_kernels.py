@@ -1,9 +1,13 @@
 """Page and row kernels against element-by-element references, in arbitrary block layouts."""
 
+import random
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cake_vllm.kernels import BlockLayout, EvictedRows
+from cake_vllm.kernels import BlockLayout, EvictedRows, Grid, deal
 from cake_vllm.kernels.pages import find_strides
 
 HEADS, BLOCK, SIZE, BLOCKS = 3, 8, 4, 20
@@ -24,23 +28,23 @@ def layout(request) -> BlockLayout:
     return BlockLayout(order[0], order[1])
 
 
-def element(cache, layout, index, blocks, head, position):
+def element(cache, layout, index, pages, position):
     """One key or value, the slow way."""
-    block = cache[blocks[position // BLOCK], head]
-    return [block[place].item() for place in index[position % BLOCK]]
+    page = cache[pages[position // BLOCK]]
+    return [page[place].item() for place in index[position % BLOCK]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [1, BLOCK, 3 * BLOCK - 1])
 def test_read(layout, num_tokens, dtype):
-    cache = torch.randn(BLOCKS, HEADS, 2 * BLOCK * SIZE, dtype=dtype)
-    blocks = torch.tensor([7, 3, 11, 2])
+    cache = torch.randn(BLOCKS, 2 * BLOCK * SIZE, dtype=dtype)
+    table = torch.tensor([[7, 3, 11, 2], [0, 19, 1, 5], [4, 4, 6, 8]])
     for read, index in ((layout.read_keys, layout.key_index), (layout.read_values, layout.value_index)):
-        found = read(cache, blocks, num_tokens)
+        found = read(cache, table, num_tokens)
         assert found.shape == (HEADS, num_tokens, SIZE)
         for head in range(HEADS):
             for position in range(num_tokens):
-                assert found[head, position].tolist() == element(cache, layout, index, blocks, head, position)
+                assert found[head, position].tolist() == element(cache, layout, index, table[head], position)
 
 
 def test_strides():
@@ -61,76 +65,176 @@ def test_strides():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("pages", [[15, 4], [7, 3], [3, 7]], ids=["copied", "in-place", "in-place-crossed"])
-def test_compact(layout, pages, dtype):
-    # One of several layers whose blocks lie side by side.
-    cache = torch.randn(BLOCKS, 2 * HEADS, 2 * BLOCK * SIZE, dtype=dtype)[:, HEADS:]
+@pytest.mark.parametrize("target", [[15, 4], [7, 3], [3, 7]], ids=["copied", "in-place", "in-place-crossed"])
+def test_move(layout, target, dtype):
+    # Not the first of its buffer.
+    cache = torch.randn(2 * BLOCKS, 2 * BLOCK * SIZE, dtype=dtype)[BLOCKS:]
     before = cache.clone()
-    blocks = torch.tensor([7, 3, 11, 2])
-    positions = torch.stack([torch.randperm(4 * BLOCK)[: 2 * BLOCK].sort().values for _ in range(HEADS)])
-    layout.compact(cache, blocks, positions, torch.tensor(pages))
+    table = torch.tensor([7, 3, 11, 2])
+    positions = torch.randperm(4 * BLOCK)[: 2 * BLOCK].sort().values
+    layout.move(cache, table[positions // BLOCK], positions % BLOCK, torch.tensor(target))
     for index in (layout.key_index, layout.value_index):
-        for head in range(HEADS):
-            for place, position in enumerate(positions[head].tolist()):
-                moved = element(cache, layout, index, torch.tensor(pages), head, place)
-                assert moved == element(before, layout, index, blocks, head, position)
-    untouched = [block for block in range(BLOCKS) if block not in pages]
+        for place, position in enumerate(positions.tolist()):
+            assert element(cache, layout, index, target, place) == element(before, layout, index, table, position)
+    untouched = [page for page in range(BLOCKS) if page not in target]
     assert torch.equal(cache[untouched], before[untouched])
 
 
-def test_compact_to_nothing(layout):
-    cache = torch.randn(BLOCKS, HEADS, 2 * BLOCK * SIZE)
+def test_move_nothing(layout):
+    cache = torch.randn(BLOCKS, 2 * BLOCK * SIZE)
     before = cache.clone()
-    nothing = torch.empty(HEADS, 0, dtype=torch.int64)
-    layout.compact(cache, torch.tensor([0, 1]), nothing, torch.empty(0, dtype=torch.int64))
+    nothing = torch.empty(0, dtype=torch.int64)
+    layout.move(cache, nothing, nothing, nothing)
     assert torch.equal(cache, before)
 
 
-def test_compact_refuses_a_partial_page(layout):
-    cache = torch.zeros(BLOCKS, HEADS, 2 * BLOCK * SIZE)
-    positions = torch.zeros(HEADS, BLOCK + 1, dtype=torch.int64)
+def test_move_refuses_a_partial_page(layout):
+    cache = torch.zeros(BLOCKS, 2 * BLOCK * SIZE)
+    tokens = torch.zeros(BLOCK + 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="do not fill 1 pages"):
-        layout.compact(cache, torch.tensor([0, 1]), positions, torch.tensor([2]))
+        layout.move(cache, tokens, tokens, torch.tensor([2]))
 
 
-def test_rows_compose_like_lists():
-    generator = torch.Generator().manual_seed(1)
-    num_layers, num_rows, columns = 3, 4, 12
-    rows = EvictedRows(num_layers, BLOCK, "cpu")
-    # (pages, start) of each layer; the last request keeps everything in one layer.
-    kept = {
-        "a": [([90, 91], 5), ([92], 5), ([93, 94, 95], 5)],
-        "b": [([80], 9), ([], 0), ([81, 82, 83, 84, 85, 86, 87], 9)],
-        "c": [([70], 1), ([71], 1), ([72], 1)],
-    }
-    for name, layers in kept.items():
-        rows.store(name, [pages for pages, _ in layers], [start for _, start in layers])
-    batch = ["b", None, "a", "c"]
-    seq_lens = torch.tensor([9 * BLOCK + 3, 40, 5 * BLOCK + 1, 95], dtype=torch.int32)
-    tables = torch.randint(1, 60, (num_layers, num_rows, columns), generator=generator, dtype=torch.int32)
-    slots = torch.tensor([rows.slot(name) if name else 0 for name in batch])
-    composed, lengths = rows.compose(tables, seq_lens, slots)
-    assert composed.is_contiguous()
-    assert lengths.is_contiguous()
-    for layer in range(num_layers):
-        for row, name in enumerate(batch):
-            pages, start = kept[name][layer] if name else ([], 0)
-            expected = pages + tables[layer, row, start:].tolist()
-            length = int(seq_lens[row]) - (start - len(pages)) * BLOCK
-            used = -(-length // BLOCK)
-            assert lengths[layer, row] == length
-            assert composed[layer, row, :used].tolist() == expected[:used]
+def lay_out(num_layers: int, num_blocks: int, by_block: bool) -> list[torch.Tensor]:
+    """The layers' caches in one buffer as vLLM lays them out, layer by layer or block by block."""
+    page = HEADS * BLOCK * 2 * SIZE
+    buffer = torch.arange(num_layers * num_blocks * page, dtype=torch.float64)
+    shape = (num_blocks, HEADS, BLOCK, 2 * SIZE)
+    inner = (BLOCK * 2 * SIZE, 2 * SIZE, 1)
+    strides, offset = (page * num_layers, page) if by_block else (page, page * num_blocks)
+    return [buffer.as_strided(shape, (strides, *inner), layer * offset) for layer in range(num_layers)]
 
 
-def test_rows_reuse_slots_and_grow():
-    rows = EvictedRows(2, BLOCK, "cpu")
-    for round_ in range(3):
-        for i in range(9):
-            rows.store(f"{round_}-{i}", [[i], [i, i]], [4, 4])
-        assert len(rows) == 9
-        assert len({rows.slot(f"{round_}-{i}") for i in range(9)} - {0}) == 9
-        for i in range(9):
-            rows.discard(f"{round_}-{i}")
-        rows.discard("unknown")
-    assert len(rows) == 0
-    assert rows.slot("0-0") == 0
+@pytest.mark.parametrize("by_block", [False, True])
+def test_the_grid_finds_every_page(by_block):
+    caches = lay_out(4, 6, by_block)
+    grid = Grid.of(caches[1:], [0, 0, 1])
+    for layer, cache in enumerate(caches[1:]):
+        for block in range(6):
+            (page,) = grid.layer_pages(layer, torch.tensor([block])).tolist()
+            assert torch.equal(grid.pages[page], cache[block])
+            for head, head_page in enumerate(grid.heads_of(torch.tensor([page])).flatten().tolist()):
+                assert torch.equal(grid.cache[head_page], cache[block, head].flatten())
+                assert torch.equal(grid.head_pages[head_page, 0], cache[block, head])
+    homes = grid.homes([[5, 2], [0, 3]], by_head=True)
+    assert homes.shape == (2, 3 * HEADS)
+    for column, blocks in enumerate([(5, 5, 0), (2, 2, 3)]):
+        for layer, block in enumerate(blocks):
+            for head in range(HEADS):
+                page = homes[column, layer * HEADS + head]
+                assert torch.equal(grid.cache[page], caches[1 + layer][block, head].flatten())
+
+
+def test_caches_that_lie_on_no_grid_are_refused():
+    caches = lay_out(2, 6, by_block=False)
+    for broken in ([caches[0], caches[1].clone()], [caches[0], caches[1][:5]], [cache[:, :2] for cache in caches]):
+        with pytest.raises(RuntimeError, match="in one buffer of equal pages"):
+            Grid.of(broken, [0, 0])
+
+
+@st.composite
+def dealings(draw):
+    """Columns of a few owners, what they hold there, and what they shall have."""
+    num_owners, num_held = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    pages = draw(st.permutations(range(num_owners * num_held)))
+    held: list[list[int]] = [[] for _ in range(num_owners)]
+    for page in pages:
+        owner = draw(st.integers(-1, num_owners - 1))
+        if owner >= 0:
+            held[owner].append(page)
+    num_columns = draw(st.integers(1, num_held))
+    needs, left = [], num_columns * num_owners
+    for _ in range(num_owners):
+        needs.append(draw(st.integers(0, min(left, num_held + 2))))
+        left -= needs[-1]
+    return held, draw(st.permutations(needs)), num_columns
+
+
+@given(dealings())
+@settings(deadline=None, max_examples=300)
+def test_pages_are_dealt_so_that_nobody_overwrites_what_is_still_read(dealing):
+    held, needs, num_columns = dealing
+    width = max(map(len, held))
+    table = torch.tensor([[*pages, *[-1] * (width - len(pages))] for pages in held], dtype=torch.int64)
+    dealt, last = deal(table.view(len(held), width), torch.tensor(needs), num_columns)
+    dealt = [pages[:need] for pages, need in zip(dealt.tolist(), needs, strict=True)]
+    everything = [page for pages in dealt for page in pages]
+    assert len(set(everything)) == len(everything) == sum(needs)
+    assert all(0 <= page < num_columns * len(held) for page in everything)
+    order = [owner for moved_last in (False, True) for owner in range(len(held)) if bool(last[owner]) == moved_last]
+    still_read = {page: owner for owner, pages in enumerate(held) for page in pages}
+    for owner in order:
+        assert all(still_read.get(page, owner) == owner for page in dealt[owner])
+        still_read = {page: reader for page, reader in still_read.items() if reader != owner}
+
+
+def test_too_few_columns_are_refused():
+    with pytest.raises(ValueError, match="1 columns of 2 pages are too few: 1 missing"):
+        deal(torch.tensor([[0], [1]]), torch.tensor([2, 1]), 1)
+
+
+class Model:
+    """What :class:`EvictedRows` should say, in lists."""
+
+    def __init__(self, grid: Grid, by_head: bool):
+        self.grid, self.num_heads = grid, HEADS if by_head else 1
+        self.stored: dict[str, tuple[list[list[int]], int, list[tuple[int, ...]]]] = {}
+
+    def reads(self, name: str, layer: int, head: int, seq_len: int) -> tuple[list[int], int]:
+        pages, start, tail = self.stored[name]
+        mine = pages[layer * self.num_heads + head]
+        group = self.grid.group_of[layer]
+        rest = [self.grid.base[layer] + blocks[group] * self.grid.step for blocks in tail]
+        if self.num_heads > 1:
+            rest = [page * HEADS + head for page in rest]
+        return mine + rest, seq_len - (start - len(mine)) * BLOCK
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_rows_are_what_lists_would_be(by_head):
+    dice = random.Random(5)
+    grid = Grid.of(lay_out(3, 400, by_block=False), [0, 1, 0])
+    rows, model = EvictedRows(grid, by_head), Model(grid, by_head)
+    free = list(range(1, 400))
+    owners = 3 * model.num_heads
+    for _ in range(60):
+        name = f"r{dice.randrange(9)}"
+        action = dice.random()
+        if name in model.stored and action < 0.3:
+            rows.discard(name)
+            del model.stored[name]
+        elif name in model.stored and action < 0.7:
+            new = [(free.pop(), free.pop()) for _ in range(dice.randrange(3))]
+            rows.append({name: list(zip(*new, strict=True)) or [(), ()], "unknown": [(7,), (8,)]})
+            model.stored[name][2].extend(new)
+        else:
+            counts = [dice.randrange(4) for _ in range(owners)]
+            pages = [[dice.randrange(1000) for _ in range(count)] for count in counts]
+            tail = [(free.pop(), free.pop()) for _ in range(dice.randrange(2))]
+            table = torch.tensor([mine + [0] * (max(counts) - len(mine)) for mine in pages], dtype=torch.int64)
+            rows.store(
+                name,
+                table.view(owners, max(counts)),
+                torch.tensor(counts),
+                9,
+                list(zip(*tail, strict=True)) or [(), ()],
+            )
+            model.stored[name] = pages, 9, tail
+        assert len(rows) == len(model.stored)
+        batch = [name for name in model.stored if model.stored[name][2]]
+        if not batch:
+            continue
+        dice.shuffle(batch)
+        seq_lens = [(9 + len(model.stored[name][2])) * BLOCK - dice.randrange(BLOCK) for name in batch]
+        # Between them, a row that was never evicted.
+        tails = torch.tensor([model.stored[name][2][-1][0] for name in batch] + [0], dtype=torch.int32)
+        slots = rows.find(tails)
+        assert (slots > 0).tolist() == [True] * len(batch) + [False]
+        tables, num_dropped = rows.select(slots[:-1])
+        assert tables.is_contiguous()
+        for index, (name, seq_len) in enumerate(zip(batch, seq_lens, strict=True)):
+            for layer in range(3):
+                for head in range(model.num_heads):
+                    expected, length = model.reads(name, layer, head, seq_len)
+                    assert seq_len - int(num_dropped[layer, index, head]) * BLOCK == length
+                    assert tables[layer, index * model.num_heads + head, : len(expected)].tolist() == expected

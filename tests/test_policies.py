@@ -3,13 +3,13 @@
 import copy
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from cake_vllm.policies import LayerInputs, PagedPrompt, Policy, create_policy, knobs, policy_names, scores
-from cake_vllm.policies.base import LayerScore, total_tokens
+from cake_vllm.policies.base import LayerScore
 from cake_vllm.policies.budgets import cascade, kept_after, proportional, settle
 from cake_vllm.policies.cake import PRESETS, Cake
 from cake_vllm.policies.scores import average_pool, heads_at_once, prefix_attention
@@ -94,7 +94,7 @@ def test_paging_keeps_what_the_policy_chose(prompt_len, block_size, window):
         chosen = Cake(window=window).keep(score, [count] * 3, prompt_len, 0.5)
         if pages == prompt.full_blocks:
             continue
-        positions = prompt.positions(ranks, pages)
+        positions = torch.stack(prompt.positions(ranks, [pages] * 3))
         assert positions.shape == (3, pages * block_size)
         assert (positions.diff(dim=1) > 0).all()
         assert positions.numel() == 0 or positions.max() < prompt.full_len
@@ -106,17 +106,15 @@ def test_paging_keeps_what_the_policy_chose(prompt_len, block_size, window):
             assert torch.equal(positions, torch.stack(chosen))
 
 
-def test_paging_never_needs_more_than_was_granted():
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        layers, block_size, window = 5, 16, 8
-        prompt_len = int(torch.randint(window + 1, 400, (), generator=generator))
-        budget = int(torch.randint(window, 200, (), generator=generator))
-        prompt = PagedPrompt(prompt_len, window, block_size)
-        total = total_tokens(budget, window, layers)
-        preferences = torch.rand(layers, generator=generator).pow(4).tolist()
-        counts = kept_after(cascade(preferences, total, prompt_len - window), prompt_len - window)
-        assert sum(map(prompt.pages, counts)) <= prompt.max_pages(total, layers)
+def test_paging_gives_heads_their_own_number_of_pages():
+    prompt, generator = PagedPrompt(150, 20, 16), torch.Generator().manual_seed(3)
+    ranks = torch.randn(5, 130, generator=generator)
+    pages = [0, 1, 4, 9, 2]
+    together = prompt.positions(ranks, pages)
+    assert [len(head) for head in together] == [16 * count for count in pages]
+    for head, count in enumerate(pages):
+        (alone,) = prompt.positions(ranks[head : head + 1], [count])
+        assert torch.equal(together[head], alone)
 
 
 def test_presets_are_the_official_table():
@@ -175,13 +173,15 @@ def small(name: str) -> Policy:
 def check_kept(policy: Policy, scores: list[LayerScore], prompt_len: int, budget: int) -> None:
     """What every policy must keep to."""
     num_heads = len(scores[0].indicator)
-    layers = policy.budgets(scores, prompt_len, budget)
     heads = policy.head_budgets(scores, prompt_len, budget)
     protected = policy.protected
     assert [len(layer) for layer in heads] == [num_heads] * len(scores)
-    for layer, counts in zip(layers, heads, strict=True):
-        assert 0 <= layer <= prompt_len - protected
-        assert layer == -(-sum(counts) // num_heads)
+    for counts in heads:
+        assert all(0 <= count <= prompt_len - protected for count in counts)
+        assert policy.selection != "layer" or len(set(counts)) == 1
+    if policy.selection != "all":
+        sums = [sum(counts) for counts in heads]
+        assert type(policy).budgets is not Policy.budgets or len(set(sums)) == 1
     total = sum(map(sum, heads)) + protected * num_heads * len(scores)
     # Clamped layers and PyramidKV's rounding may miss the total, but never by more than rounding upwards.
     assert total <= budget * num_heads * len(scores) + num_heads * len(scores)
@@ -254,7 +254,7 @@ def test_every_policy_can_score_a_cache_again(name):
     """Decoding: from 90 cached entries, gaps in their positions, to 40."""
     policy, shape = small(name), Shape()
     for layer in shape.layers(policy):
-        kept = policy.rescore(layer, 40 - policy.protected)
+        kept = torch.stack(policy.rescore(layer, [40 - policy.protected] * 2))
         assert kept.shape == (2, 40)
         assert (kept.diff(dim=1) > 0).all()
         assert 0 <= kept.min() <= kept.max() < 90
@@ -285,3 +285,58 @@ def test_mended_defensivekv_keeps_the_window():
         scores = [policy.score(layer) for layer in shape.layers(policy)]
         check_kept(policy, scores, 200, 20)
     assert policy.protected == 8
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_no_policy_needs_more_columns_than_it_is_granted(name):
+    """Owners round up to whole pages, with and without room for their whole window."""
+    generator, block_size = torch.Generator().manual_seed(0), 16
+    for _ in range(20):
+        prompt_len = int(torch.randint(60, 300, (), generator=generator))
+        policy, shape = small(name), Shape(prompt_len=prompt_len)
+        budget = int(torch.randint(policy.window_size + 1, prompt_len, (), generator=generator))
+        scores = [policy.score(layer) for layer in shape.layers(policy)]
+        prompt = PagedPrompt(prompt_len, policy.protected, block_size)
+        heads = [count for layer in policy.head_budgets(scores, prompt_len, budget) for count in layer]
+        needed = [max(prompt.pages(count), -(-(count + policy.protected) // block_size)) for count in heads]
+        assert sum(needed) <= len(heads) * -(-(budget + block_size) // block_size)
+
+
+@pytest.mark.parametrize("name", [name for name in policy_names() if create_policy(name, {}).selection != "layer"])
+def test_heads_of_different_lengths_are_scored_as_each_alone(name):
+    """Aligned at the end, with nothing in front of the shorter ones."""
+    options = {"normalize_over": "positions"} if "defensivekv" in name else {}
+    policy = create_policy(name, {"window": 8} | options)
+    (layer,) = Shape(num_layers=1).layers(policy)
+    lengths = [40, 90]
+    valid = torch.arange(90) >= 90 - torch.tensor(lengths).unsqueeze(1)
+    ragged = replace(
+        layer,
+        keys=layer.keys.masked_fill(~valid.unsqueeze(-1), 0),
+        values=None if layer.values is None else layer.values.masked_fill(~valid.unsqueeze(-1), 0),
+        valid=valid,
+    )
+    together = policy.judge(ragged)
+    group = len(layer.queries) // 2
+    for head, length in enumerate(lengths):
+        mine = slice(head * group, (head + 1) * group)
+        weight = layer.output_weight
+        size = layer.keys.shape[-1]
+        alone = policy.score(
+            replace(
+                layer,
+                queries=layer.queries[mine],
+                keys=layer.keys[head : head + 1, -length:],
+                values=None if layer.values is None else layer.values[head : head + 1, -length:],
+                output_weight=None if weight is None else weight[:, head * group * size : (head + 1) * group * size],
+            )
+        ).indicator[0]
+        ours = together.indicator[head]
+        assert torch.isneginf(ours[: len(ours) - len(alone)]).all()
+        if name == "criticaladakv":
+            # The window shares the layer's largest score, whichever head it is in.
+            ours, alone = ours[:-8], alone[:-8]
+        torch.testing.assert_close(ours[len(ours) - len(alone) :], alone)
+    counts = policy.head_budgets([together], 90, 30)[0]
+    kept = policy.rescore(ragged, [min(count, 40 - policy.protected) for count in counts])
+    assert all((positions >= 90 - length).all() for positions, length in zip(kept, lengths, strict=True))

@@ -53,6 +53,7 @@ def test_every_policy_is_served(evicting: Engine, replay: Replay, text_ids, name
     assert stats["requests"] == 1
     # The last 20 tokens lie in a partial block and stay in any case.
     assert 30 * 150 - 30 <= sum(stats["kept_tokens"]) < 30 * (150 + 32 + 20)
+    assert stats["head_requests"] == (create_policy(name, {}).selection != "layer")
     assert evicting.is_idle()
 
 

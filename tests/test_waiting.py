@@ -7,7 +7,7 @@ from engine import Engine
 from random_models import numbers
 from torch.overrides import TorchFunctionMode
 
-from cake_vllm.integration.worker import EvictionWorker
+from cake_vllm.integration.worker.worker import EvictionWorker
 
 pytestmark = pytest.mark.engine
 

@@ -1,7 +1,5 @@
-"""The plugin inside vLLM, split by process as vLLM is.
+"""vLLM's hooks, in folders by the process that runs them; what goes between these is in ``messages``.
 
-front end   args, plugin            flags, checks, what is switched on
-scheduler   scheduler, cache_manager, spec
-both        connector, messages     the wire between the two
-worker      worker, attention
+``front`` amends the command line, the engine's configuration and what a request may ask for; ``scheduler`` grants and
+frees blocks and touches no tensor; ``worker`` scores, moves and redirects, and frees no block.
 """

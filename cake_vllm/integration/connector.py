@@ -18,10 +18,10 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
+from cake_vllm.integration.front.plugin import eviction_config
 from cake_vllm.integration.messages import EvictionReport, StepPlan
-from cake_vllm.integration.plugin import eviction_config
-from cake_vllm.integration.scheduler import EvictionScheduler
-from cake_vllm.metrics import EvictionPromMetrics, EvictionStats
+from cake_vllm.integration.metrics import EvictionPromMetrics, EvictionStats
+from cake_vllm.integration.scheduler.scheduler import EvictionScheduler
 
 
 class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
@@ -35,7 +35,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
             max_model_len = vllm_config.model_config.max_model_len
             self.scheduler = EvictionScheduler(config, kv_cache_config, vllm_config.scheduler_config, max_model_len)
         else:
-            from cake_vllm.integration.worker import EvictionWorker
+            from cake_vllm.integration.worker.worker import EvictionWorker
 
             self.worker = EvictionWorker(config, vllm_config, kv_cache_config)
 
@@ -68,7 +68,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         """See :class:`EvictionScheduler`."""
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, EvictionReport):
-            self.scheduler.finish(report.evictions.items())
+            self.scheduler.finish(report.evictions())
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]

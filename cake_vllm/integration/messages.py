@@ -1,44 +1,38 @@
 """What the scheduler half and the worker half tell each other, once per engine step."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
 from cake_vllm.config import KVEvictionConfig
+
+#: Block ids by group of evictable layers; one group unless sliding-window layers make vLLM split them.
+Blocks = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Grant:
     """Leave to evict a request at the end of this step.
 
-    A layer that was cut before holds pages of its own and is compacted in its last ones. One that still reads the
-    blocks of its row, which other requests may share, is copied out to lent pages. If the pool is short of these,
-    the layer is compacted in the last of its own blocks, and lent pages fill in only for blocks that it shares.
-
     Attributes:
         epoch: number of this eviction, unique in the engine; a report for another epoch is stale.
         budget: mean tokens per layer, window included.
-        divides: whether the budget is divided among the layers anew, as for a prompt; a decoding request's layers
-            go back to what they were given, all of them to ``budget`` if its prompt was not evicted.
-        lent: pages to deal out to the layers in order.
-        num_shared: leading blocks of the row that must not be written to; all of them if there is enough to copy to.
+        divides: whether the budget is divided anew, as for a prompt; a decoding request's owners go back to what they
+            were given, all of them to ``budget`` if its prompt was not evicted.
+        by_head: whether its owners are KV heads; the same for all grants of a request.
+        columns: ``[groups][P]``, all private columns that the request may use from now on. Some may still be blocks of
+            its row, which are then rewritten in place.
+        tail: ``[groups][n]``, blocks of its row behind what is full at the end of the step.
     """
 
     epoch: int
     budget: int
     divides: bool
-    lent: tuple[int, ...]
-    num_shared: int
-
-    def num_copied(self, num_pages: int, num_held: int, is_cut: bool) -> int:
-        """How many of a layer's ``num_pages`` new pages are lent ones, the first of them.
-
-        Args:
-            num_pages: pages that the layer needs.
-            num_held: full blocks that it reads now.
-            is_cut: whether these are its own.
-        """
-        return 0 if is_cut else max(num_pages - max(num_held - self.num_shared, 0), 0)
+    by_head: bool
+    columns: Blocks
+    tail: Blocks
 
 
 @dataclass(frozen=True)
@@ -48,8 +42,8 @@ class Observation:
     Attributes:
         end: logical length after this step.
         num_tokens: of them, computed in this step.
-        tail_block: id of the block that position ``end - 1`` lies in, in the first evictable layer. No other
-            request's row ends in it, so it tells which row of the batch this is.
+        tail_block: id of the block that position ``end - 1`` lies in, in the first group. No other request's row ends
+            in it, so it tells which row of the batch this is.
         grant: see :class:`Grant`.
         is_last: whether its queries may be forgotten after this step.
         config: its own settings, if they are not the engine's.
@@ -64,6 +58,21 @@ class Observation:
     config: KVEvictionConfig | None = None
 
 
+@dataclass(frozen=True)
+class Redirected:
+    """Rows of this step that were evicted in an earlier one and have owners of one kind.
+
+    Attributes:
+        num_rows: how many there must be.
+        num_tokens: new tokens in all of them.
+        longest: new tokens in the one with the most.
+    """
+
+    num_rows: int
+    num_tokens: int
+    longest: int
+
+
 @dataclass
 class StepPlan(KVConnectorMetadata):
     """Scheduler to worker.
@@ -71,12 +80,18 @@ class StepPlan(KVConnectorMetadata):
     Attributes:
         released: requests that finished or were preempted; what the worker knows of them is void.
         observations: requests to look at in this step.
-        evicted: ``{tail block: request id}`` of scheduled requests that were evicted in an earlier step.
+        grown: blocks that evicted requests got for this step.
+        redirected: by whether the owners are KV heads.
     """
 
     released: tuple[str, ...] = ()
     observations: tuple[Observation, ...] = ()
-    evicted: dict[int, str] = field(default_factory=dict)
+    grown: Mapping[str, Blocks] = field(default_factory=dict)
+    redirected: Mapping[bool, Redirected] = field(default_factory=dict)
+
+
+#: Tokens by layer and KV head; one number for a layer whose heads are alike.
+Counts = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -84,34 +99,64 @@ class Eviction:
     """What the worker did for one :class:`Grant`.
 
     Attributes:
-        pages: pages that each layer now holds in place of all full blocks; ``None`` where nothing changed.
-        kept: tokens that each layer still holds per KV head.
-        wanted: tokens that the policy chose for each layer per KV head, before rounding up to whole blocks.
-        postponed: layers that could not be cut because there were no pages to write to.
-        failed: whether the policy raised; layers with ``pages`` of ``None`` then hold what they held.
+        columns: how many of the granted columns, the first of them, are in use.
+        is_traded: whether they stand for all full blocks of the row, which may then go; else the request reads what it
+            read before, blocks of the row included.
+        kept: tokens that each owner holds.
+        wanted: tokens that the policy gave it, before rounding up to whole pages.
+        failed: whether the policy raised.
     """
 
     epoch: int
-    pages: tuple[int | None, ...]
-    kept: tuple[int, ...]
-    wanted: tuple[int, ...]
-    postponed: int = 0
+    by_head: bool
+    columns: int
+    is_traded: bool
+    kept: Counts
+    wanted: Counts
     failed: bool = False
+
+    def beside(self, other: "Eviction") -> "Eviction":
+        """Joined with that of another tensor-parallel rank, which has other heads of the same layers."""
+        if not self.by_head:
+            return self._joined(other, self.kept, self.wanted)
+        kept = tuple(ours + theirs for ours, theirs in zip(self.kept, other.kept, strict=True))
+        wanted = tuple(ours + theirs for ours, theirs in zip(self.wanted, other.wanted, strict=True))
+        return self._joined(other, kept, wanted)
+
+    def before(self, other: "Eviction") -> "Eviction":
+        """Joined with that of the next pipeline stage, which has other layers."""
+        return self._joined(other, self.kept + other.kept, self.wanted + other.wanted)
+
+    def _joined(self, other: "Eviction", kept: Counts, wanted: Counts) -> "Eviction":
+        return replace(
+            self,
+            # What one of them uses must stay, and what one of them still reads.
+            columns=max(self.columns, other.columns),
+            is_traded=self.is_traded and other.is_traded,
+            kept=kept,
+            wanted=wanted,
+            failed=self.failed or other.failed,
+        )
 
 
 @dataclass
 class EvictionReport(KVConnectorWorkerMetadata):
-    """Worker to scheduler: the evictions of one step by request id."""
+    """Worker to scheduler: the evictions of one step, by pipeline stage and request id."""
 
-    evictions: dict[str, Eviction]
+    stages: dict[int, dict[str, Eviction]]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Merges the reports of two ranks, which must have taken the same pages.
-
-        Raises:
-            RuntimeError: if they did not; memory that one rank still reads would be freed.
-        """
+        """Joins the reports of two workers."""
         assert isinstance(other, EvictionReport)
-        if self.evictions != other.evictions:
-            raise RuntimeError("ranks disagree on what was evicted; this is a bug in cake_vllm")
-        return self
+        stages = dict(self.stages)
+        for stage, theirs in other.stages.items():
+            ours = stages.get(stage)
+            stages[stage] = {name: ours[name].beside(of_rank) for name, of_rank in theirs.items()} if ours else theirs
+        return EvictionReport(stages)
+
+    def evictions(self) -> dict[str, Eviction]:
+        """By request id, of all layers and heads."""
+        first, *rest = (self.stages[stage] for stage in sorted(self.stages))
+        return {
+            name: reduce(Eviction.before, (of_stage[name] for of_stage in rest), part) for name, part in first.items()
+        }

@@ -1,9 +1,9 @@
-"""Reading and compacting paged KV caches: the torch reference.
+"""Reading and moving tokens in paged KV caches: the torch reference.
 
-A cache is addressed as ``[num_blocks, Hkv, E]``: all ``E = 2 * B * D`` elements that one KV head owns in a block of
+A cache is addressed as ``[N, E]`` *head pages*: all ``E = 2 * B * D`` elements that one KV head owns in one page of
 ``B`` positions. Backends store them in different orders (a CPU kernel may keep keys transposed, or packed in pairs
 for matrix units), so the order is a value here, not an assumption: :class:`BlockLayout` maps (slot, channel) to the
-element's place in a block.
+element's place in a head page.
 """
 
 import math
@@ -34,12 +34,12 @@ class Strides(NamedTuple):
     slots: tuple[tuple[int, int], ...]
     channels: tuple[tuple[int, int], ...]
 
-    def view(self, blocks: torch.Tensor) -> torch.Tensor:
-        """``[n, Hkv, *slot digits, *channel digits]`` integers, each a unit, of ``[n, Hkv, E]`` elements."""
-        units = blocks.view(INTEGERS[self.unit * blocks.element_size()])
+    def view(self, pages: torch.Tensor) -> torch.Tensor:
+        """``[n, *slot digits, *channel digits]`` integers, each a unit, of ``[n, E]`` elements."""
+        units = pages.view(INTEGERS[self.unit * pages.element_size()])
         sizes, steps = zip(*self.slots, *self.channels, strict=True)
         offset = units.storage_offset() + self.offset
-        return units.as_strided((*units.shape[:2], *sizes), (*units.stride()[:2], *steps), offset)
+        return units.as_strided((len(units), *sizes), (units.stride(0), *steps), offset)
 
     def digits(self, slots: torch.Tensor) -> list[torch.Tensor]:
         """Slot numbers as indices of the slot digits."""
@@ -84,7 +84,7 @@ def _digits(numbers: list[int]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where keys and values lie among the elements that a KV head owns in a block.
+    """Where keys and values lie among the elements of a head page.
 
     Attributes:
         key_index: ``[B, D]`` int64, place of each channel of each slot's key in ``[0, E)``.
@@ -96,62 +96,61 @@ class BlockLayout:
 
     @property
     def block_size(self) -> int:
-        """``B``, positions in a block."""
+        """``B``, positions in a page."""
         return self.key_index.shape[0]
 
-    def read_keys(self, cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Keys of the first ``num_tokens`` positions of a block row.
+    def read_keys(self, cache: torch.Tensor, table: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Keys of the first ``num_tokens`` positions of each KV head.
 
         Args:
-            cache: ``[num_blocks, Hkv, E]``.
-            blocks: ``[>= ceil(num_tokens / B)]`` int64 block ids in position order.
+            cache: ``[N, E]`` head pages.
+            table: ``[Hkv, >= ceil(num_tokens / B)]`` int64 head page ids in position order.
             num_tokens: positions to read.
 
         Returns:
             ``[Hkv, num_tokens, D]``, a copy in the cache's dtype.
         """
-        return self._read(self.key_index, cache, blocks, num_tokens)
+        return self._read(self.key_index, cache, table, num_tokens)
 
-    def read_values(self, cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def read_values(self, cache: torch.Tensor, table: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Values of the same positions; see :meth:`read_keys`."""
-        return self._read(self.value_index, cache, blocks, num_tokens)
+        return self._read(self.value_index, cache, table, num_tokens)
 
-    def _read(self, index: torch.Tensor, cache: torch.Tensor, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    def _read(self, index: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, num_tokens: int) -> torch.Tensor:
         used = -(-num_tokens // self.block_size)
-        pages = cache.index_select(0, blocks[:used])
+        pages = cache.index_select(0, table[:, :used].flatten())
         strides = find_strides(index, 8 // cache.element_size())
         if strides is None:
-            return pages[:, :, index].transpose(0, 1).flatten(1, 2)[:, :num_tokens]
-        found = strides.view(pages).transpose(0, 1)
-        found = found.reshape(len(found), used * self.block_size, -1).contiguous()
-        return found.view(cache.dtype)[:, :num_tokens]
+            found = pages[:, index]
+        else:
+            found = strides.view(pages).reshape(len(pages), self.block_size, -1).view(cache.dtype)
+        return found.reshape(len(table), used * self.block_size, -1)[:, :num_tokens]
 
-    def compact(self, cache: torch.Tensor, blocks: torch.Tensor, positions: torch.Tensor, pages: torch.Tensor) -> None:
-        """Copies kept positions into whole pages, **in place** in ``cache``.
+    def move(self, cache: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies tokens into whole pages, **in place** in ``cache``.
 
-        Everything is read before anything is written, so ``pages`` may be among ``blocks``.
+        Everything is read before anything is written, so ``target`` may be among ``pages``.
 
         Args:
-            cache: ``[num_blocks, Hkv, E]``, modified.
-            blocks: ``[n]`` int64 block ids of the request's row, in position order.
-            positions: ``[Hkv, P * B]`` int64 positions to keep, each in ``[0, n * B)``.
-            pages: ``[P]`` int64 ids of the blocks that receive them, without repetition.
+            cache: ``[N, E]`` head pages, modified.
+            pages: ``[P * B]`` int64, the head page that each token lies in.
+            slots: ``[P * B]`` int64, its place there, in ``[0, B)``.
+            target: ``[P]`` int64 head pages that receive the tokens in order, without repetition.
+
+        Raises:
+            ValueError: if the tokens do not fill the pages.
         """
-        num_kv_heads, num_kept = positions.shape
-        if num_kept != len(pages) * self.block_size:
-            raise ValueError(f"{num_kept} positions do not fill {len(pages)} pages of {self.block_size}")
-        if not len(pages):
+        if len(pages) != len(target) * self.block_size:
+            raise ValueError(f"{len(pages)} tokens do not fill {len(target)} pages of {self.block_size}")
+        if not len(target):
             return
-        block_of, slot = blocks[positions // self.block_size], positions % self.block_size
-        head = torch.arange(num_kv_heads, device=cache.device).unsqueeze(1)
-        filled = torch.empty(len(pages), num_kv_heads, cache.shape[-1], dtype=cache.dtype, device=cache.device)
+        filled = torch.empty(len(target), cache.shape[-1], dtype=cache.dtype, device=cache.device)
         for index in (self.key_index, self.value_index):
             strides = find_strides(index, 8 // cache.element_size())
             if strides is None:
-                kept = cache[block_of.unsqueeze(-1), head.unsqueeze(-1), index[slot]]
-                filled[:, :, index] = kept.unflatten(1, (len(pages), self.block_size)).transpose(0, 1)
+                kept = cache[pages.unsqueeze(-1), index[slots]]
+                filled[:, index] = kept.unflatten(0, (len(target), self.block_size))
             else:
-                kept = strides.view(cache)[(block_of, head, *strides.digits(slot))]
-                goal = strides.view(filled).transpose(0, 1)
-                goal.copy_(kept.view(goal.shape))
-        cache.index_copy_(0, pages, filled)
+                goal = strides.view(filled)
+                goal.copy_(strides.view(cache)[(pages, *strides.digits(slots))].view(goal.shape))
+        cache.index_copy_(0, target, filled)

@@ -1,18 +1,24 @@
-"""Block tables of requests whose prompt has been evicted, for all layers and rows at once.
+"""Block tables of evicted requests.
 
-vLLM goes on describing an evicted request by its logical row: one entry per ``B`` positions, as if nothing had
-happened. What a layer really reads is
+vLLM goes on describing an evicted request by its logical row: one block per ``B`` positions, as if nothing had
+happened. What an owner (a layer, or one KV head of a layer) really reads is
 
-    [ private pages 0 .. k ) [ entries of the logical row from `start` on )
+    [ private pages 0 .. k ) [ its pages in the blocks of the logical row from `start` on )
     length = logical length - (start - k) * B
 
-where ``k`` pages hold what the layer kept of the first ``start`` blocks. A layer that kept everything, and every
-request that was not evicted, has ``k = start = 0``: its row is the logical row.
+where ``k`` pages hold what the owner kept of the first ``start`` blocks. These tables are kept ready, as wide as what
+is kept, and written to only where something changes.
+
+Which rows of a batch are evicted is seen from the rows themselves: a request's last position lies in a block that no
+other request's last position lies in, and every block that an evicted request can end in is known here.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+
+from cake_vllm.kernels.columns import Grid
 
 
 def to_device(numbers: Any, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
@@ -22,93 +28,125 @@ def to_device(numbers: Any, dtype: torch.dtype, device: torch.device | str) -> t
 
 
 class EvictedRows:
-    """What each evicted request keeps in each layer, by slot. Slot 0 stands for "not evicted".
+    """Tables by slot of requests whose owners are layers (``H`` = 1), or KV heads (``H`` = ``Hkv``).
 
-    The tables grow by doubling. Not thread-safe; owned by one worker.
+    Slot 0 stands for "not here". The tables grow by doubling. Not thread-safe; owned by one worker.
     """
 
-    def __init__(self, num_layers: int, block_size: int, device: torch.device | str):
-        self.block_size = block_size
-        #: Whether numbers can be looked at without waiting for a device.
-        self.is_on_host = torch.device(device).type == "cpu"
-        self._pages = torch.zeros(2, num_layers, 1, dtype=torch.int32, device=device)
-        self._num_pages = torch.zeros(2, num_layers, dtype=torch.int32, device=device)
-        self._start = torch.zeros(2, num_layers, dtype=torch.int32, device=device)
+    def __init__(self, grid: Grid, by_head: bool):
+        device = grid.pages.device
+        self.grid = grid
+        self.num_heads = grid.num_heads if by_head else 1
+        self._group_of = torch.tensor(grid.group_of, device=device)
+        self._base = torch.tensor(grid.base, device=device).view(-1, 1, 1)
+        self._layer = torch.arange(grid.num_layers, device=device).view(-1, 1, 1)
+        self._head = torch.arange(self.num_heads, device=device)
+        # [L, slots, H, W], [L, slots, H] twice, [num_blocks]
+        self._pages = torch.zeros(grid.num_layers, 2, self.num_heads, 1, dtype=torch.int32, device=device)
+        self._num_pages = torch.zeros_like(self._pages[..., 0])
+        self._num_dropped = torch.zeros_like(self._num_pages)
+        self._slot_of_block = torch.zeros(grid.num_blocks, dtype=torch.int32, device=device)
         self._slots: dict[str, int] = {}
         self._free = [1]
+        # By slot: private pages of the owner with the most, and blocks of the row behind them.
+        self._most: dict[int, int] = {}
+        self._num_blocks: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._slots)
 
-    def slot(self, req_id: str) -> int:
-        """Slot of a request; 0 if it was not evicted."""
-        return self._slots.get(req_id, 0)
+    def __contains__(self, req_id: str) -> bool:
+        return req_id in self._slots
 
-    def store(self, req_id: str, pages: list[list[int]], start: list[int]) -> None:
-        """Records what an evicted request reads.
+    def store(
+        self, req_id: str, pages: torch.Tensor, counts: torch.Tensor, start: int, tail: Sequence[Sequence[int]]
+    ) -> None:
+        """Records what a request reads, in place of what was recorded before.
 
         Args:
-            req_id: must not be stored already.
-            pages: private page ids of each layer, empty where the layer kept everything.
-            start: first entry of the logical row that each layer still reads.
+            req_id: the request.
+            pages: ``[L * H, W]`` int64 private pages on the host, arbitrary but valid beyond an owner's count.
+            counts: ``[L * H]`` int64, private pages of each owner.
+            start: blocks of the logical row that they stand for.
+            tail: ``[groups][n]`` ids of the blocks from there on.
         """
-        if req_id in self._slots:
-            raise ValueError(f"request {req_id} is already evicted")
+        self.discard(req_id)
         if not self._free:
-            self._grow_slots()
-        slot = self._free.pop()
-        longest = max(len(layer) for layer in pages)
-        while self._pages.shape[2] < longest:
-            self._pages = torch.cat([self._pages, torch.zeros_like(self._pages)], dim=2)
-        width = self._pages.shape[2]
-        padded = [layer + [0] * (width - len(layer)) for layer in pages]
-        for table, numbers in (
-            (self._pages, padded),
-            (self._num_pages, [len(layer) for layer in pages]),
-            (self._start, start),
-        ):
-            table[slot] = to_device(numbers, torch.int32, table.device)
-        self._slots[req_id] = slot
+            self._grow(slots=True)
+        slot = self._slots[req_id] = self._free.pop()
+        most = self._most[slot] = int(counts.max())
+        self._num_blocks[slot] = 0
+        while self._pages.shape[3] < most:
+            self._grow(slots=False)
+        shape = (self.grid.num_layers, self.num_heads)
+        # One transfer for all three.
+        packed = torch.cat([counts.unsqueeze(1), start - counts.unsqueeze(1), pages[:, :most]], dim=1).tolist()
+        found = to_device(packed, torch.int32, self._pages.device).view(*shape, -1)
+        self._num_pages[:, slot], self._num_dropped[:, slot] = found[..., 0], found[..., 1]
+        self._pages[:, slot, :, :most] = found[..., 2:]
+        self.append({req_id: tail})
+
+    def append(self, grown: Mapping[str, Sequence[Sequence[int]]]) -> None:
+        """Adds blocks to the logical rows of requests; those that are not here are passed over.
+
+        Args:
+            grown: by request, ``[groups][n]`` block ids.
+        """
+        places, blocks = [], []
+        for req_id, tail in grown.items():
+            slot = self._slots.get(req_id)
+            if slot is None:
+                continue
+            for of_groups in zip(*tail, strict=True):
+                places.append((slot, self._num_blocks[slot]))
+                blocks.append(of_groups)
+                self._num_blocks[slot] += 1
+            while self._pages.shape[3] < self._most[slot] + self._num_blocks[slot]:
+                self._grow(slots=False)
+        if not places:
+            return
+        device = self._pages.device
+        slots, place = to_device(places, torch.int64, device).T
+        ids = to_device(blocks, torch.int64, device).T
+        self._slot_of_block[ids[0]] = slots.int()
+        # [L, n, H]
+        pages = self._base + ids[self._group_of].unsqueeze(-1) * self.grid.step
+        if self.num_heads > 1:
+            pages = pages * self.num_heads + self._head
+        column = self._num_pages[:, slots] + place.unsqueeze(-1)
+        self._pages[self._layer, slots.unsqueeze(-1), self._head, column] = pages.int().expand(column.shape)
 
     def discard(self, req_id: str) -> None:
         """Forgets a request, if it is known."""
         slot = self._slots.pop(req_id, None)
         if slot is not None:
+            self._slot_of_block.masked_fill_(self._slot_of_block == slot, 0)
+            del self._most[slot], self._num_blocks[slot]
             self._free.append(slot)
 
-    def compose(
-        self, tables: torch.Tensor, seq_lens: torch.Tensor, slots: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the attention kernel reads.
+    def find(self, tails: torch.Tensor) -> torch.Tensor:
+        """``[R]`` int32 slots of rows by the blocks that their last positions lie in; 0 if they are not here."""
+        return self._slot_of_block[tails.long()]
 
-        Args:
-            tables: ``[L, R, C]`` int32, the logical rows of all layers.
-            seq_lens: ``[R]`` int32, the logical lengths.
-            slots: ``[R]`` int64, from :meth:`slot`.
+    def select(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables of ``[R]`` slots.
 
         Returns:
-            ``[L, R, C']`` int32 tables and ``[L, R]`` int32 lengths, contiguous. ``C'`` is ``C``, or on CPUs, where it
-            can be seen without waiting, what the longest row needs. Entries beyond a row's length are arbitrary but
-            valid block ids.
+            ``[L, R * H, C]`` int32 pages (head pages if ``H`` > 1), contiguous, ``C`` what the widest request needs;
+            beyond what an owner reads they are arbitrary but valid. And ``[L, R, H]`` int32, blocks by which an owner's
+            length is shorter than the logical one.
         """
-        num_pages = self._num_pages[slots].T.unsqueeze(-1)
-        start = self._start[slots].T.unsqueeze(-1)
-        lengths = seq_lens - (start - num_pages).squeeze(-1) * self.block_size
-        num_columns = last = tables.shape[-1]
-        if self.is_on_host:
-            num_columns = -(-int(lengths.max()) // self.block_size)
-        column = torch.arange(num_columns, dtype=torch.int32, device=tables.device)
-        source = (column - num_pages + start).clamp_(0, last - 1)
-        composed = tables.gather(2, source.long())
-        width = min(self._pages.shape[2], num_columns)
-        private = self._pages[slots, :, :width].transpose(0, 1)
-        composed[..., :width] = torch.where(column[:width] < num_pages, private, composed[..., :width])
-        # Kernels read rows of both by pointer.
-        return composed.contiguous(), lengths.to(seq_lens.dtype).contiguous()
+        width = max(self._most[slot] + self._num_blocks[slot] for slot in self._slots.values())
+        tables = self._pages[..., :width].index_select(1, slots)
+        return tables.flatten(1, 2), self._num_dropped.index_select(1, slots)
 
-    def _grow_slots(self) -> None:
-        count = len(self._num_pages)
-        self._pages = torch.cat([self._pages, torch.zeros_like(self._pages)])
-        self._num_pages = torch.cat([self._num_pages, torch.zeros_like(self._num_pages)])
-        self._start = torch.cat([self._start, torch.zeros_like(self._start)])
-        self._free.extend(range(count, 2 * count))
+    def _grow(self, slots: bool) -> None:
+        if slots:
+            count = self._pages.shape[1]
+            self._pages, self._num_pages, self._num_dropped = (
+                torch.cat([tensor, torch.zeros_like(tensor)], dim=1)
+                for tensor in (self._pages, self._num_pages, self._num_dropped)
+            )
+            self._free.extend(range(count, 2 * count))
+        else:
+            self._pages = torch.cat([self._pages, torch.zeros_like(self._pages)], dim=3)

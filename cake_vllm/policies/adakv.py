@@ -21,6 +21,8 @@ class AdaKV(SnapKV):
         alpha: share of the mean budget that every head gets, window included.
     """
 
+    selection = "heads"
+
     alpha: float = 0.2
 
     def __post_init__(self) -> None:

@@ -7,6 +7,8 @@ inputs:
     budget  the scores of all layers                                      ->  tokens to keep per layer and per KV head
     keep    a layer's scores and counts                                   ->  positions per KV head
 
+Who competes with whom for the budget is a choice of its own, :attr:`Policy.selection`.
+
 Symbols used in every docstring: ``L`` layers, ``Hq`` query heads, ``Hkv`` KV heads (query head ``h`` reads KV head
 ``h // G``, ``G = Hq // Hkv``), ``D`` head size, ``S`` prompt length, ``w`` window. Positions are 0-based. The last
 :attr:`Policy.protected` positions always stay; *candidates* are the ``C`` positions before them.
@@ -14,7 +16,7 @@ Symbols used in every docstring: ``L`` layers, ``Hq`` query heads, ``Hkv`` KV he
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -34,6 +36,10 @@ class LayerInputs:
         output_weight: ``[hidden, Hq * D]``, the weight of the projection that follows attention, if
             :attr:`Policy.needs_output_weight`.
         layer_index: rank of the layer in model order.
+        valid: ``[Hkv, S]`` bool, or ``None`` if everything is there. Once heads have kept different numbers of tokens
+            their keys are aligned at the end, and a head with fewer has nothing where this is false: zeros as keys and
+            values, no attention (:func:`cake_vllm.policies.scores.prefix_attention` sees to that). Such positions are
+            never kept; a policy has to look at this only if it takes statistics over positions.
     """
 
     queries: torch.Tensor
@@ -43,6 +49,7 @@ class LayerInputs:
     values: torch.Tensor | None = None
     output_weight: torch.Tensor | None = None
     layer_index: int = 0
+    valid: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,13 @@ class LayerScore:
         terms: ``[T]`` float32; statistics of the layer that are *sums over query heads*, so that ranks which hold
             different heads of one layer add theirs up before the budget step.
         extra: whatever else the policy wants to see again in :meth:`Policy.rank`.
+        valid: see :attr:`LayerInputs.valid`; set by :meth:`Policy.judge`.
     """
 
     indicator: torch.Tensor
     terms: torch.Tensor
     extra: tuple[torch.Tensor, ...] = ()
+    valid: torch.Tensor | None = None
 
 
 class Policy(ABC):
@@ -68,6 +77,9 @@ class Policy(ABC):
     Attributes:
         needs_values: whether :meth:`score` reads :attr:`LayerInputs.values`.
         needs_output_weight: whether it reads :attr:`LayerInputs.output_weight`.
+        selection: who competes for the budget. ``"layer"``: layers, and all heads of a layer keep as many tokens
+            (:meth:`budgets`); ``"heads"``: the heads of a layer too; ``"all"``: all heads of all layers with each other
+            (:meth:`head_budgets`). Memory is freed accordingly: by layer, or by KV head.
         decodes: the ways in which it can evict generated tokens, its default first: ``"off"`` lets a request grow by
             its output, ``"window"`` scores the cache again with the last queries (:meth:`rescore`), ``"cake"`` with
             the current one (:meth:`trim`).
@@ -75,6 +87,7 @@ class Policy(ABC):
 
     needs_values = False
     needs_output_weight = False
+    selection: ClassVar[str] = "layer"
     decodes: ClassVar[tuple[str, ...]] = ("off", "window")
 
     @property
@@ -109,25 +122,41 @@ class Policy(ABC):
             budget: mean number of tokens that a layer may keep, protected ones included.
 
         Returns:
-            ``L`` counts of candidates to keep, the mean over a layer's KV heads, each in ``[0, C]``.
+            ``L`` counts of candidates to keep in each KV head, each in ``[0, C]``.
         """
         return [min(int(budget), prompt_len) - self.protected] * len(scores)
 
     def head_budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[list[int]]:
-        """The exact counts per layer and KV head; by default the layer's for each of its heads.
-
-        An engine that frees memory by layer uses :meth:`budgets`, which is their mean, rounded up.
-        """
+        """The counts per layer and KV head; by default the layer's for each of its heads."""
         counts = self.budgets(scores, prompt_len, budget)
         return [[count] * len(score.indicator) for count, score in zip(counts, scores, strict=True)]
 
-    def rank(self, score: LayerScore, prompt_len: int, keep_ratio: float) -> torch.Tensor:
-        """``[Hkv, C]`` float32 by which :meth:`keep` chooses; by default the indicator itself.
+    def judge(self, inputs: LayerInputs) -> LayerScore:
+        """:meth:`score`, with what is not there below everything that is."""
+        score = self.score(inputs)
+        if inputs.valid is None:
+            return score
+        indicator = _mask(score.indicator, inputs.valid)
+        return replace(score, indicator=indicator, valid=inputs.valid)
+
+    def ranks(
+        self, score: LayerScore, prompt_len: int, keep_ratio: float, counts: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """:meth:`rank`, with what is not there below everything that is."""
+        ranks = self.rank(score, prompt_len, keep_ratio, counts)
+        return ranks if score.valid is None else _mask(ranks, score.valid)
+
+    def rank(
+        self, score: LayerScore, prompt_len: int, keep_ratio: float, counts: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """``[Hkv, C]`` float32 by which positions are chosen; by default the indicator itself.
 
         Args:
             score: the layer's.
             prompt_len: ``S``.
             keep_ratio: the budget as a fraction of the prompt, for policies whose order depends on it.
+            counts: candidates that each head was given, for policies whose order depends on that; ``None`` before the
+                budget is divided.
         """
         return score.indicator
 
@@ -143,33 +172,32 @@ class Policy(ABC):
         Returns:
             For each head ``[count + protected]`` int64, ascending.
         """
-        ranks = self.rank(score, prompt_len, keep_ratio)
+        ranks = self.ranks(score, prompt_len, keep_ratio, counts)
         tail = torch.arange(prompt_len - self.protected, prompt_len, device=ranks.device)
         return [
             torch.cat([row.topk(count).indices.sort().values, tail]) for row, count in zip(ranks, counts, strict=True)
         ]
 
-    def rescore(self, inputs: LayerInputs, count: int) -> torch.Tensor:
+    def rescore(self, inputs: LayerInputs, counts: Sequence[int]) -> list[torch.Tensor]:
         """What a layer keeps when its cache has outgrown its budget while decoding: its best, scored as a prompt.
 
         Args:
             inputs: keys and values in cache order, which is the order of positions with gaps; the queries are those
-                of the last :attr:`num_queries` tokens, all of them still cached. ``S > count + protected``.
-            count: entries to keep beside the last :attr:`protected`.
+                of the last :attr:`num_queries` tokens, all of them still cached.
+            counts: for each KV head, entries to keep beside the last :attr:`protected`, at most as many as it has.
 
         Returns:
-            ``[Hkv, count + protected]`` int64 indices into the cache, ascending.
+            For each head ``[count + protected]`` int64 indices into the cache, ascending.
         """
-        score, num_cached = self.score(inputs), inputs.keys.shape[1]
-        counts = [count] * len(inputs.keys)
-        return torch.stack(self.keep(score, counts, num_cached, (count + self.protected) / num_cached))
+        score, num_cached = self.judge(inputs), inputs.keys.shape[1]
+        return self.keep(score, counts, num_cached, (max(counts) + self.protected) / num_cached)
 
     def trim(self, inputs: LayerInputs, count: int) -> torch.Tensor:
         """As :meth:`rescore` with the current token's query alone, in any order; if ``"cake"`` is in :attr:`decodes`.
 
         Args:
             inputs: ``queries`` are ``[Hq, 1, D]``, the current token's; its key is the last.
-            count: see :meth:`rescore`.
+            count: entries to keep in each head beside the last :attr:`protected`.
 
         Returns:
             ``[Hkv, count + protected]`` int64 indices into the cache.
@@ -180,3 +208,7 @@ class Policy(ABC):
 def total_tokens(budget: float, window: int, num_layers: int) -> int:
     """Candidates that all layers together may keep under a mean ``budget`` per layer, windows aside."""
     return int((budget - window) * num_layers)
+
+
+def _mask(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    return scores.masked_fill(~valid[:, : scores.shape[1]], float("-inf"))

@@ -49,7 +49,9 @@ class CriticalKV(SnapKV):
         window = (prefix.max() + 1).expand(len(prefix), self.window)
         return LayerScore(torch.cat([prefix, window], dim=1), torch.empty(0), (projected_value_norms(inputs),))
 
-    def rank(self, score: LayerScore, prompt_len: int, keep_ratio: float) -> torch.Tensor:
+    def rank(
+        self, score: LayerScore, prompt_len: int, keep_ratio: float, counts: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """See :meth:`Policy.rank`."""
         first = int(keep_ratio * prompt_len * self.first_stage_ratio)
         ranks = self._second_stage(score)
@@ -67,6 +69,8 @@ class CriticalAdaKV(CriticalKV):
     Attributes:
         alpha: see :class:`cake_vllm.policies.adakv.AdaKV`.
     """
+
+    selection = "heads"
 
     alpha: float = 0.2
 
@@ -87,14 +91,14 @@ class CriticalAdaKV(CriticalKV):
             for score in scores
         ]
 
-    def keep(self, score: LayerScore, counts: Sequence[int], prompt_len: int, keep_ratio: float) -> list[torch.Tensor]:
-        """See :meth:`Policy.keep`; the first stage is a share of each head's own budget."""
-        num_candidates = prompt_len - self.protected
-        second = self._second_stage(score)
-        tail = torch.arange(num_candidates, prompt_len, device=second.device)
-        kept = []
-        for base, ranks, count in zip(score.indicator, second, counts, strict=True):
+    def rank(
+        self, score: LayerScore, prompt_len: int, keep_ratio: float, counts: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """See :meth:`Policy.rank`; the first stage is a share of each head's own budget."""
+        if counts is None:
+            return super().rank(score, prompt_len, keep_ratio)
+        ranks = self._second_stage(score)
+        for head, (base, count) in enumerate(zip(score.indicator, counts, strict=True)):
             first = int((count + self.protected) * self.first_stage_ratio)
-            ranks = ranks.scatter(0, base.topk(first).indices, torch.finfo(ranks.dtype).max)
-            kept.append(torch.cat([ranks[:num_candidates].topk(count).indices.sort().values, tail]))
-        return kept
+            ranks[head, base.topk(first).indices] = torch.finfo(ranks.dtype).max
+        return ranks[:, : prompt_len - self.protected]

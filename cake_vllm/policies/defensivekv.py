@@ -38,6 +38,7 @@ class DefensiveKV(Policy):
 
     needs_values = True
     needs_output_weight = True
+    selection = "heads"
 
     window: int = 32
     pool_kernel: int = 5
@@ -62,11 +63,21 @@ class DefensiveKV(Policy):
         shape, and the mean mass on the last ``w`` prefix positions, a scalar.
         """
         risks, means, mass = [], [], []
+        # Of heads that have kept different numbers of tokens, what is there; see LayerInputs.
+        valid = None if inputs.valid is None else inputs.valid[:, : -self.window]
         for attention in prefix_attention(inputs):
+            there = None
+            if valid is not None:
+                there, valid = valid[: len(attention)], valid[len(attention) :]
             pooled = average_pool(attention, self.pool_kernel)
+            if there is not None:
+                pooled.mul_(there[:, None, None])
             pooled.mul_(attention.sum(dim=-1, keepdim=True) / pooled.sum(dim=-1, keepdim=True))
             risk = pooled.amax(dim=(1, 2))
-            risks.append(risk.maximum(risk.mean(dim=-1, keepdim=True)))
+            mean = risk.mean(dim=-1, keepdim=True)
+            if there is not None:
+                mean = risk.sum(dim=-1, keepdim=True) / there.sum(dim=-1, keepdim=True)
+            risks.append(risk.maximum(mean))
             mean = attention.mean(dim=(1, 2))
             means.append(mean / mean.sum(dim=-1, keepdim=True))
             # Taken after the window's columns are cut off, hence of the prefix's end: as the official code has it.
@@ -76,7 +87,9 @@ class DefensiveKV(Policy):
         extra = (finite(torch.cat(means)), torch.cat(mass).mean())
         return LayerScore(finite(torch.cat(risks) * norms), torch.empty(0), extra)
 
-    def rank(self, score: LayerScore, prompt_len: int, keep_ratio: float) -> torch.Tensor:
+    def rank(
+        self, score: LayerScore, prompt_len: int, keep_ratio: float, counts: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """See :meth:`Policy.rank`: protected entries and the window share the layer's largest score."""
         mean, bias = score.extra
         prefix_len = score.indicator.shape[1]
@@ -93,10 +106,6 @@ class DefensiveKV(Policy):
             return ranks
         return torch.cat([ranks, largest.expand(len(ranks), self.window)], dim=1)
 
-    def budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[int]:
-        """See :meth:`Policy.budgets`: the mean over heads, rounded up."""
-        return [-(-sum(heads) // len(heads)) for heads in self.head_budgets(scores, prompt_len, budget)]
-
     def head_budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[list[int]]:
         """See :meth:`Policy.head_budgets`."""
         ranks = [self._rank_for(score, budget) for score in scores]
@@ -104,7 +113,7 @@ class DefensiveKV(Policy):
 
     def _rank_for(self, score: LayerScore, budget: float) -> torch.Tensor:
         length = score.indicator.shape[1] + self.window
-        return self.rank(score, length, budget / length)
+        return self.ranks(score, length, budget / length)
 
     def _candidates(self, ranks: torch.Tensor, prompt_len: int, budget: float) -> int:
         """How many of one layer's candidates stay, over all heads."""
@@ -115,6 +124,8 @@ class DefensiveKV(Policy):
 @dataclass(frozen=True)
 class LayerDefensiveKV(DefensiveKV):
     """DefensiveKV with one budget that all layers and heads compete for."""
+
+    selection = "all"
 
     def head_budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[list[int]]:
         """See :meth:`Policy.head_budgets`: the best of all layers, scores compared as they are."""

@@ -1,4 +1,4 @@
-"""From a policy's counts to whole pages: which positions stay when memory is given back in blocks.
+"""From a policy's counts to whole pages: which positions stay when memory is given back in pages.
 
 A prompt of ``S`` tokens fills ``S // B`` blocks of ``B`` positions; its last ``S % B`` tokens lie in a partial block
 that goes on filling during decoding and therefore stays as it is. Only the full blocks ``[0, full_len)`` are
@@ -12,6 +12,7 @@ compacted, into ``pages`` whole ones:
 rest of the last page is filled with the next best positions: rounded up, never down.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,28 +52,32 @@ class PagedPrompt:
         needed = -(-(count + self.window_in_full_blocks) // self.block_size)
         return min(needed, self.full_blocks)
 
-    def max_pages(self, total: int, num_layers: int) -> int:
-        """Upper bound of the pages that ``num_layers`` layers need for ``total`` prefix positions together."""
-        slack = num_layers * (self.window_in_full_blocks + self.block_size - 1)
-        return min((total + slack) // self.block_size, num_layers * self.full_blocks)
-
     def kept_len(self, pages: int) -> int:
         """Tokens that a layer holds after it was compacted into ``pages`` blocks."""
         return pages * self.block_size + self.prompt_len - self.full_len
 
-    def positions(self, ranks: torch.Tensor, pages: int) -> torch.Tensor:
-        """Positions of the full blocks that stay.
+    def positions(self, ranks: torch.Tensor, pages: Sequence[int]) -> list[torch.Tensor]:
+        """Positions of the full blocks that stay in each KV head.
 
         Args:
-            ranks: ``[Hkv, S - w]``, from :meth:`Policy.rank`.
-            pages: from :meth:`pages`.
+            ranks: ``[Hkv, S - w]``, from :meth:`Policy.ranks`.
+            pages: for each head, from :meth:`pages`.
 
         Returns:
-            ``[Hkv, pages * B]`` int64, ascending along the last axis. The positions of the partial block,
-            ``[full_len, S)``, stay beside them.
+            For each head ``[pages * B]`` int64, ascending. The positions of the partial block, ``[full_len, S)``,
+            stay beside them.
         """
         in_window = self.window_in_full_blocks
-        candidates = ranks[:, : self.full_len - in_window]
-        best = candidates.topk(pages * self.block_size - in_window, dim=-1).indices.sort(dim=-1).values
-        window = torch.arange(self.full_len - in_window, self.full_len, device=best.device)
-        return torch.cat([best, window.expand(len(best), -1)], dim=-1)
+        first, counts = self.full_len - in_window, [max(count * self.block_size - in_window, 0) for count in pages]
+        best = ranks[:, :first].topk(max(counts), dim=-1).indices
+        if min(counts) < max(counts):
+            # Heads of fewer pages: what they have too many of goes to the end, beyond all positions.
+            place = torch.arange(best.shape[1], device=best.device)
+            limits = torch.tensor(counts).to(best.device, non_blocking=True)
+            best = best.masked_fill(place >= limits.unsqueeze(1), self.prompt_len)
+        best = best.sort(dim=-1).values
+        window = torch.arange(first, self.full_len, device=best.device)
+        chosen = []
+        for head, count, num_pages in zip(best, counts, pages, strict=True):
+            chosen.append(torch.cat([head[:count], window]) if num_pages else head[:0])
+        return chosen

@@ -12,7 +12,8 @@ def prefix_attention(inputs: LayerInputs) -> Iterator[torch.Tensor]:
 
     The softmax runs in float32 over all ``S`` keys, causal among the last ``w``; the columns of these are cut off
     afterwards and the rest is *not* renormalised (antgroup/cakekv, scoring block of the attention forward; SnapKV
-    and kvpress do the same). The peak does not grow with the model's width; see :func:`heads_at_once`.
+    and kvpress do the same). What is not there (:attr:`LayerInputs.valid`) gets none. The peak does not grow with the
+    model's width; see :func:`heads_at_once`.
 
     Yields:
         ``[n, G, w, S - w]`` float32 for the next ``n`` KV heads, the caller's to overwrite.
@@ -29,8 +30,11 @@ def prefix_attention(inputs: LayerInputs) -> Iterator[torch.Tensor]:
     future = torch.ones(window, window, dtype=torch.bool, device=inputs.queries.device).triu(1)
     at_once = heads_at_once(inputs.queries.device, num_heads // num_kv_heads * window * prompt_len)
     heads = inputs.queries.unflatten(0, (num_kv_heads, -1)).split(at_once), inputs.keys.split(at_once)
-    for queries, keys in zip(*heads, strict=True):
+    missing = [None] * len(heads[1]) if inputs.valid is None else (~inputs.valid).split(at_once)
+    for queries, keys, absent in zip(*heads, missing, strict=True):
         logits = attention_logits(queries, keys, inputs.scale, inputs.logits_soft_cap)
+        if absent is not None:
+            logits.masked_fill_(absent[:, None, None], float("-inf"))
         logits[..., prompt_len - window :].masked_fill_(future, float("-inf"))
         yield logits.softmax(dim=-1)[..., : prompt_len - window]
 

@@ -1,6 +1,5 @@
 """``CPU_ATTN`` with eviction."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -9,10 +8,8 @@ import torch
 from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadata
-from vllm.v1.worker.block_table import MultiGroupBlockTable, SlotMappingMode
 
-from cake_vllm.integration.attention import EvictingBackend, EvictingImpl
-from cake_vllm.integration.patching import wrap
+from cake_vllm.integration.worker.attention import EvictingBackend, EvictingImpl, Rows
 from cake_vllm.kernels import BlockLayout
 
 
@@ -23,20 +20,34 @@ class EvictingCPUImpl(EvictingImpl, CPUAttentionBackendImpl):
         """Asks the kernel that writes the cache; see :func:`probe_block_layout`."""
         return probe_block_layout(block_size, self.head_size, layer.kv_cache.dtype, layer.isa)
 
-    def flat_cache(self, kv_cache: torch.Tensor) -> torch.Tensor:
-        """``[num_blocks, Hkv, 2 * B * D]``: keys in the first half, values in the second."""
-        return kv_cache.flatten(2)
-
     def with_rows(
-        self, layer: Any, metadata: CPUAttentionMetadata, block_table: torch.Tensor, seq_lens: torch.Tensor
+        self, layer: Any, metadata: CPUAttentionMetadata, rows: Rows, table: torch.Tensor, seq_lens: torch.Tensor
     ) -> CPUAttentionMetadata:
-        """See the base class; the kernel's work division depends on the lengths and is planned again."""
-        plan = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=len(seq_lens),
+        """See the base class."""
+        return self._planned(
+            layer,
+            replace(
+                metadata,
+                block_table=table,
+                seq_lens=seq_lens,
+                query_start_loc=rows.query_start_loc,
+                num_actual_tokens=rows.num_queries,
+                max_query_len=rows.longest,
+            ),
+        )
+
+    def with_lengths(self, layer: Any, metadata: CPUAttentionMetadata, seq_lens: torch.Tensor) -> CPUAttentionMetadata:
+        """See the base class."""
+        return self._planned(layer, replace(metadata, seq_lens=seq_lens))
+
+    def _planned(self, layer: Any, metadata: CPUAttentionMetadata) -> CPUAttentionMetadata:
+        """The kernel's work division depends on the lengths."""
+        metadata.scheduler_metadata = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(metadata.seq_lens),
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_size,
-            seq_lens=seq_lens,
+            seq_lens=metadata.seq_lens,
             dtype=layer.dtype,
             query_start_loc=metadata.query_start_loc,
             causal=metadata.causal,
@@ -46,7 +57,7 @@ class EvictingCPUImpl(EvictingImpl, CPUAttentionBackendImpl):
             dynamic_causal=metadata.dynamic_causal,
             kv_cache_dtype=self.kv_cache_dtype,
         )
-        return replace(metadata, block_table=block_table, seq_lens=seq_lens, scheduler_metadata=plan)
+        return metadata
 
 
 class EvictingCPUBackend(EvictingBackend, CPUAttentionBackend):  # type: ignore[misc]
@@ -54,30 +65,6 @@ class EvictingCPUBackend(EvictingBackend, CPUAttentionBackend):  # type: ignore[
 
     stock_impl = CPUAttentionBackendImpl
     evicting_impl = EvictingCPUImpl
-
-    @classmethod
-    def get_impl_cls(cls) -> type[Any]:
-        """See the base class."""
-        impl = super().get_impl_cls()
-        if impl is cls.evicting_impl:
-            wrap(MultiGroupBlockTable, "compute_slot_mapping", _compute_slot_mapping)
-        return impl
-
-
-def _compute_slot_mapping(
-    original: Callable[..., None],
-    self: MultiGroupBlockTable,
-    num_reqs: int,
-    query_start_loc: torch.Tensor,
-    positions: torch.Tensor,
-) -> None:
-    """Calls the CPU kernel for each group; vLLM's way through a launcher of GPU kernels takes ten times as long."""
-    for table in self.block_tables:
-        if table.slot_mapping_mode != SlotMappingMode.TOKEN_TO_KV_SLOT:
-            continue
-        torch.ops._C.compute_slot_mapping_kernel_impl(
-            query_start_loc, positions, table.block_table.gpu, table.slot_mapping.gpu, table.block_size
-        )
 
 
 @lru_cache

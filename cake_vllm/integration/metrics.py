@@ -1,6 +1,7 @@
 """What eviction did, for vLLM's periodic statistics and for ``/metrics``."""
 
 from collections.abc import Sequence
+from statistics import fmean as mean
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -10,12 +11,13 @@ from cake_vllm.integration.messages import Eviction
 
 _COUNTERS = {
     "requests": "Requests whose prompt was evicted.",
-    "evicted_tokens": "Tokens evicted, summed over layers (counted once for all KV heads of a layer).",
-    "freed_blocks": "Blocks of evicted prompts that went back to the pool, summed over layers.",
-    "rounding_tokens": "Tokens kept beyond the policy's choice because memory is freed in whole blocks, over layers.",
+    "evicted_tokens": "Tokens evicted, mean over layers and KV heads.",
+    "freed_blocks": "Blocks by which evictions made requests smaller; they went back to the pool.",
+    "rounding_tokens": "Tokens of memory held beyond the policy's choice, because it is dealt out in whole pages and "
+    "blocks; mean over layers and KV heads.",
     "trims": "Times that a request gave blocks back before the end of its prompt or while decoding.",
     "in_place": "Evictions that reused the prompt's own blocks because the pool had none to spare.",
-    "postponed": "Layers whose eviction has to wait because neither the pool nor the request has pages to write to.",
+    "postponed": "Evictions put off because neither the pool nor the request had blocks to write to.",
     "failures": "Evictions given up because the policy raised; the request keeps what it holds.",
 }
 
@@ -23,25 +25,35 @@ _COUNTERS = {
 class EvictionStats(KVConnectorStats):
     """Sums over the evictions of an interval.
 
-    ``data`` holds the counters by name and ``kept_tokens``, the tokens kept per layer summed over the requests.
+    ``data`` holds the counters by name; ``kept_tokens``, the tokens kept by layer, mean over its heads, summed over the
+    requests; and of the ``head_requests`` among them whose heads keep different numbers ``kept_by_head``, the tokens
+    by layer and head.
     """
 
     @classmethod
     def empty(cls) -> "EvictionStats":
         """Statistics of nothing."""
-        return cls({**dict.fromkeys(_COUNTERS, 0), "kept_tokens": []})
+        return cls({**dict.fromkeys(_COUNTERS, 0), "kept_tokens": [], "head_requests": 0, "kept_by_head": []})
 
-    def record(self, eviction: Eviction, num_blocks: int, block_size: int, is_prompt_end: bool, in_place: bool) -> None:
-        """Adds an eviction, by which a request came to hold ``num_blocks`` blocks fewer."""
+    def record(
+        self, eviction: Eviction, num_blocks: int, block_size: int, in_place: bool, prompt_len: int | None
+    ) -> None:
+        """Adds an eviction, by which a request came to hold ``num_blocks`` blocks fewer.
+
+        ``prompt_len`` is the length at which its prompt ended, if it ended with this eviction.
+        """
         self.data["freed_blocks"] += num_blocks
         self.data["evicted_tokens"] += num_blocks * block_size
         self.data["in_place"] += in_place
-        self.data["postponed"] += eviction.postponed
         self.data["failures"] += eviction.failed
-        if is_prompt_end:
+        if prompt_len is not None:
             self.data["requests"] += 1
-            self.data["rounding_tokens"] += sum(eviction.kept) - sum(eviction.wanted)
-            self._add_kept(eviction.kept)
+            if eviction.is_traded:
+                held = eviction.columns * block_size + prompt_len % block_size
+                self.data["rounding_tokens"] += held - round(mean(map(mean, eviction.wanted)))
+            self._add_kept([mean(heads) for heads in eviction.kept])
+            if eviction.by_head:
+                self._add_heads(1, eviction.kept)
         elif num_blocks:
             self.data["trims"] += 1
 
@@ -50,6 +62,7 @@ class EvictionStats(KVConnectorStats):
         for name in _COUNTERS:
             self.data[name] += other.data[name]
         self._add_kept(other.data["kept_tokens"])
+        self._add_heads(other.data["head_requests"], other.data["kept_by_head"])
         return self
 
     def reduce(self) -> dict[str, int | float]:
@@ -57,8 +70,11 @@ class EvictionStats(KVConnectorStats):
         line: dict[str, int | float] = {f"KV eviction {name}": self.data[name] for name in _COUNTERS}
         kept = [tokens / self.data["requests"] for tokens in self.data["kept_tokens"]]
         if kept:
-            line["mean tokens kept per layer"] = round(sum(kept) / len(kept), 1)
+            line["mean tokens kept per layer"] = round(mean(kept), 1)
             line |= {"least": round(min(kept), 1), "most": round(max(kept), 1)}
+        if self.data["head_requests"]:
+            heads = [tokens / self.data["head_requests"] for layer in self.data["kept_by_head"] for tokens in layer]
+            line |= {"least of a KV head": round(min(heads), 1), "most of a KV head": round(max(heads), 1)}
         return line
 
     def reset(self) -> None:
@@ -69,9 +85,16 @@ class EvictionStats(KVConnectorStats):
         """Whether nothing was evicted."""
         return not any(self.data[name] for name in _COUNTERS)
 
-    def _add_kept(self, kept: Sequence[int]) -> None:
+    def _add_kept(self, kept: Sequence[float]) -> None:
         ours = self.data["kept_tokens"] or [0] * len(kept)
         self.data["kept_tokens"] = [a + b for a, b in zip(ours, kept, strict=True)] if kept else ours
+
+    def _add_heads(self, num_requests: int, kept: Sequence[Sequence[int]]) -> None:
+        if num_requests:
+            ours = self.data["kept_by_head"] or [[0] * len(heads) for heads in kept]
+            layers = zip(ours, kept, strict=True)
+            self.data["kept_by_head"] = [[a + b for a, b in zip(*heads, strict=True)] for heads in layers]
+            self.data["head_requests"] += num_requests
 
 
 class EvictionPromMetrics(KVConnectorPromMetrics):
@@ -91,10 +114,16 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
             counter: Any = self._counter_cls(f"vllm:kv_eviction_{name}", text, labelnames=labelnames)
             engines = per_engine_labelvalues.items()
             self._counters[name] = {engine: counter.labels(*values) for engine, values in engines}
+        of_interval = "mean over the requests evicted in the last interval that had any."
         self._kept: Any = self._gauge_cls(
             "vllm:kv_eviction_kept_tokens",
-            "Tokens a layer keeps per KV head: mean over the requests evicted in the last interval that had any.",
+            f"Tokens a layer keeps, mean over its KV heads, {of_interval}",
             labelnames=[*labelnames, "layer"],
+        )
+        self._kept_by_head: Any = self._gauge_cls(
+            "vllm:kv_eviction_head_kept_tokens",
+            f"Tokens a KV head keeps where heads compete, {of_interval}",
+            labelnames=[*labelnames, "layer", "head"],
         )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
@@ -105,3 +134,7 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
         if requests:
             for layer, tokens in enumerate(transfer_stats_data["kept_tokens"]):
                 self._kept.labels(*labels, str(layer)).set(tokens / requests)
+        by_head = transfer_stats_data["head_requests"]
+        for layer, heads in enumerate(transfer_stats_data["kept_by_head"] if by_head else ()):
+            for head, tokens in enumerate(heads):
+                self._kept_by_head.labels(*labels, str(layer), str(head)).set(tokens / by_head)

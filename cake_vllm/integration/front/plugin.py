@@ -15,8 +15,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from cake_vllm import BELOW_VLLM, MIN_VLLM
 from cake_vllm.config import BUDGET_KEY, CONFIG_KEY, OFF, POLICY_KEY, KVEvictionConfig, flag
-from cake_vllm.integration.args import install_args
-from cake_vllm.integration.patching import wrap
+from cake_vllm.integration.front.args import install_args
+from cake_vllm.integration.front.patching import wrap
 
 # Below the name "vllm", so that vLLM's logging configuration applies.
 logger = init_logger("vllm.cake_vllm")
@@ -25,9 +25,9 @@ CONNECTOR = "KVEvictionConnector"
 
 #: Stock attention backends that can evict, and the class that takes each one's place.
 BACKENDS = {
-    "CPU_ATTN": "cake_vllm.integration.cpu_attention.EvictingCPUBackend",
-    "FLASH_ATTN": "cake_vllm.integration.gpu_attention.EvictingFlashBackend",
-    "TRITON_ATTN": "cake_vllm.integration.gpu_attention.EvictingTritonBackend",
+    "CPU_ATTN": "cake_vllm.integration.worker.cpu_attention.EvictingCPUBackend",
+    "FLASH_ATTN": "cake_vllm.integration.worker.gpu_attention.EvictingFlashBackend",
+    "TRITON_ATTN": "cake_vllm.integration.worker.gpu_attention.EvictingTritonBackend",
 }
 
 

@@ -9,7 +9,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAt
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from cake_vllm.integration.attention import EvictingBackend, EvictingImpl
+from cake_vllm.integration.worker.attention import EvictingBackend, EvictingImpl, Rows
 from cake_vllm.kernels import BlockLayout
 
 
@@ -20,13 +20,20 @@ class HeadMajorImpl(EvictingImpl):
         """See the base class."""
         return side_by_side(block_size, self.head_size, layer.kv_cache.device)
 
-    def flat_cache(self, kv_cache: torch.Tensor) -> torch.Tensor:
-        """See the base class; never a copy, whatever the stride between blocks."""
-        return kv_cache.view(*kv_cache.shape[:2], -1)
+    def with_rows(self, layer: Any, metadata: Any, rows: Rows, table: torch.Tensor, seq_lens: torch.Tensor) -> Any:
+        """See the base class."""
+        return replace(
+            self.with_lengths(layer, metadata, seq_lens),
+            block_table=table,
+            query_start_loc=rows.query_start_loc,
+            num_actual_tokens=rows.num_queries,
+            max_query_len=rows.longest,
+            max_seq_len=table.shape[1] * layer.kv_cache.shape[2],
+        )
 
-    def with_rows(self, layer: Any, metadata: Any, block_table: torch.Tensor, seq_lens: torch.Tensor) -> Any:
+    def with_lengths(self, layer: Any, metadata: Any, seq_lens: torch.Tensor) -> Any:
         """See the base class; a schedule computed ahead for other lengths is dropped, kernels then make their own."""
-        return replace(metadata, block_table=block_table, seq_lens=seq_lens, scheduler_metadata=None)
+        return replace(metadata, seq_lens=seq_lens, scheduler_metadata=None)
 
 
 class HeadMajorBackend(EvictingBackend):

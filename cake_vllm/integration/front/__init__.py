@@ -1,0 +1,1 @@
+"""Runs in the front-end process: flags, the engine's configuration, requests."""

@@ -1,0 +1,148 @@
+"""The block manager while eviction is on, and the check that no block is lost."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
+from vllm.v1.request import Request
+
+
+class ExactPrefixManager(SingleTypeKVCacheManager):
+    """Mixin: what was computed from an evicted cache never enters the prefix cache.
+
+    Attributes:
+        exact_len: by request, the length up to which its tokens were computed from everything before them.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.exact_len: dict[str, int] = {}
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args, **kwargs) -> None:
+        """See the base class."""
+        exact = min(num_tokens, self.exact_len.get(request.request_id, num_tokens))
+        super().cache_blocks(request, exact, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """See the base class."""
+        self.exact_len.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+
+class ExactSlidingWindowManager(ExactPrefixManager, SlidingWindowManager):
+    """A sliding-window layer beside evictable ones."""
+
+
+@dataclass
+class Cut:
+    """What a request that is or will be evicted has beside its row.
+
+    Attributes:
+        columns: private blocks, taken from the pool or from the row, and read in place of the row's first ones.
+        num_traded: leading blocks of the row that they stand for; null blocks lie in their place.
+    """
+
+    columns: list[KVCacheBlock] = field(default_factory=list)
+    num_traded: int = 0
+
+
+class EvictingManager(ExactPrefixManager, FullAttentionManager):
+    """Full attention whose requests may trade the full blocks of their row for fewer private ones.
+
+    The logical row of a request keeps its length: blocks that were given back are null blocks in it, as under a
+    sliding window. Its private columns are kept beside the row and leave with it, so that finish, abort and preemption
+    return them without knowing of them.
+
+    Attributes:
+        cuts: by request that was evicted, what it has beside its row.
+    """
+
+    def __init__(self, kv_cache_spec: Any, **kwargs):
+        kwargs["max_admission_blocks_per_request"] = kv_cache_spec.max_request_blocks
+        super().__init__(kv_cache_spec, **kwargs)
+        self.cuts: dict[str, Cut] = {}
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: Any,
+        *args,
+        **kwargs,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """See the base class; a prompt that will be evicted computes at least the window's queries.
+
+        It is asked with all but the last token of the prompt, which is how it knows where the window begins.
+        """
+        if max_length + 1 > kv_cache_spec.never_evicted_len:
+            max_length = max(max_length + 1 - kv_cache_spec.num_queries, 0)
+        return super().find_longest_cache_hit(
+            block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
+        )
+
+    def trade(self, request_id: str, num_blocks: int, columns: Sequence[KVCacheBlock]) -> list[KVCacheBlock]:
+        """Private columns for the row's first ``num_blocks`` blocks.
+
+        Args:
+            request_id: it has a :class:`Cut`.
+            num_blocks: full blocks.
+            columns: its private columns from now on, among those that it had and the blocks of its row.
+
+        Returns:
+            What it does not need any more, in the order in which it may be overwritten: private columns, which no one
+            can hit, and the row from its end, so that the beginning of a prefix is there the longest.
+        """
+        row, cut = self.req_to_blocks[request_id], self.cuts[request_id]
+        given_up = [*cut.columns, *reversed(row[cut.num_traded : num_blocks])]
+        row[cut.num_traded : num_blocks] = [self._null_block] * (num_blocks - cut.num_traded)
+        stay = {block.block_id for block in columns}
+        cut.columns, cut.num_traded = list(columns), num_blocks
+        return [block for block in given_up if block.block_id not in stay]
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """See the base class; freed from its end, the list gives up the private columns first."""
+        row, cut = super().pop_blocks_for_free(request_id), self.cuts.pop(request_id, None)
+        return row if cut is None else [block for block in row if not block.is_null] + cut.columns
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """None: cascade attention would read the row and not what takes its place."""
+        return 0
+
+
+def num_shared(row: Sequence[KVCacheBlock]) -> int:
+    """How many leading blocks of a row other requests may read too."""
+    return next((index for index in range(len(row), 0, -1) if row[index - 1].ref_cnt > 1), 0)
+
+
+def check_integrity(manager: KVCacheManager) -> None:
+    """Checks that every block of the pool is free or owned exactly as often as its reference count says.
+
+    Raises:
+        AssertionError: naming the first block that is not.
+    """
+    owners: Counter[int] = Counter()
+    for group in manager.coordinator.single_type_managers:
+        rows = list(group.req_to_blocks.values())
+        if isinstance(group, EvictingManager):
+            rows += [cut.columns for cut in group.cuts.values()]
+        owners.update(block.block_id for row in rows for block in row if not block.is_null)
+    pool = manager.block_pool
+    for block in pool.blocks:
+        if not block.is_null:
+            assert block.ref_cnt == owners[block.block_id], (
+                f"block {block.block_id} has {block.ref_cnt} references and {owners[block.block_id]} owners"
+            )
+    free = sum(block.ref_cnt == 0 and not block.is_null for block in pool.blocks)
+    assert pool.get_num_free_blocks() == free, f"{free} blocks are unowned, {pool.get_num_free_blocks()} are free"

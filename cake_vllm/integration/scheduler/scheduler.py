@@ -1,0 +1,403 @@
+"""The scheduler half: decides when a request is evicted, lends it private columns, and frees what it gives up.
+
+Runs in the scheduler's process and touches no KV tensor.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import SchedulerConfig
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.request import Request
+
+from cake_vllm.config import AUTO, OFF, REPORT_KEY, KVEvictionConfig
+from cake_vllm.integration.messages import Blocks, Counts, Eviction, Grant, Observation, Redirected, StepPlan
+from cake_vllm.integration.metrics import EvictionStats
+from cake_vllm.integration.scheduler.cache_manager import Cut, EvictingManager, ExactPrefixManager, num_shared
+from cake_vllm.integration.scheduler.spec import evictable_groups
+
+logger = init_logger("vllm.cake_vllm.scheduler")
+
+
+@dataclass
+class Tracked:
+    """A request since it was last started from its first token.
+
+    Attributes:
+        config: its settings, its own or the engine's; ``None``: it is not to be evicted.
+        first_computed: position of the first token that was not taken from the prefix cache; ``None`` before it ran.
+        by_head: whether its owners are KV heads; ``None`` as long as the worker does not redirect its rows.
+        num_pending: evictions that the worker has not reported yet.
+        kept: tokens that each owner held after the last eviction.
+        failed: whether the policy raised; the request keeps what it has from then on.
+    """
+
+    request: Request
+    config: KVEvictionConfig | None
+    first_computed: int | None = None
+    by_head: bool | None = None
+    num_pending: int = 0
+    kept: Counts | None = None
+    failed: bool = False
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An eviction that the worker has not reported yet.
+
+    Attributes:
+        tracked: the request as it was when the eviction was granted; if it was preempted since, it is another object.
+        length: logical length of the request after the step, tokens.
+        is_prompt_end: whether its prompt ended with the step.
+        columns: by group, what the grant names.
+        num_lent: how many of these, over all groups, came from the pool with this grant.
+        in_place: whether some of them are blocks of its row.
+    """
+
+    tracked: Tracked
+    length: int
+    is_prompt_end: bool
+    columns: list[list[KVCacheBlock]]
+    num_lent: int
+    in_place: bool
+
+
+class EvictionScheduler:
+    """Follows every request from its first chunk to its last token.
+
+    A request is *prefilling* until its last chunk is scheduled. Then its prompt is evicted, with progressive prefill
+    after every chunk that leaves more than the budget; if that would free nothing, it is left alone. While it decodes
+    it may have to give back a block whenever it has filled one. Preemption puts it back to the start: it will compute
+    its prompt and its tokens again and be evicted at that length.
+
+    In a step that evicts nothing, requests are not gone through one by one: those in prefill are in a set of their own,
+    and one that decodes is in the list of the step that fills its block.
+    """
+
+    def __init__(
+        self, config: KVEvictionConfig, kv_cache_config: KVCacheConfig, limits: SchedulerConfig, max_model_len: int
+    ):
+        self.config = config
+        self.limits = limits
+        self.max_model_len = max_model_len
+        self.groups = evictable_groups(kv_cache_config)
+        self.block_size = kv_cache_config.kv_cache_groups[self.groups[0]].kv_cache_spec.block_size
+        self.stats = EvictionStats.empty()
+        self._tracked: dict[str, Tracked] = {}
+        self._prefilling: dict[str, Tracked] = {}
+        # Requests whose rows the worker redirects, by whether their owners are KV heads.
+        self._redirected: dict[bool, set[str]] = {False: set(), True: set()}
+        # By number of the step, decoding requests to look at.
+        self._due: defaultdict[int, list[Tracked]] = defaultdict(list)
+        self._step = 0
+        self._epochs = itertools.count(1)
+        # Evictions under way, by epoch.
+        self._pending: dict[int, Pending] = {}
+
+    def bind(self, manager: KVCacheManager) -> None:
+        """Takes hold of the block managers."""
+        every = manager.coordinator.single_type_managers
+        self._managers: list[EvictingManager] = [every[group] for group in self.groups]  # type: ignore[misc]
+        self._exact: list[ExactPrefixManager] = [group for group in every if isinstance(group, ExactPrefixManager)]
+        self._pool = manager.block_pool
+
+    def add(self, request: Request) -> None:
+        """A request has arrived. What it asks for was checked in the front end."""
+        config = self.config.for_request(_asked(request), self.max_model_len)
+        self._track(Tracked(request, config))
+        if config is None or config is self.config:
+            return
+        if (
+            config.policy.num_queries > self.config.policy.num_queries
+            or config.never_evicted_len() < self.config.never_evicted_len()
+        ):
+            # Prefix lookup leaves what the engine's settings need to be computed, and this one needs more.
+            request.skip_reading_prefix_cache = True
+
+    def remove(self, request_id: str) -> dict[str, Any] | None:
+        """A request has finished or was aborted; its columns leave with its block rows.
+
+        Returns what was kept of it, if it asked.
+        """
+        tracked = self._forget(request_id)
+        if tracked is None or not (_asked(tracked.request) or {}).get(REPORT_KEY):
+            return None
+        config = tracked.config
+        report = {"policy": config.policy_name if config else OFF, "budget": config.budget if config else None}
+        return {"kv_eviction": {**report, "kept_tokens": kept_tokens(tracked.kept)}}
+
+    def plan(self, output: SchedulerOutput) -> StepPlan:
+        """What the worker has to know for the step that ``output`` describes."""
+        self._step += 1
+        preempted = output.preempted_req_ids or ()
+        for request_id in preempted:
+            if tracked := self._forget(request_id):
+                self._track(Tracked(tracked.request, tracked.config))
+        scheduled = output.num_scheduled_tokens
+        redirected = {
+            by_head: Redirected(len(new), sum(new), max(new))
+            for by_head, names in self._redirected.items()
+            if (new := [scheduled[name] for name in names if name in scheduled])
+        }
+        grown = self._grown(output) if redirected else {}
+        observations = []
+        for request_id in [name for name in self._prefilling if name in scheduled]:
+            tracked = self._prefilling[request_id]
+            assert tracked.config is not None
+            observations.append(self._observe_prompt(tracked, tracked.config, output))
+        for tracked in self._due.pop(self._step, ()):
+            if self._tracked.get(tracked.request.request_id) is tracked:
+                observations.append(self._observe_decoding(tracked, output))
+        return StepPlan(
+            tuple(output.finished_req_ids | set(preempted)), tuple(filter(None, observations)), grown, redirected
+        )
+
+    def finish(self, evictions: Mapping[str, Eviction]) -> None:
+        """Frees what the worker reports as given up. Reports for requests that left meanwhile are void."""
+        for request_id, eviction in evictions.items():
+            pending = self._pending.pop(eviction.epoch, None)
+            if pending is None or request_id not in self._managers[0].cuts:
+                continue
+            tracked = pending.tracked
+            tracked.num_pending -= 1
+            tracked.kept = eviction.kept
+            if eviction.failed:
+                tracked.failed = True
+                self._prefilling.pop(request_id, None)
+            num_freed = self._trade(request_id, pending, eviction) if eviction.is_traded else 0
+            self.stats.record(
+                eviction,
+                num_freed,
+                self.block_size,
+                pending.in_place,
+                pending.length if pending.is_prompt_end else None,
+            )
+            logger.debug(
+                "evicted request %s at %d tokens%s: layers keep %s tokens, %d columns",
+                request_id,
+                pending.length,
+                " in place" if pending.in_place else "",
+                kept_tokens(eviction.kept),
+                eviction.columns,
+            )
+
+    def _track(self, tracked: Tracked) -> None:
+        request_id = tracked.request.request_id
+        self._tracked[request_id] = tracked
+        if tracked.config is not None:
+            self._prefilling[request_id] = tracked
+
+    def _forget(self, request_id: str) -> Tracked | None:
+        tracked = self._tracked.pop(request_id, None)
+        self._prefilling.pop(request_id, None)
+        if tracked is not None and tracked.by_head is not None:
+            self._redirected[tracked.by_head].discard(request_id)
+        if tracked is not None and tracked.num_pending:
+            self._pending = {epoch: other for epoch, other in self._pending.items() if other.tracked is not tracked}
+        return tracked
+
+    def _grown(self, output: SchedulerOutput) -> dict[str, Blocks]:
+        """Blocks that redirected requests were given for this step."""
+        cached = output.scheduled_cached_reqs
+        given = [(name, ids) for name, ids in zip(cached.req_ids, cached.new_block_ids, strict=True) if ids is not None]
+        return {
+            name: tuple(tuple(ids[group]) for group in self.groups)
+            for name, ids in given
+            if name in self._redirected[False] or name in self._redirected[True]
+        }
+
+    def _next_blocks(self, output: SchedulerOutput) -> int:
+        """Blocks that must be left, under asynchronous scheduling what this step's requests may take for the next."""
+        if not self.limits.async_scheduling:
+            return 0
+        num_tokens = sum(
+            max(request.num_tokens - request.num_computed_tokens - output.num_scheduled_tokens[request.request_id], 1)
+            for request in (self._tracked[request_id].request for request_id in output.num_scheduled_tokens)
+        )
+        num_tokens = min(num_tokens, self.limits.max_num_batched_tokens)
+        return (num_tokens // self.block_size + len(output.num_scheduled_tokens)) * len(self._managers)
+
+    def _budget(self, config: KVEvictionConfig, prompt_len: int) -> int:
+        """Tokens per layer for a request with a prompt of this length."""
+        if config.budget != AUTO:
+            return config.tokens(prompt_len, 0)
+        capacity = self._pool.num_gpu_blocks // len(self._managers) * self.block_size
+        sharing = min(len(self._tracked), self.limits.max_num_seqs)
+        if sharing > 1 or config.is_progressive:
+            # Room for one prompt in prefill, whoever's it is; the rest is divided.
+            prefill = max(tracked.request.num_tokens for tracked in self._tracked.values())
+            if config.is_progressive:
+                prefill = min(prefill, 2 * self.limits.max_num_batched_tokens)
+            capacity = max(capacity - prefill, 0) // sharing
+        return config.tokens(prompt_len, capacity)
+
+    def _observe_prompt(
+        self, tracked: Tracked, config: KVEvictionConfig, output: SchedulerOutput
+    ) -> Observation | None:
+        request, policy = tracked.request, config.policy
+        end = request.num_computed_tokens + output.num_scheduled_tokens[request.request_id]
+        if tracked.first_computed is None:
+            tracked.first_computed = request.num_computed_tokens
+        prompt_len = request.num_tokens
+        is_last = end >= prompt_len
+        if is_last:
+            del self._prefilling[request.request_id]
+            if config.decode != "off":
+                self._look_again(tracked, end)
+            prompt_len = end
+        budget = self._budget(config, prompt_len)
+        is_rescored = config.num_rescoring > 0
+        if not (is_rescored or policy.is_evicted(prompt_len, budget)):
+            return None
+        # Without the whole window the scores would be others: served in full.
+        is_whole = end - tracked.first_computed >= policy.num_queries
+        grant = None
+        if is_whole and (is_last or config.is_progressive) and policy.is_evicted(end, budget):
+            grant = self._grant(tracked, end, budget, output, is_prompt_end=is_last)
+        if grant is None and end <= prompt_len - policy.num_queries and not config.is_progressive:
+            return None
+        return self._observation(tracked, end, output, grant, is_last and not is_rescored)
+
+    def _observe_decoding(self, tracked: Tracked, output: SchedulerOutput) -> Observation | None:
+        request, config = tracked.request, tracked.config
+        if config is None or tracked.failed:
+            return None
+        num_tokens = output.num_scheduled_tokens.get(request.request_id)
+        if num_tokens is None:
+            self._due[self._step + 1].append(tracked)
+            return None
+        end = request.num_computed_tokens + num_tokens
+        self._look_again(tracked, end)
+        if -end % self.block_size >= config.num_watched:
+            return None
+        budget = self._budget(config, request.num_prompt_tokens)
+        if tracked.by_head is None and -(-end // self.block_size) <= -(-budget // self.block_size):
+            return None
+        # Right after its prompt an eviction may not be reported yet: the next block will do.
+        can_cut = not tracked.num_pending and end % self.block_size == 0
+        grant = self._grant(tracked, end, budget, output) if can_cut else None
+        return self._observation(tracked, end, output, grant, is_last=not config.num_rescoring)
+
+    def _look_again(self, tracked: Tracked, end: int) -> None:
+        """Puts a decoding request down for the step in which it comes to the end of a block, a token at a time."""
+        assert tracked.config is not None
+        missing = -(end + 1) % self.block_size
+        self._due[self._step + 1 + max(missing - tracked.config.num_watched + 1, 0)].append(tracked)
+
+    def _observation(
+        self, tracked: Tracked, end: int, output: SchedulerOutput, grant: Grant | None, is_last: bool
+    ) -> Observation:
+        request_id = tracked.request.request_id
+        own = tracked.config if tracked.config is not self.config else None
+        tail = self._managers[0].req_to_blocks[request_id][(end - 1) // self.block_size].block_id
+        return Observation(request_id, end, output.num_scheduled_tokens[request_id], tail, grant, is_last, own)
+
+    def _grant(
+        self, tracked: Tracked, end: int, budget: int, output: SchedulerOutput, is_prompt_end: bool | None = None
+    ) -> Grant | None:
+        """Leave to evict a request, and the columns for it.
+
+        Args:
+            tracked: the request.
+            end: its logical length after the step.
+            budget: mean tokens per layer.
+            output: the step.
+            is_prompt_end: ``None`` while it decodes.
+
+        Returns:
+            ``None`` if nothing would be freed, or if neither the pool nor the request has blocks to write to.
+        """
+        config = tracked.config
+        assert config is not None
+        request_id, divides = tracked.request.request_id, is_prompt_end is not None
+        num_blocks = end // self.block_size
+        found = self._columns(tracked, num_blocks, budget, divides, output)
+        if found is None:
+            return None
+        columns, num_lent, in_place = found
+        if divides:
+            # What fits in any case; less than was asked for only if the pool could not lend as much.
+            budget = min(budget, (len(columns[0]) - 1) * self.block_size)
+        if tracked.by_head is None:
+            tracked.by_head = divides and config.policy.selection != "layer"
+            self._redirected[tracked.by_head].add(request_id)
+            for group in self._exact:
+                group.exact_len[request_id] = end
+        tail = _ids(manager.req_to_blocks[request_id][num_blocks:] for manager in self._managers)
+        grant = Grant(next(self._epochs), budget, divides, tracked.by_head, _ids(columns), tail)
+        tracked.num_pending += 1
+        self._pending[grant.epoch] = Pending(tracked, end, bool(is_prompt_end), columns, num_lent, in_place)
+        return grant
+
+    def _columns(
+        self, tracked: Tracked, num_blocks: int, budget: int, divides: bool, output: SchedulerOutput
+    ) -> tuple[list[list[KVCacheBlock]], int, bool] | None:
+        """The private columns of an eviction: those that the request has, new ones, or blocks of its own row.
+
+        Owners round up to whole pages: ``n`` of them, with ``n * budget`` tokens in sum, need at most
+        ``n * (budget + B - 1) / B`` pages, and a policy may round a count up by one.
+
+        Returns:
+            By group, as many for each; how many come from the pool, and whether some are blocks of the row.
+        """
+        request_id, size = tracked.request.request_id, self.block_size
+        pending = [other for other in self._pending.values() if other.tracked is tracked]
+        if pending:
+            # What an eviction under way leaves is not known yet.
+            return pending[-1].columns, 0, False
+        cuts = [manager.cuts.get(request_id) or Cut() for manager in self._managers]
+        num_held = len(cuts[0].columns)
+        needed = -(-(budget + size) // size) if divides else num_held or -(-budget // size)
+        if not num_held and needed >= num_blocks:
+            return None
+        missing = max(needed - num_held, 0)
+        own: list[list[KVCacheBlock]] = [[] for _ in cuts]
+        if missing * len(cuts) + (missing and self._next_blocks(output)) > self._pool.get_num_free_blocks():
+            for blocks, manager, cut in zip(own, self._managers, cuts, strict=True):
+                row = manager.req_to_blocks[request_id][:num_blocks]
+                blocks += row[max(num_shared(row), cut.num_traded) :][:missing]
+        counts = [missing - len(blocks) for blocks in own]
+        if sum(counts) > self._pool.get_num_free_blocks():
+            self.stats.data["postponed"] += 1
+            return None
+        # Nobody may hit what is about to be overwritten.
+        self._pool.evict_blocks({block.block_id for blocks in own for block in blocks})
+        lent = iter(self._pool.get_new_blocks(sum(counts)))
+        columns = []
+        for manager, cut, blocks, count in zip(self._managers, cuts, own, counts, strict=True):
+            new = list(itertools.islice(lent, count))
+            columns.append([*cut.columns, *blocks, *new])
+            cut.columns = cut.columns + new
+            manager.cuts[request_id] = cut
+        return columns, sum(counts), any(own)
+
+    def _trade(self, request_id: str, pending: Pending, eviction: Eviction) -> int:
+        """Frees what the request gave up; returns by how many blocks fewer it holds now than before the grant."""
+        num_blocks = pending.length // self.block_size
+        # A later eviction, already planned, may use any of the columns.
+        num_columns = None if pending.tracked.num_pending else eviction.columns
+        freed = []
+        for manager, columns in zip(self._managers, pending.columns, strict=True):
+            freed += manager.trade(request_id, num_blocks, columns[:num_columns])
+        self._pool.free_blocks(freed)
+        return len(freed) - pending.num_lent
+
+
+def kept_tokens(kept: Counts | None) -> list[int | list[int]] | None:
+    """As people read it: a number for each layer, or one for each KV head where heads may differ."""
+    return None if kept is None else [layer[0] if len(layer) == 1 else list(layer) for layer in kept]
+
+
+def _ids(rows: Iterable[Iterable[KVCacheBlock]]) -> Blocks:
+    return tuple(tuple(block.block_id for block in row) for row in rows)
+
+
+def _asked(request: Request) -> dict[str, Any] | None:
+    return request.sampling_params.extra_args if request.sampling_params else None

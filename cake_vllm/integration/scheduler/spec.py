@@ -1,0 +1,72 @@
+"""The KV cache spec of evictable layers: vLLM's own, with a block manager of ours and what that has to know."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from vllm.config import VllmConfig
+from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
+from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
+
+from cake_vllm.integration.scheduler.cache_manager import EvictingManager, ExactSlidingWindowManager
+
+# vLLM fills an empty registry only: registering first would leave its own specs without managers.
+register_all_kvcache_specs(None)
+
+
+@register_kv_cache_spec(manager_class=ExactSlidingWindowManager, uniform_type_base_spec=SlidingWindowSpec)
+@dataclass(frozen=True, kw_only=True)
+class ExactSlidingWindowSpec(SlidingWindowSpec):
+    """A sliding window beside evictable layers: what it computes of an evicted request is not cached either."""
+
+
+@register_kv_cache_spec(manager_class=EvictingManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class EvictableSpec(FullAttentionSpec):
+    """Full attention whose requests may trade the full blocks of their row for private columns.
+
+    Attributes:
+        num_queries: last queries of a prompt that must be computed for its eviction, whatever the prefix cache has.
+        never_evicted_len: prompts up to this length need none, tokens.
+        max_request_tokens: what a layer holds of a request at most, in the mean; ``None``: everything.
+    """
+
+    num_queries: int = 0
+    never_evicted_len: int = 0
+    max_request_tokens: int | None = None
+
+    @property
+    def max_request_blocks(self) -> int | None:
+        """:attr:`max_request_tokens` in blocks: columns are rounded up twice, and the last block is a partial one."""
+        if self.max_request_tokens is None:
+            return None
+        return -(-self.max_request_tokens // self.block_size) + 3
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """What one request of the model's length needs at most; vLLM asks when it sizes the pool."""
+        everything = super().max_memory_usage_bytes(vllm_config)
+        blocks = self.max_request_blocks
+        return everything if blocks is None else min(everything, blocks * self.page_size_bytes)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """Merges the specs of a group's layers, which are equal; vLLM's own forgets fields that it does not know."""
+        assert all(spec == specs[0] for spec in specs), "evictable layers of one group have one spec"
+        return specs[0]
+
+
+def evictable_groups(kv_cache_config: KVCacheConfig) -> list[int]:
+    """Ids of the groups of evictable layers; several where vLLM splits them beside sliding-window layers.
+
+    Raises:
+        RuntimeError: if there is none; the engine would serve without eviction.
+    """
+    groups = enumerate(kv_cache_config.kv_cache_groups)
+    found = [group_id for group_id, group in groups if isinstance(group.kv_cache_spec, EvictableSpec)]
+    if not found:
+        raise RuntimeError(
+            "--kv-eviction found no layer to evict from: this model has no full-attention layer, its layers have "
+            "KV caches of different shapes, or vLLM chose an attention backend other than CPU_ATTN, FLASH_ATTN and "
+            "TRITON_ATTN (set --attention-backend)"
+        )
+    return found

@@ -1,0 +1,222 @@
+"""The part of the attention backends that does not depend on the backend.
+
+A backend that evicts is its stock backend with two differences: layers of full attention get a KV cache spec of ours,
+and a layer's forward may have a step's work beside it: rows that read private pages, and requests whose queries and
+keys have to be looked at. Both apply only while eviction is on in the engine at hand; otherwise every class here hands
+out the stock one, and in a step without such work the stock forward is all that runs.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec, replace_as
+
+from cake_vllm.integration.front.plugin import eviction_config
+from cake_vllm.kernels import BlockLayout, Grid
+
+#: Name under which a step's work hangs on the attention metadata of evictable layers.
+STEP = "kv_eviction_step"
+
+
+class EvictingBackend:
+    """Mixin for an ``AttentionBackend``; put it first among the bases."""
+
+    stock_impl: ClassVar[type[AttentionImpl]]
+    evicting_impl: ClassVar[type[AttentionImpl]]
+    # Layers are built under the engine's config, specs are asked for later without one.
+    _spec_fields: ClassVar[dict[str, Any] | None] = None
+
+    @classmethod
+    def get_impl_cls(cls) -> type[AttentionImpl]:
+        """The evicting implementation if eviction is on in the current engine, else the stock one."""
+        vllm_config = get_current_vllm_config_or_none()
+        config = eviction_config(vllm_config)
+        if config is None or vllm_config is None:
+            cls._spec_fields = None
+            return cls.stock_impl
+        from cake_vllm.integration.worker.projections import remember_projections
+
+        remember_projections()
+        max_model_len, in_flight = vllm_config.model_config.max_model_len, vllm_config.max_in_flight_tokens
+        cls._spec_fields = {
+            "num_queries": config.policy.num_queries,
+            "never_evicted_len": config.never_evicted_len(),
+            "max_request_tokens": config.max_request_tokens(max_model_len, in_flight),
+        }
+        return cls.evicting_impl
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Gives layers of full attention a spec of ours, whose manager lets them give blocks back."""
+        spec = super().customize_spec(spec)  # type: ignore[misc]
+        if cls._spec_fields is None:
+            return spec
+        from cake_vllm.integration.scheduler.spec import EvictableSpec, ExactSlidingWindowSpec
+
+        if type(spec) is SlidingWindowSpec:
+            return replace_as(spec, ExactSlidingWindowSpec)
+        if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
+            return spec
+        return replace_as(spec, EvictableSpec, **cls._spec_fields)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Evicted rows of a step whose owners are of one kind, as sequences of their own.
+
+    With layers as owners a row is a sequence. With KV heads as owners it is ``Hkv`` sequences of one KV head and ``G``
+    query heads each: queries ``[T, Hq, D]`` are read as ``[T * Hkv, G, D]``.
+
+    Attributes:
+        by_head: whether the owners are KV heads.
+        tables: ``[L, N, C]`` int32, pages of the global view (head pages by head).
+        lengths: ``[L, N]`` int32.
+        query_start_loc: ``[N + 1]`` int32.
+        num_queries: of all sequences together.
+        longest: queries of the sequence with the most.
+        index: ``[num_queries]`` int64 where they are among the step's; ``None``: they are all of them, in order.
+    """
+
+    by_head: bool
+    tables: torch.Tensor
+    lengths: torch.Tensor
+    query_start_loc: torch.Tensor
+    num_queries: int
+    longest: int
+    index: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """Hung on the metadata of evictable layers for one step.
+
+    Attributes:
+        grid: the global view.
+        stock: the metadata for rows that were not evicted; ``None`` if there are none.
+        redirected: the others.
+        observe: shown each layer's index and queries ``[T, Hq, D]``, post-RoPE, after its forward; or ``None``.
+    """
+
+    grid: Grid
+    stock: Any
+    redirected: list[Rows]
+    observe: Callable[[int, torch.Tensor], None] | None
+
+
+class EvictingImpl(AttentionImpl):
+    """Mixin for an ``AttentionImpl``; put it first among the bases.
+
+    Attributes:
+        layer_index: rank of the layer among the evictable ones of its worker, in model order.
+    """
+
+    layer_index = -1
+    num_kv_heads: int
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)  # type: ignore[safe-super]
+        given: dict[str, Any] = dict(zip(_IMPL_ARGUMENTS, args, strict=False)) | kwargs
+        checks = [
+            (given.get("alibi_slopes") is not None, "ALiBi, whose bias depends on where a key lies"),
+            (given.get("sinks") is not None, "attention sinks"),
+            (given.get("kv_sharing_target_layer_name") is not None, "layers that share one KV cache"),
+            (given.get("attn_type", AttentionType.DECODER) != AttentionType.DECODER, "encoder attention"),
+        ]
+        for refused, what in checks:
+            if refused:
+                raise ValueError(f"--kv-eviction cannot evict from models with {what}: serve this one without the flag")
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The stock forward, with rows that were evicted reading their own pages.
+
+        The stock call covers all rows, evicted ones with nothing but their new tokens; what it gives these is
+        overwritten. If all rows were evicted it is left out. Keys and values have been written by then, by vLLM.
+        """
+        step: StepWork | None = getattr(attn_metadata, STEP, None)
+        stock = attn_metadata if step is None else step.stock
+        if stock is not None:
+            self._stock_forward(layer, query, key, value, kv_cache, stock, output, *args, **kwargs)
+        if step is not None:
+            for rows in step.redirected:
+                self._attend(step.grid, rows, layer, query, key, value, attn_metadata, output)
+            if step.observe is not None:
+                step.observe(self.layer_index, query)
+        return output
+
+    def _stock_forward(self, *args: Any, **kwargs: Any) -> None:
+        super().forward(*args, **kwargs)  # type: ignore[safe-super]
+
+    def _attend(
+        self,
+        grid: Grid,
+        rows: Rows,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        metadata: Any,
+        output: torch.Tensor,
+    ) -> None:
+        impl, cache = (self._of_one_head, grid.head_pages) if rows.by_head else (self, grid.pages)
+        own = impl.with_rows(layer, metadata, rows, rows.tables[self.layer_index], rows.lengths[self.layer_index])
+        # [tokens, heads, D], or [tokens * Hkv, G, D]
+        queries = query.reshape(-1, impl.num_heads, query.shape[-1])
+        results = output.view(-1, impl.num_heads, output.shape[-1])
+        if rows.index is None:
+            impl._stock_forward(layer, queries, key, value, cache, own, results)
+            return
+        queries = queries.index_select(0, rows.index)
+        chosen = torch.empty_like(queries, dtype=output.dtype)
+        impl._stock_forward(layer, queries, key, value, cache, own, chosen)
+        results.index_copy_(0, rows.index, chosen)
+
+    @cached_property
+    def _of_one_head(self) -> "EvictingImpl":
+        """The same for sequences of one KV head."""
+        one = copy(self)
+        one.num_heads, one.num_kv_heads = self.num_heads // self.num_kv_heads, 1
+        return one
+
+    @abstractmethod
+    def block_layout(self, layer: Any, block_size: int) -> BlockLayout:
+        """Where this backend keeps keys and values inside a head page."""
+
+    @abstractmethod
+    def with_rows(self, layer: Any, metadata: Any, rows: Rows, table: torch.Tensor, seq_lens: torch.Tensor) -> Any:
+        """A copy of ``metadata`` for sequences that read ``table`` (``[N, C]``) up to ``seq_lens`` (``[N]``)."""
+
+    @abstractmethod
+    def with_lengths(self, layer: Any, metadata: Any, seq_lens: torch.Tensor) -> Any:
+        """A copy of ``metadata`` with other lengths (``[R]``)."""
+
+
+_IMPL_ARGUMENTS = (
+    "num_heads",
+    "head_size",
+    "scale",
+    "num_kv_heads",
+    "alibi_slopes",
+    "sliding_window",
+    "kv_cache_dtype",
+    "logits_soft_cap",
+    "attn_type",
+    "kv_sharing_target_layer_name",
+)

@@ -1,0 +1,152 @@
+"""What evicted requests hold in private columns, and how tokens come there.
+
+An eviction goes through three steps: what every owner *reads* now; how many pages it shall have, and which
+(:func:`cake_vllm.kernels.deal`); and moving what it keeps there, in an order in which nobody writes to a page whose
+owner still has to read it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cake_vllm.integration.messages import Blocks, Counts
+from cake_vllm.kernels import BlockLayout, Grid, deal, to_device
+
+
+@dataclass(frozen=True)
+class Held:
+    """What an evicted request reads in place of the first blocks of its row.
+
+    Owners are layers, or the KV heads of all layers, layer by layer; there are ``n``.
+
+    Attributes:
+        by_head: whether the owners are KV heads.
+        start: blocks of the row that the pages stand for.
+        pages: ``[n, W]`` int64 on the host, the pages (head pages by head) dealt to each owner, those in use first.
+        dealt: ``[n]`` int64, how many these are.
+        used: ``[n]`` int64, how many of them hold tokens.
+        num_columns: the private columns that they lie in.
+        counts: ``[L][H]`` candidates that the policy gave each owner.
+    """
+
+    by_head: bool
+    start: int
+    pages: torch.Tensor
+    dealt: torch.Tensor
+    used: torch.Tensor
+    num_columns: int
+    counts: Counts
+
+    def of_layer(self, layer: int, numbers: torch.Tensor) -> torch.Tensor:
+        """The part of ``[n, ...]`` that belongs to a layer."""
+        each = len(self.counts[0])
+        return numbers[layer * each : (layer + 1) * each]
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What the KV heads of a layer read at some moment, in position order, aligned at the end.
+
+    Attributes:
+        table: ``[Hkv, C]`` int64 head pages; 0 before the beginning of a head that has fewer.
+        length: tokens of the head with the most; the columns of :attr:`table`, of which the last may be partial.
+        missing: for each head, pages by which it has fewer.
+    """
+
+    table: torch.Tensor
+    length: int
+    missing: list[int]
+
+    def valid(self, block_size: int) -> torch.Tensor | None:
+        """``[Hkv, length]`` bool, where there is something; ``None`` if it is everywhere."""
+        if not any(self.missing):
+            return None
+        first = to_device(self.missing, torch.int64, self.table.device).unsqueeze(1) * block_size
+        return torch.arange(self.length, device=self.table.device) >= first
+
+
+def read(grid: Grid, layer: int, held: Held | None, rows: Sequence[torch.Tensor], end: int, block_size: int) -> Reads:
+    """What a layer of a request reads at logical length ``end``, given its ``[groups][C]`` row."""
+    start = held.start if held else 0
+    row = rows[grid.group_of[layer]][start : -(-end // block_size)]
+    table, most, missing = grid.heads_of(grid.layer_pages(layer, row)), 0, [0] * grid.num_heads
+    if held is not None:
+        used, pages = held.of_layer(layer, held.used).tolist(), held.of_layer(layer, held.pages).tolist()
+        most = max(used)
+        # [1 or Hkv, most]
+        private = [[0] * (most - count) + mine[:count] for count, mine in zip(used, pages, strict=True)]
+        ids = to_device(private, torch.int64, table.device).view(len(used), most)
+        table = torch.cat([ids if held.by_head else grid.heads_of(ids[0]), table], dim=1)
+        if held.by_head:
+            missing = [most - count for count in used]
+    return Reads(table, end - (start - most) * block_size, missing)
+
+
+def redeal(
+    grid: Grid, held: Held | None, columns: Blocks, by_head: bool, needs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Deals pages of the granted columns to all owners.
+
+    Args:
+        grid: the global view.
+        held: what they have now.
+        columns: ``[groups][P]`` of the grant; those that the request holds come first.
+        by_head: whether the owners are KV heads.
+        needs: ``[n]`` int64 pages for each.
+
+    Returns:
+        ``[n, W]`` int64 pages, the owners to be moved last (``[n]`` bool), and the columns in use, as few as possible.
+    """
+    homes = grid.homes(columns, by_head)
+    num_owners = homes.shape[1]
+    # Blocks of the row that are rewritten in place are read by the owners whose homes they are; the pages of blocks
+    # from the pool are read by nobody, and may as well be theirs.
+    known = held.num_columns if held else 0
+    local = torch.arange(homes.numel()).view(-1, num_owners)[known:].T
+    if held is not None:
+        local = torch.cat([_local(held, homes), local], dim=1)
+    num_columns = -(-int(needs.sum()) // num_owners)
+    dealt, last = deal(local, needs, num_columns)
+    return homes.flatten()[dealt.clamp(min=0)], last, num_columns
+
+
+def _local(held: Held, homes: torch.Tensor) -> torch.Tensor:
+    """``[n, W]`` local ids of the pages dealt to each owner, -1 where there is none among ``homes``."""
+    ids, order = homes.flatten().sort()
+    place = torch.searchsorted(ids, held.pages).clamp(max=len(ids) - 1)
+    known = (ids[place] == held.pages) & (torch.arange(held.pages.shape[1]) < held.dealt.unsqueeze(1))
+    return torch.where(known, order[place], -1)
+
+
+def move(
+    grid: Grid,
+    layout: BlockLayout,
+    reads: Sequence[Reads],
+    chosen: Sequence[Sequence[torch.Tensor]],
+    new: Held,
+    last: torch.Tensor,
+) -> Iterator[list[int]]:
+    """Moves what owners keep into their pages; yields the owners that have been moved, a few at a time.
+
+    Args:
+        grid: the global view; its buffer is modified.
+        layout: order of the elements in a head page.
+        reads: of all layers, before.
+        chosen: ``[L][Hkv]`` positions that each head keeps, counted in what it reads; whole pages of them.
+        new: the pages to move to.
+        last: ``[n]`` bool, owners to be moved after the others.
+    """
+    each, block_size = len(new.counts[0]), layout.block_size
+    for is_last in (False, True):
+        for layer, (source, positions) in enumerate(zip(reads, chosen, strict=True)):
+            owners = [owner for owner in range(layer * each, (layer + 1) * each) if bool(last[owner]) == is_last]
+            if not owners:
+                continue
+            heads = [owner - layer * each for owner in owners] if new.by_head else range(grid.num_heads)
+            pages = torch.cat([source.table[head][positions[head] // block_size] for head in heads])
+            slots = torch.cat([positions[head] for head in heads]) % block_size
+            ids = [page for owner in owners for page in new.pages[owner, : int(new.used[owner])].tolist()]
+            target = to_device(ids, torch.int64, pages.device)
+            layout.move(grid.cache, pages, slots, target if new.by_head else grid.heads_of(target).flatten())
+            yield owners

@@ -1,0 +1,446 @@
+"""The worker half: scores prompts as they are computed, moves what they keep, and redirects what attention reads.
+
+Runs in every worker process and frees no block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tp_group
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from cake_vllm.config import KVEvictionConfig
+from cake_vllm.integration.messages import Counts, Eviction, EvictionReport, Grant, Observation, Redirected, StepPlan
+from cake_vllm.integration.scheduler.spec import evictable_groups
+from cake_vllm.integration.worker.attention import STEP, EvictingImpl, Rows, StepWork
+from cake_vllm.integration.worker.dealing import Held, Reads, move, read, redeal
+from cake_vllm.integration.worker.projections import output_projection
+from cake_vllm.kernels import BlockLayout, EvictedRows, Grid, to_device
+from cake_vllm.policies import LayerInputs, LayerScore, PagedPrompt, Policy
+
+logger = init_logger("vllm.cake_vllm.worker")
+
+
+@dataclass
+class Watched:
+    """What is remembered of a request between its steps or, beside the queries, between the layers of one.
+
+    Attributes:
+        queries: by layer, the last queries computed so far, as many as the policy needs: ``[n, Hq, D]``.
+        rows: ``[groups][C]`` block ids, its logical row in this step.
+        reads: by layer, what it reads, if the request is to be evicted.
+        scores: by layer, if the budget is to be divided.
+        chosen: by layer, for each KV head the positions to keep, whole pages of them.
+        error: what the policy raised.
+    """
+
+    queries: dict[int, torch.Tensor] = field(default_factory=dict)
+    rows: list[torch.Tensor] = field(default_factory=list)
+    reads: dict[int, Reads] = field(default_factory=dict)
+    scores: dict[int, LayerScore] = field(default_factory=dict)
+    chosen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Batched:
+    """Where an observed request lies in the batch; on the device, so that nothing has to wait for it.
+
+    Attributes:
+        end: ``[1]``, behind its last query token.
+    """
+
+    what: Observation
+    end: torch.Tensor
+
+    def recent(self, query: torch.Tensor, count: int) -> torch.Tensor:
+        """Its last ``count`` queries of a step's ``[num_tokens, Hq, D]``, or all if there are fewer."""
+        count = min(count, self.what.num_tokens)
+        return query.index_select(0, self.end - count + torch.arange(count, device=query.device))
+
+
+class EvictableLayer:
+    """One attention layer: its module and its backend."""
+
+    def __init__(self, name: str, module: Any, group: int, block_size: int):
+        self.name = name
+        self.module = module
+        self.group = group
+        self.block_size = block_size
+        self.impl: EvictingImpl = module.impl
+        self.soft_cap = float(getattr(self.impl, "logits_soft_cap", 0) or 0)
+
+    @property
+    def layout(self) -> BlockLayout:
+        """Order of the elements in a head page."""
+        return self.impl.block_layout(self.module, self.block_size)
+
+    @cached_property
+    def output_weight(self) -> torch.Tensor:
+        """``[hidden, Hq * D]``, the weight of the projection behind the layer; kept once it was asked for.
+
+        Read off the projection's answer to the unit vectors, because kernels may have repacked or quantized the
+        weight itself.
+        """
+        projection = output_projection(self.module)
+        size = projection.input_size_per_partition
+        units = torch.eye(size, dtype=self.module.dtype, device=self.module.kv_cache.device)
+        # Its method and not itself: this rank's part alone, without bias.
+        return projection.quant_method.apply(projection, units, None).T.contiguous()
+
+
+class EvictionWorker:
+    """Per-worker state: watched requests and evicted rows."""
+
+    def __init__(self, config: KVEvictionConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig):
+        self.config = config
+        modules = vllm_config.compilation_config.static_forward_context
+        groups = [kv_cache_config.kv_cache_groups[group_id] for group_id in evictable_groups(kv_cache_config)]
+        self.block_size: int = groups[0].kv_cache_spec.block_size
+        named = [(name, index) for index, group in enumerate(groups) for name in group.layer_names]
+        named.sort(key=lambda found: extract_layer_index(found[0]))
+        self.layers = [EvictableLayer(name, modules[name], group, self.block_size) for name, group in named]
+        for index, layer in enumerate(self.layers):
+            layer.impl.layer_index = index
+        self.group, self.stage = get_tp_group(), get_pp_group().rank_in_group
+        self._watched: dict[str, Watched] = {}
+        self._observations: list[Observation] = []
+        self._held: dict[str, Held] = {}
+        #: What evicted prompts keep of their full blocks, for tests: by request id and layer, the positions of each
+        #: head; ``None`` for a layer that keeps everything.
+        self.trace: dict[str, list[list[torch.Tensor] | None]] | None = None
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The global view; made when it is first needed, for the caches are allocated after this object."""
+        return Grid.of([layer.module.kv_cache for layer in self.layers], [layer.group for layer in self.layers])
+
+    @cached_property
+    def _rows(self) -> dict[bool, EvictedRows]:
+        return {by_head: EvictedRows(self.grid, by_head) for by_head in (False, True)}
+
+    def begin(self, plan: StepPlan, attn_metadata: dict[str, Any] | None) -> None:
+        """Prepares a step: called after the metadata was built and before the first layer runs.
+
+        Hangs this step's work on the metadata of the evictable layers, if there is any.
+
+        Raises:
+            RuntimeError: if a row that was evicted is not found; it would read blocks that are not its own any more.
+        """
+        for req_id in plan.released:
+            self._watched.pop(req_id, None)
+            self._held.pop(req_id, None)
+            for rows in self._rows.values():
+                rows.discard(req_id)
+        if plan.grown:
+            for rows in self._rows.values():
+                rows.append(plan.grown)
+        if not attn_metadata or not (plan.observations or plan.redirected):
+            return
+        # Layers of a group share one.
+        metadata = [attn_metadata[layer.name] for layer in self.layers]
+        seq_lens, table = metadata[0].seq_lens, metadata[0].block_table
+        last = ((seq_lens - 1).clamp(min=0) // self.block_size).long()
+        # Rows that only pad the batch have no length; nobody's row ends in block 0.
+        tails = table.gather(1, last.unsqueeze(1)).squeeze(1).masked_fill(seq_lens == 0, 0)
+        redirected, stock_lens = self._redirect(plan.redirected, metadata[0], tails)
+        observe = None
+        if plan.observations:
+            observe = partial(self._observe, self._find(plan.observations, metadata, tails))
+            self._observations.extend(plan.observations)
+        stock: dict[int, Any] = {}
+        for layer, of_layer in zip(self.layers, metadata, strict=True):
+            if id(of_layer) in stock:
+                continue
+            stock[id(of_layer)] = of_layer if not redirected else None
+            if stock_lens is not None:
+                stock[id(of_layer)] = layer.impl.with_lengths(layer.module, of_layer, stock_lens)
+            setattr(of_layer, STEP, StepWork(self.grid, stock[id(of_layer)], redirected, observe))
+
+    def finish(self) -> EvictionReport | None:
+        """Evicts the requests that were granted it in this step: called after the last layer."""
+        observations, self._observations = self._observations, []
+        evictions = {
+            what.req_id: self._evict(what, what.grant, self._watched[what.req_id])
+            for what in observations
+            if what.grant is not None
+        }
+        for what in observations:
+            if what.is_last:
+                del self._watched[what.req_id]
+        return EvictionReport({self.stage: evictions}) if evictions else None
+
+    def _redirect(self, expected: Any, metadata: Any, tails: torch.Tensor) -> tuple[list[Rows], torch.Tensor | None]:
+        """The evicted rows of the batch, and ``[R]`` lengths for the stock call, ``None`` if nothing is left for it."""
+        seq_lens, starts = metadata.seq_lens, metadata.query_start_loc
+        found, elsewhere = [], torch.zeros_like(seq_lens, dtype=torch.bool)
+        for by_head, count in expected.items():
+            slots = self._rows[by_head].find(tails)
+            is_here = slots > 0
+            torch._assert_async(
+                is_here.sum() == count.num_rows, "evicted requests are not where the scheduler put them"
+            )
+            elsewhere |= is_here
+            found.append(self._sequences(by_head, count, slots, is_here, seq_lens, starts))
+        if not found or sum(count.num_rows for count in expected.values()) == len(seq_lens):
+            return found, None
+        num_new = (starts[1:] - starts[:-1])[: len(seq_lens)]
+        return found, torch.where(elsewhere, num_new, seq_lens).to(seq_lens.dtype)
+
+    def _sequences(
+        self,
+        by_head: bool,
+        count: Redirected,
+        slots: torch.Tensor,
+        is_here: torch.Tensor,
+        seq_lens: torch.Tensor,
+        starts: torch.Tensor,
+    ) -> Rows:
+        device, split = slots.device, self.grid.num_heads if by_head else 1
+        is_all = count.num_rows == len(seq_lens)
+        row = (~is_here).int().argsort(stable=True)[: count.num_rows]
+        tables, num_dropped = self._rows[by_head].select(slots[row])
+        lengths = (seq_lens[row].view(1, -1, 1) - num_dropped * self.block_size).flatten(1)
+        first, num_queries = starts[row], count.num_tokens * split
+        index, head = None, torch.arange(split, device=device)
+        if count.longest == 1:
+            query_start_loc = torch.arange(num_queries + 1, dtype=starts.dtype, device=device)
+            if not is_all:
+                index = (first.unsqueeze(1) * split + head).flatten()
+        else:
+            num_new = (starts[row + 1] - first).repeat_interleave(split)
+            ends = num_new.cumsum(0)
+            query_start_loc = torch.nn.functional.pad(ends, (1, 0)).to(starts.dtype)
+            if by_head or not is_all:
+                sequence = torch.arange(len(num_new), device=device).repeat_interleave(num_new, output_size=num_queries)
+                token = (
+                    torch.arange(num_queries, device=device)
+                    - (ends - num_new - first.repeat_interleave(split))[sequence]
+                )
+                index = token * split + sequence % split
+        return Rows(
+            by_head,
+            tables,
+            lengths.to(seq_lens.dtype),
+            query_start_loc,
+            num_queries,
+            count.longest,
+            index.long() if index is not None else None,
+        )
+
+    def _find(self, observations: Sequence[Observation], metadata: Sequence[Any], tails: torch.Tensor) -> list[Batched]:
+        asked = to_device([what.tail_block for what in observations], tails.dtype, tails.device)
+        matches = tails == asked.unsqueeze(1)
+        torch._assert_async((matches.sum(dim=1) == 1).all(), "requests are not where the scheduler put them")
+        place = matches.int().argmax(dim=1, keepdim=True)
+        ends = metadata[0].query_start_loc[1:][place]
+        tables = {layer.group: of_layer.block_table for layer, of_layer in zip(self.layers, metadata, strict=True)}
+        rows = [tables[group].index_select(0, place.squeeze(1)) for group in sorted(tables)]
+        batched = []
+        for index, (what, end) in enumerate(zip(observations, ends, strict=True)):
+            batched.append(Batched(what, end))
+            self._watched.setdefault(what.req_id, Watched()).rows = [of_group[index] for of_group in rows]
+        return batched
+
+    def _observe(self, batched: Sequence[Batched], layer_index: int, query: torch.Tensor) -> None:
+        for place in batched:
+            watched = self._watched[place.what.req_id]
+            if watched.error is None:
+                try:
+                    self._look(layer_index, place, watched, query)
+                except Exception as error:
+                    watched.error = error
+
+    def _look(self, layer_index: int, place: Batched, watched: Watched, query: torch.Tensor) -> None:
+        what, grant, config = place.what, place.what.grant, place.what.config or self.config
+        policy, num_queries = config.policy, config.policy.num_queries
+        recent = place.recent(query, num_queries)
+        if layer_index in watched.queries and len(recent) < num_queries:
+            recent = torch.cat([watched.queries.pop(layer_index), recent])
+            recent = recent[max(len(recent) - num_queries, 0) :]
+        if not what.is_last:
+            watched.queries[layer_index] = recent
+        if grant is None:
+            return
+        held = self._held.get(what.req_id)
+        reads = read(self.grid, layer_index, held, watched.rows, what.end, self.block_size)
+        watched.reads[layer_index] = reads
+        if grant.divides:
+            watched.scores[layer_index] = policy.judge(self._inputs(policy, layer_index, recent, reads))
+            return
+        most = -(-grant.budget // self.block_size)
+        heads = range(self.grid.num_heads)
+        targets = held.of_layer(layer_index, held.dealt).tolist() if held else [most]
+        targets = [targets[head % len(targets)] for head in heads]
+        num_pages = [reads.table.shape[1] - missing for missing in reads.missing]
+        if all(count <= target for count, target in zip(num_pages, targets, strict=True)):
+            everything = torch.arange(reads.length, device=reads.table.device)
+            chosen = [everything[missing * self.block_size :] for missing in reads.missing]
+        elif config.decode == "cake":
+            inputs = self._inputs(policy, layer_index, place.recent(query, 1), reads)
+            count = targets[0] * self.block_size - policy.protected
+            chosen = list(policy.trim(inputs, count).sort(dim=-1).values)
+        elif len(recent) < num_queries:
+            return
+        else:
+            kept = [min(count, target) for count, target in zip(num_pages, targets, strict=True)]
+            counts = [count * self.block_size - policy.protected for count in kept]
+            chosen = policy.rescore(self._inputs(policy, layer_index, recent, reads), counts)
+        watched.chosen[layer_index] = chosen
+
+    def _inputs(self, policy: Policy, layer_index: int, queries: torch.Tensor, reads: Reads) -> LayerInputs:
+        layer, valid = self.layers[layer_index], reads.valid(self.block_size)
+
+        def there(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if valid is None else tensor.masked_fill_(~valid.unsqueeze(-1), 0)
+
+        cache, table, length = self.grid.cache, reads.table, reads.length
+        return LayerInputs(
+            queries.transpose(0, 1),
+            there(layer.layout.read_keys(cache, table, length)),
+            layer.impl.scale,
+            layer.soft_cap,
+            there(layer.layout.read_values(cache, table, length)) if policy.needs_values else None,
+            layer.output_weight if policy.needs_output_weight else None,
+            layer_index,
+            valid,
+        )
+
+    def _evict(self, what: Observation, grant: Grant, watched: Watched) -> Eviction:
+        """Moves what a request keeps, or leaves it with what it reads if its policy raises."""
+        config, held, num_blocks = what.config or self.config, self._held.get(what.req_id), what.end // self.block_size
+        each = self.grid.num_heads if grant.by_head else 1
+        protected, indices = config.policy.protected, range(len(self.layers))
+        counts = held.counts if held else ((grant.budget - protected,) * each,) * len(self.layers)
+        new, moved = None, []
+        self._share_failures(watched)
+        try:
+            if watched.error is not None:
+                raise watched.error
+            if grant.divides:
+                counts = self._divide(config.policy, what.end, grant.budget, watched)
+            if len(watched.chosen) == len(self.layers):
+                chosen = [watched.chosen[index] for index in indices]
+                new, last = self._deal(config, num_blocks, grant, held, chosen, counts)
+                reads = [watched.reads[index] for index in indices]
+                for owners in move(self.grid, self.layers[0].layout, reads, chosen, new, last):
+                    moved += owners
+        except Exception as error:
+            watched.error = error
+            logger.warning_once(
+                "the eviction policy %r raised %s: %s; requests it fails on keep what they hold",
+                config.policy_name,
+                type(error).__name__,
+                error,
+            )
+        is_traded = new is not None and watched.error is None
+        if is_traded:
+            assert new is not None
+            self._held[what.req_id] = new
+            pages, used = new.pages, new.used
+            if self.trace is not None and grant.divides:
+                self.trace[what.req_id] = [
+                    _unless_all(chosen[index], reads[index], self.block_size) for index in indices
+                ]
+        else:
+            pages, used = self._as_it_is(what, grant, watched, new, moved)
+        self._rows[grant.by_head].store(what.req_id, pages, used, num_blocks, grant.tail)
+        watched.chosen.clear()
+        watched.scores.clear()
+        watched.reads.clear()
+        kept = used * self.block_size + what.end % self.block_size
+        return Eviction(
+            grant.epoch,
+            grant.by_head,
+            new.num_columns if new else 0,
+            is_traded,
+            tuple(map(tuple, kept.view(-1, each).tolist())),
+            tuple(tuple(count + protected for count in layer) for layer in counts),
+            failed=watched.error is not None,
+        )
+
+    def _divide(self, policy: Policy, end: int, budget: int, watched: Watched) -> Counts:
+        """Divides the budget among the owners and chooses what each keeps.
+
+        Layers compete over all tensor-parallel ranks, which add up their heads' statistics; heads inside a rank.
+        """
+        by_head = policy.selection != "layer"
+        scores = [watched.scores[index] for index in range(len(self.layers))]
+        if not by_head and self.group.world_size > 1 and scores[0].terms.numel():
+            terms = self.group.all_reduce(torch.stack([score.terms for score in scores]))
+            scores = [replace(score, terms=of_layer) for score, of_layer in zip(scores, terms, strict=True)]
+        given = policy.head_budgets(scores, end, budget)
+        counts = []
+        for index, (score, of_layer) in enumerate(zip(scores, given, strict=True)):
+            reads = watched.reads[index]
+            cached = PagedPrompt(reads.length, policy.protected, self.block_size)
+            lengths = [reads.length - missing * self.block_size for missing in reads.missing]
+            of_layer = [min(count, has - policy.protected) for count, has in zip(of_layer, lengths, strict=True)]
+            ranks = policy.ranks(score, reads.length, min(1.0, budget / reads.length), of_layer)
+            watched.chosen[index] = cached.positions(ranks, [cached.pages(count) for count in of_layer])
+            counts.append(tuple(of_layer) if by_head else (of_layer[0],))
+        return tuple(counts)
+
+    def _deal(
+        self,
+        config: KVEvictionConfig,
+        num_blocks: int,
+        grant: Grant,
+        held: Held | None,
+        chosen: Sequence[Sequence[torch.Tensor]],
+        counts: Counts,
+    ) -> tuple[Held, torch.Tensor]:
+        """The pages that owners shall have, and those who have to be moved last."""
+        each, size = len(counts[0]), self.block_size
+        used = torch.tensor([len(head) // size for layer in chosen for head in layer[:each]])
+        if held is not None and not grant.divides:
+            return replace(held, used=used, start=num_blocks), torch.zeros_like(used, dtype=torch.bool)
+        needs = used
+        if config.decode != "off":
+            # All that they will ever need: whenever a block has been filled, each takes it in or gives one up.
+            needs = used.maximum(-(-(torch.tensor(counts).flatten() + config.policy.protected) // size))
+        pages, last, num_columns = redeal(self.grid, held, grant.columns, grant.by_head, needs)
+        return Held(grant.by_head, num_blocks, pages, needs, used, num_columns, counts), last
+
+    def _as_it_is(
+        self, what: Observation, grant: Grant, watched: Watched, new: Held | None, moved: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a request reads whose eviction did not come to its end: some owners may have moved, the others have not.
+
+        Returns:
+            ``[n, W]`` int64 pages in place of all full blocks, and ``[n]`` int64, how many of them each owner reads.
+        """
+        held, done = self._held.get(what.req_id), set(moved)
+        rows: list[list[int]] = []
+        for index in range(len(self.layers)):
+            reads = read(self.grid, index, held, watched.rows, what.end, self.block_size)
+            full = reads.table[:, : reads.length // self.block_size].tolist()
+            heads = [pages[missing:] for pages, missing in zip(full, reads.missing, strict=True)]
+            rows += heads if grant.by_head else [[page // self.grid.num_heads for page in heads[0]]]
+        if new is not None:
+            rows = [
+                new.pages[owner, : int(new.used[owner])].tolist() if owner in done else pages
+                for owner, pages in enumerate(rows)
+            ]
+        used = torch.tensor([len(pages) for pages in rows])
+        width = int(used.max())
+        return torch.tensor([pages + [0] * (width - len(pages)) for pages in rows]).view(len(rows), width), used
+
+    def _share_failures(self, watched: Watched) -> None:
+        """A policy that raised on one tensor-parallel rank has raised on all of them, or they would wait for it."""
+        if self.group.world_size > 1:
+            # As floats, which hold them exactly: not every backend adds integers.
+            failed = torch.tensor([float(watched.error is not None)], device=self.grid.pages.device)
+            if self.group.all_reduce(failed).item():
+                watched.error = watched.error or RuntimeError("it raised on another rank")
+
+
+def _unless_all(chosen: list[torch.Tensor], reads: Reads, block_size: int) -> list[torch.Tensor] | None:
+    full = reads.length // block_size * block_size
+    return None if all(len(head) == full for head in chosen) else chosen
