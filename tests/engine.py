@@ -83,13 +83,13 @@ class Engine:
             cuts = [manager.cuts[name] for manager in half._managers]
             columns = [[block.block_id for block in cut.columns] for cut in cuts]
             assert {len(of_group) for of_group in columns} == {held.num_columns}
-            own = set(worker.grid.homes(columns, held.by_head).flatten().tolist())
+            own = set(worker.grid.homes(columns, held.by_head).ravel().tolist())
             dealt = [
                 page for pages, count in zip(held.pages.tolist(), held.dealt, strict=True) for page in pages[:count]
             ]
             assert len(set(dealt)) == len(dealt), "a page is dealt twice"
             assert set(dealt) <= own, "a page is dealt that is not the request's"
-            assert bool((held.used <= held.dealt).all())
+            assert (held.used <= held.dealt).all()
             for manager, cut in zip(half._managers, cuts, strict=True):
                 assert cut.num_traded == held.start
                 row = manager.req_to_blocks[name]

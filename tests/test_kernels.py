@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -155,13 +156,13 @@ def dealings(draw):
 def test_pages_are_dealt_so_that_nobody_overwrites_what_is_still_read(dealing):
     held, needs, num_columns = dealing
     width = max(map(len, held))
-    table = torch.tensor([[*pages, *[-1] * (width - len(pages))] for pages in held], dtype=torch.int64)
-    dealt, last = deal(table.view(len(held), width), torch.tensor(needs), num_columns)
+    table = np.array([[*pages, *[-1] * (width - len(pages))] for pages in held], dtype=np.int64)
+    dealt, last = deal(table.reshape(len(held), width), np.array(needs), num_columns)
     dealt = [pages[:need] for pages, need in zip(dealt.tolist(), needs, strict=True)]
     everything = [page for pages in dealt for page in pages]
     assert len(set(everything)) == len(everything) == sum(needs)
     assert all(0 <= page < num_columns * len(held) for page in everything)
-    order = [owner for moved_last in (False, True) for owner in range(len(held)) if bool(last[owner]) == moved_last]
+    order = [owner for moved_last in (False, True) for owner in range(len(held)) if last[owner] == moved_last]
     still_read = {page: owner for owner, pages in enumerate(held) for page in pages}
     for owner in order:
         assert all(still_read.get(page, owner) == owner for page in dealt[owner])
@@ -170,7 +171,7 @@ def test_pages_are_dealt_so_that_nobody_overwrites_what_is_still_read(dealing):
 
 def test_too_few_columns_are_refused():
     with pytest.raises(ValueError, match="1 columns of 2 pages are too few: 1 missing"):
-        deal(torch.tensor([[0], [1]]), torch.tensor([2, 1]), 1)
+        deal(np.array([[0], [1]]), np.array([2, 1]), 1)
 
 
 class Model:

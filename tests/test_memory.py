@@ -61,7 +61,7 @@ def test_shared_pages_are_not_rewritten_in_place(tiny):
     roomy: Engine = tiny(**settings)
     expected = [roomy.generate([prompt], 20)[0] for prompt in prompts]
     # Both prompts fit, and beside them what the first eviction has to copy of the shared blocks, but not all of it.
-    tight: Engine = tiny(**settings, num_gpu_blocks_override=4 * (22 + 13 + 14) + 3)
+    tight: Engine = tiny(**settings, num_gpu_blocks_override=22 + 13 + 14 + 1)
     tight.stats()
     names = [tight.add(prompt, 20) for prompt in prompts]
     done = tight.run()
@@ -80,7 +80,7 @@ def test_eviction_waits_where_there_is_nothing_to_write_to(tiny):
     prefix = numbers(3, 640)
     prompts = [prefix + numbers(4, 60), prefix + numbers(5, 60)]
     settings = {**PREFIX_CACHED, "kv_eviction_budget": 500, "max_model_len": 760}
-    engine: Engine = tiny(**settings, num_gpu_blocks_override=4 * (24 + 4) + 1)
+    engine: Engine = tiny(**settings, num_gpu_blocks_override=24 + 4 + 1)
     engine.stats()
     assert [len(tokens) for tokens in engine.generate(prompts, 20)] == [20, 20]
     assert engine.stats()["postponed"] > 0
@@ -117,7 +117,7 @@ def test_hit_rate_under_pressure_is_that_of_stock(tiny):
     hits = []
     for settings in (
         {"num_gpu_blocks_override": blocks + 1},
-        {"num_gpu_blocks_override": 4 * blocks + 1, **PREFIX_CACHED, "kv_eviction_budget": 150},
+        {"num_gpu_blocks_override": blocks + 1, **PREFIX_CACHED, "kv_eviction_budget": 150},
     ):
         engine: Engine = tiny(**pool, **settings)
         names = [engine.add(prompt, 8) for prompt in prompts]
@@ -147,10 +147,10 @@ def test_progressive_prefill_equals_its_replay(start_engine, model_dir, prompts,
 
 def test_a_prompt_longer_than_the_pool(tiny):
     """With progressive prefill 6,000 tokens pass through a pool for 1,200; stock vLLM does not start."""
-    blocks = 4 * (1200 // 32)
+    blocks = 1200 // 32
     pool = {"max_model_len": 7000, "max_num_batched_tokens": 512}
     with pytest.raises(ValueError, match="max seq len"):
-        tiny(**pool, num_gpu_blocks_override=blocks // 4 + 1)
+        tiny(**pool, num_gpu_blocks_override=blocks + 1)
     settings = {"kv_eviction": "cake", "kv_eviction_budget": 256, "kv_eviction_config": {"prefill": "progressive"}}
     prompt = numbers(8, 6000)
     roomy: Engine = tiny(**pool, **settings)
@@ -161,7 +161,7 @@ def test_a_prompt_longer_than_the_pool(tiny):
         done |= tight.step()
         most = max(most, tight.num_free - tight.pool.get_num_free_blocks())
     assert done[name] == expected[0]
-    assert most <= 4 * ((256 + 512) // 32 + 3)
+    assert most <= (256 + 512) // 32 + 3
     assert tight.is_idle()
     # Several of them, and short ones between.
     prompts = [prompt, numbers(9, 100), numbers(10, 3000), numbers(11, 1500)]
@@ -203,7 +203,7 @@ def test_reports_that_come_a_step_late(tiny, prefill, monkeypatch):
         return planned
 
     monkeypatch.setattr(half, "plan", plan_first)
-    monkeypatch.setattr(half, "finish", lambda evictions: late.append(list(evictions)))
+    monkeypatch.setattr(half, "finish", late.append)
     monkeypatch.setattr(engine, "_check_halves", lambda: None)
     engine.forget_prefixes()
     engine.stats()

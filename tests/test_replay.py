@@ -31,7 +31,7 @@ def test_served_tokens_equal_replay(evicting: Engine, replay: Replay, prompts, b
         full_len = len(prompt) // 32 * 32
         for ours, theirs in zip(positions, kept, strict=True):
             theirs_moved = [[p for p in head if p < full_len] for head in theirs]
-            assert ours is None or ours.tolist() == theirs_moved
+            assert ours is None or [head.tolist() for head in ours] == theirs_moved
         assert tokens == expected
 
 
@@ -77,35 +77,28 @@ def test_long_output_stays_in_its_budget(start_engine, replay: Replay, text_ids,
     expected, _ = replay.generate(prompt, num_tokens, create_policy(name, {}), budget, block_size=32, decode=decode)
     assert done[request] == expected
     assert engine.stats()["trims"] >= num_tokens // 32 - 4
-    assert most <= 30 * (budget // 32 + 2)
+    assert most <= budget // 32 + 2
     assert engine.is_idle()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decode", ["cake", "window"])
 def test_steady_state(tiny, decode, same_on_both):
-    """4,000 generated tokens on a budget of 256: no layer ever holds more than it was given and two blocks."""
+    """4,000 generated tokens on a budget of 256: no layer ever holds more than it was given, and nothing grows."""
     engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=256, kv_eviction_config={"decode": decode})
-    worker, scheduler = engine.connector.worker, engine.scheduler.connector.scheduler
+    worker = engine.connector.worker
     request = engine.add([(7 * i) % 250 for i in range(600)], 4000)
     steps = 0
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.step()
-        for name, held in worker._held.items():
-            if name not in scheduler._tracked:
-                continue
+        for held in worker._held.values():
             steps += 1
-            length = scheduler._tracked[name].request.num_computed_tokens
-            cut = scheduler._managers[0].cuts[name]
-            blocks = [
-                len(pages or ()) + -(-length // 32) - start
-                for pages, start in zip(cut.pages, cut.num_traded, strict=True)
-            ]
-            for count, given in zip(blocks, held.counts, strict=True):
-                assert count * 32 <= -(-(given + worker.config.policy.protected) // 32) * 32 + 2 * 32
-            total = sum(blocks)
-            assert total == engine.num_free - engine.pool.get_num_free_blocks()
-            assert total <= 4 * (256 // 32 + 2)
+            given = [-(-(count + worker.config.policy.protected) // 32) for (count,) in held.counts]
+            assert held.used.tolist() <= held.dealt.tolist() == given
+            # Beside these, the block that is being filled.
+            if engine.scheduler.requests:
+                total = engine.num_free - engine.pool.get_num_free_blocks()
+                assert total <= held.num_columns + 1 <= 256 // 32 + 2
     assert steps > 3900, request
     assert engine.is_idle()
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from engine import Engine
 from random_models import numbers, save_random_adapter
@@ -38,7 +39,8 @@ def test_requests_with_budgets_of_their_own(engine: Engine, tiny, is_v2):
     reports = [engine.outputs[name].kv_transfer_params["kv_eviction"] for name in names]
     assert [report["policy"] for report in reports] == ["cake", "none", "cake", "layer-defensivekv", "snapkv", "cake"]
     assert [report["budget"] for report in reports] == [300, None, 100, 0.5, 300, "auto"]
-    means = [sum(report["kept_tokens"]) / 4 if report["kept_tokens"] else None for report in reports]
+    means = [np.mean(report["kept_tokens"]) if report["kept_tokens"] else None for report in reports]
+    assert [np.shape(report["kept_tokens"]) for report in reports[:5]] == [(4,), (), (4,), (4, 2), (4,)]
     assert means[1] is None
     assert 300 <= means[0] < 380
     assert 100 <= means[2] < 180
@@ -123,26 +125,38 @@ def test_a_policy_that_raises_costs_no_request(engine: Engine, monkeypatch):
     assert engine.generate([prompt], 30) == evicted
 
 
-def test_a_failure_while_pages_are_moved(engine: Engine, monkeypatch):
-    """Layers that were moved stay moved, the others keep what they have, and every page comes back."""
+@pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
+def test_a_failure_while_pages_are_moved(tiny, monkeypatch, name):
+    """Owners that were moved stay moved, the others keep what they have, nothing is freed, and every page comes back."""
     from cake_vllm.kernels import BlockLayout
 
-    calls = []
-    compact = BlockLayout.compact
+    settings = {"max_model_len": 960, "max_num_batched_tokens": 512}
+    prompt, move, answers = numbers(24, 900), BlockLayout.move, []
+    # Copied, and in place.
+    for blocks in (1500, 32):
+        engine: Engine = tiny(kv_eviction=name, kv_eviction_budget=300, num_gpu_blocks_override=blocks, **settings)
+        whole = engine.generate([prompt], 50, extra_args={"kv_eviction": "none"})
+        evicted = engine.generate([prompt], 50)
+        engine.forget_prefixes()
+        calls = []
 
-    def fail_third(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise MemoryError
-        compact(*args)
+        def fail_third(*args, calls=calls):
+            calls.append(1)
+            if len(calls) == 3:
+                raise MemoryError
+            move(*args)
 
-    monkeypatch.setattr(BlockLayout, "compact", fail_third)
-    engine.stats()
-    assert len(engine.generate([numbers(24, 900)], 50)[0]) == 50
-    stats = engine.stats()
-    assert stats["failures"] == 1
-    assert stats["freed_blocks"] > 0
-    assert engine.is_idle()
+        engine.stats()
+        with monkeypatch.context() as patch:
+            patch.setattr(BlockLayout, "move", fail_third)
+            answers += engine.generate([prompt], 50)
+        stats = engine.stats()
+        assert stats["failures"] == stats["requests"] == 1
+        assert stats["freed_blocks"] == 0
+        assert stats["in_place"] == (blocks == 32)
+        assert answers[-1] not in (whole[0], evicted[0])
+        assert engine.is_idle()
+    assert answers[0] == answers[1]
 
 
 @pytest.fixture

@@ -9,12 +9,14 @@ each of ``Hkv`` head pages.
 
 An *owner* is what keeps a number of tokens of its own: a layer, or one KV head of a layer. A request that was evicted
 holds ``P`` private columns, and any owner may use any page of them. Among these, pages have *local* ids: with ``n``
-owners ``j * n + o`` is the page of owner ``o`` in the ``j``-th column, its *home* page.
+owners ``j * n + o`` is the page of owner ``o`` in the ``j``-th column, its *home* page. Dealing is arithmetic on the
+host, hence in NumPy.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -88,21 +90,21 @@ class Grid:
         """``[Hkv, n]`` head pages of ``[n]`` pages."""
         return pages * self.num_heads + torch.arange(self.num_heads, device=pages.device).unsqueeze(1)
 
-    def homes(self, columns: Sequence[Sequence[int]], by_head: bool) -> torch.Tensor:
-        """``[P, n]`` int64 on the host: the home page of each owner in each private column, by local id.
+    def homes(self, columns: Sequence[Sequence[int]], by_head: bool) -> np.ndarray:
+        """``[P, n]`` int64: the home page of each owner in each private column, by local id.
 
         Args:
             columns: ``[groups][P]`` block ids.
             by_head: whether the owners are KV heads, whose pages are head pages.
         """
-        blocks = torch.tensor(columns, dtype=torch.int64).view(len(columns), -1)
-        pages = torch.tensor(self.base) + blocks[list(self.group_of)].T * self.step
+        blocks = np.array(columns, dtype=np.int64).reshape(len(columns), -1)
+        pages = np.array(self.base) + blocks[list(self.group_of)].T * self.step
         if by_head:
-            pages = (pages.unsqueeze(-1) * self.num_heads + torch.arange(self.num_heads)).flatten(1)
+            pages = (pages[..., None] * self.num_heads + np.arange(self.num_heads)).reshape(len(pages), -1)
         return pages
 
 
-def deal(held: torch.Tensor, needs: torch.Tensor, num_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+def deal(held: np.ndarray, needs: np.ndarray, num_columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Deals the pages of private columns out, such that tokens can be moved there without a staging buffer.
 
     An owner keeps the pages that it holds inside the columns, as far as it needs them; who needs more gets pages that
@@ -123,17 +125,16 @@ def deal(held: torch.Tensor, needs: torch.Tensor, num_columns: int) -> tuple[tor
     """
     num_owners, width = len(needs), int(needs.max())
     inside = (held >= 0) & (held < num_columns * num_owners)
-    order = inside.int().argsort(dim=1, descending=True, stable=True)
-    held, num_held = held.gather(1, order), inside.sum(dim=1)
-    place = torch.arange(max(width, held.shape[1]))
-    kept = place < torch.minimum(num_held, needs).unsqueeze(1)
-    dealt = torch.full((num_owners, len(place)), -1, dtype=torch.int64)
+    held, num_held = np.take_along_axis(held, np.argsort(~inside, axis=1, kind="stable"), axis=1), inside.sum(axis=1)
+    place = np.arange(max(width, held.shape[1]))
+    dealt = np.full((num_owners, len(place)), -1)
     dealt[:, : held.shape[1]] = held
+    kept = place < np.minimum(num_held, needs)[:, None]
     dealt[~kept] = -1
-    is_free = torch.ones(num_columns * num_owners, dtype=torch.bool)
+    is_free = np.ones(num_columns * num_owners, dtype=bool)
     is_free[dealt[kept]] = False
-    free = is_free.nonzero().flatten()
-    missing = (place >= num_held.unsqueeze(1)) & (place < needs.unsqueeze(1))
+    free = is_free.nonzero()[0]
+    missing = (place >= num_held[:, None]) & (place < needs[:, None])
     num_missing = int(missing.sum())
     if num_missing > len(free):
         raise ValueError(f"{num_columns} columns of {num_owners} pages are too few: {num_missing - len(free)} missing")

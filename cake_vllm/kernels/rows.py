@@ -16,13 +16,14 @@ other request's last position lies in, and every block that an evicted request c
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from cake_vllm.kernels.columns import Grid
 
 
 def to_device(numbers: Any, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    """A tensor of (lists of) numbers, without waiting for the device."""
+    """A tensor of numbers, in lists or an array, without waiting for the device."""
     on_host = torch.tensor(numbers, dtype=dtype, pin_memory=torch.device(device).type == "cuda")
     return on_host.to(device, non_blocking=True)
 
@@ -59,13 +60,13 @@ class EvictedRows:
         return req_id in self._slots
 
     def store(
-        self, req_id: str, pages: torch.Tensor, counts: torch.Tensor, start: int, tail: Sequence[Sequence[int]]
+        self, req_id: str, pages: np.ndarray, counts: np.ndarray, start: int, tail: Sequence[Sequence[int]]
     ) -> None:
         """Records what a request reads, in place of what was recorded before.
 
         Args:
             req_id: the request.
-            pages: ``[L * H, W]`` int64 private pages on the host, arbitrary but valid beyond an owner's count.
+            pages: ``[L * H, W]`` int64 private pages, arbitrary but valid beyond an owner's count.
             counts: ``[L * H]`` int64, private pages of each owner.
             start: blocks of the logical row that they stand for.
             tail: ``[groups][n]`` ids of the blocks from there on.
@@ -80,7 +81,7 @@ class EvictedRows:
             self._grow(slots=False)
         shape = (self.grid.num_layers, self.num_heads)
         # One transfer for all three.
-        packed = torch.cat([counts.unsqueeze(1), start - counts.unsqueeze(1), pages[:, :most]], dim=1).tolist()
+        packed = np.column_stack([counts, start - counts, pages[:, :most]])
         found = to_device(packed, torch.int32, self._pages.device).view(*shape, -1)
         self._num_pages[:, slot], self._num_dropped[:, slot] = found[..., 0], found[..., 1]
         self._pages[:, slot, :, :most] = found[..., 2:]

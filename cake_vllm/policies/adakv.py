@@ -32,11 +32,12 @@ class AdaKV(SnapKV):
     def head_budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[list[int]]:
         """See :meth:`Policy.head_budgets`."""
         count = min(int(budget), prompt_len)
-        return [adaptive_head_budgets(score.indicator, count, self.window, self.alpha) for score in scores]
+        heads = [adaptive_head_budgets(score.indicator, count, self.window, self.alpha) for score in scores]
+        return torch.stack(heads).tolist()
 
 
-def adaptive_head_budgets(indicator: torch.Tensor, count: int, window: int, alpha: float) -> list[int]:
-    """Candidates per head when ``count`` tokens a head, windows included, go to the best of all heads.
+def adaptive_head_budgets(indicator: torch.Tensor, count: int, window: int, alpha: float) -> torch.Tensor:
+    """``[Hkv]`` int64 candidates per head when ``count`` tokens a head, windows included, go to the best of all heads.
 
     Args:
         indicator: ``[Hkv, S - w]``.
@@ -49,4 +50,4 @@ def adaptive_head_budgets(indicator: torch.Tensor, count: int, window: int, alph
     raised = indicator.clone()
     raised.scatter_(1, indicator.topk(guaranteed, dim=-1).indices, torch.finfo(raised.dtype).max)
     chosen = raised.flatten().topk(num_heads * max(count - window, 0)).indices // num_candidates
-    return torch.bincount(chosen, minlength=num_heads).tolist()
+    return torch.bincount(chosen, minlength=num_heads)

@@ -83,13 +83,9 @@ class CriticalAdaKV(CriticalKV):
         count = min(int(budget), prompt_len)
         prefix_len = prompt_len - self.window
         room = self.window - self.protected
-        return [
-            [
-                head + room
-                for head in adaptive_head_budgets(score.indicator[:, :prefix_len], count, self.window, self.alpha)
-            ]
-            for score in scores
-        ]
+        prefixes = [score.indicator[:, :prefix_len] for score in scores]
+        heads = [adaptive_head_budgets(prefix, count, self.window, self.alpha) for prefix in prefixes]
+        return (torch.stack(heads) + room).tolist()
 
     def rank(
         self, score: LayerScore, prompt_len: int, keep_ratio: float, counts: Sequence[int] | None = None

@@ -97,11 +97,14 @@ class DefensiveKV(Policy):
         crossed = order.values.cumsum(dim=-1) >= 0.9 - bias
         count = torch.where(crossed.any(dim=-1), crossed.int().argmax(dim=-1), prefix_len)
         most = int(prefix_len * keep_ratio - self.window)
-        ranks = score.indicator.clone()
-        largest = ranks.max()
-        for head in range(len(ranks)):
-            # A negative bound ends the slice from behind, as in the official code.
-            ranks[head, order.indices[head, : min(int(count[head]), most)]] = largest
+        # A negative bound ends a slice from behind, as in the official code.
+        count = count.clamp(max=most)
+        count = torch.where(count < 0, count + prefix_len, count)
+        is_protected = torch.zeros_like(score.indicator, dtype=torch.bool)
+        place = torch.arange(prefix_len, device=mean.device)
+        is_protected.scatter_(1, order.indices, place < count.unsqueeze(1))
+        largest = score.indicator.max()
+        ranks = torch.where(is_protected, largest, score.indicator)
         if self.protect_window:
             return ranks
         return torch.cat([ranks, largest.expand(len(ranks), self.window)], dim=1)
@@ -109,13 +112,13 @@ class DefensiveKV(Policy):
     def head_budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[list[int]]:
         """See :meth:`Policy.head_budgets`."""
         ranks = [self._rank_for(score, budget) for score in scores]
-        return [best_by_head(layer, self._candidates(layer, prompt_len, budget)) for layer in ranks]
+        return torch.stack([best_by_head(layer, self._candidates(layer, budget)) for layer in ranks]).tolist()
 
     def _rank_for(self, score: LayerScore, budget: float) -> torch.Tensor:
         length = score.indicator.shape[1] + self.window
         return self.ranks(score, length, budget / length)
 
-    def _candidates(self, ranks: torch.Tensor, prompt_len: int, budget: float) -> int:
+    def _candidates(self, ranks: torch.Tensor, budget: float) -> int:
         """How many of one layer's candidates stay, over all heads."""
         num_heads = len(ranks)
         return min(max(int(budget * num_heads) - self.protected * num_heads, 0), ranks.numel())
@@ -136,10 +139,10 @@ class LayerDefensiveKV(DefensiveKV):
         chosen = everything.topk(min(max(total, 0), len(everything))).indices
         ends = torch.tensor([layer.numel() for layer in ranks], device=chosen.device).cumsum(0)
         by_layer = torch.bincount(torch.bucketize(chosen, ends, right=True), minlength=num_layers).tolist()
-        return [best_by_head(layer, count) for layer, count in zip(ranks, by_layer, strict=True)]
+        return torch.stack([best_by_head(*layer) for layer in zip(ranks, by_layer, strict=True)]).tolist()
 
 
-def best_by_head(ranks: torch.Tensor, count: int) -> list[int]:
-    """How many of the ``count`` best entries of ``[Hkv, C]`` lie in each head."""
+def best_by_head(ranks: torch.Tensor, count: int) -> torch.Tensor:
+    """``[Hkv]`` int64, how many of the ``count`` best entries of ``[Hkv, C]`` lie in each head."""
     chosen = ranks.flatten().topk(count).indices // ranks.shape[1]
-    return torch.bincount(chosen, minlength=len(ranks)).tolist()
+    return torch.bincount(chosen, minlength=len(ranks))

@@ -8,6 +8,7 @@ owner still has to read it.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from cake_vllm.integration.messages import Blocks, Counts
@@ -23,7 +24,7 @@ class Held:
     Attributes:
         by_head: whether the owners are KV heads.
         start: blocks of the row that the pages stand for.
-        pages: ``[n, W]`` int64 on the host, the pages (head pages by head) dealt to each owner, those in use first.
+        pages: ``[n, W]`` int64, the pages (head pages by head) dealt to each owner, those in use first.
         dealt: ``[n]`` int64, how many these are.
         used: ``[n]`` int64, how many of them hold tokens.
         num_columns: the private columns that they lie in.
@@ -32,13 +33,13 @@ class Held:
 
     by_head: bool
     start: int
-    pages: torch.Tensor
-    dealt: torch.Tensor
-    used: torch.Tensor
+    pages: np.ndarray
+    dealt: np.ndarray
+    used: np.ndarray
     num_columns: int
     counts: Counts
 
-    def of_layer(self, layer: int, numbers: torch.Tensor) -> torch.Tensor:
+    def of_layer(self, layer: int, numbers: np.ndarray) -> np.ndarray:
         """The part of ``[n, ...]`` that belongs to a layer."""
         each = len(self.counts[0])
         return numbers[layer * each : (layer + 1) * each]
@@ -84,8 +85,8 @@ def read(grid: Grid, layer: int, held: Held | None, rows: Sequence[torch.Tensor]
 
 
 def redeal(
-    grid: Grid, held: Held | None, columns: Blocks, by_head: bool, needs: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, int]:
+    grid: Grid, held: Held | None, columns: Blocks, by_head: bool, needs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Deals pages of the granted columns to all owners.
 
     Args:
@@ -103,20 +104,21 @@ def redeal(
     # Blocks of the row that are rewritten in place are read by the owners whose homes they are; the pages of blocks
     # from the pool are read by nobody, and may as well be theirs.
     known = held.num_columns if held else 0
-    local = torch.arange(homes.numel()).view(-1, num_owners)[known:].T
+    local = np.arange(homes.size).reshape(homes.shape)[known:].T
     if held is not None:
-        local = torch.cat([_local(held, homes), local], dim=1)
+        local = np.column_stack([_local(held, homes), local])
     num_columns = -(-int(needs.sum()) // num_owners)
     dealt, last = deal(local, needs, num_columns)
-    return homes.flatten()[dealt.clamp(min=0)], last, num_columns
+    return homes.ravel()[dealt], last, num_columns
 
 
-def _local(held: Held, homes: torch.Tensor) -> torch.Tensor:
+def _local(held: Held, homes: np.ndarray) -> np.ndarray:
     """``[n, W]`` local ids of the pages dealt to each owner, -1 where there is none among ``homes``."""
-    ids, order = homes.flatten().sort()
-    place = torch.searchsorted(ids, held.pages).clamp(max=len(ids) - 1)
-    known = (ids[place] == held.pages) & (torch.arange(held.pages.shape[1]) < held.dealt.unsqueeze(1))
-    return torch.where(known, order[place], -1)
+    order = homes.ravel().argsort()
+    ids = homes.ravel()[order]
+    place = np.searchsorted(ids, held.pages).clip(max=len(ids) - 1)
+    known = (ids[place] == held.pages) & (np.arange(held.pages.shape[1]) < held.dealt[:, None])
+    return np.where(known, order[place], -1)
 
 
 def move(
@@ -125,7 +127,7 @@ def move(
     reads: Sequence[Reads],
     chosen: Sequence[Sequence[torch.Tensor]],
     new: Held,
-    last: torch.Tensor,
+    last: np.ndarray,
 ) -> Iterator[list[int]]:
     """Moves what owners keep into their pages; yields the owners that have been moved, a few at a time.
 
@@ -140,13 +142,13 @@ def move(
     each, block_size = len(new.counts[0]), layout.block_size
     for is_last in (False, True):
         for layer, (source, positions) in enumerate(zip(reads, chosen, strict=True)):
-            owners = [owner for owner in range(layer * each, (layer + 1) * each) if bool(last[owner]) == is_last]
+            owners = [owner for owner in range(layer * each, (layer + 1) * each) if last[owner] == is_last]
             if not owners:
                 continue
             heads = [owner - layer * each for owner in owners] if new.by_head else range(grid.num_heads)
             pages = torch.cat([source.table[head][positions[head] // block_size] for head in heads])
             slots = torch.cat([positions[head] for head in heads]) % block_size
-            ids = [page for owner in owners for page in new.pages[owner, : int(new.used[owner])].tolist()]
+            ids = [page for owner in owners for page in new.pages[owner, : new.used[owner]].tolist()]
             target = to_device(ids, torch.int64, pages.device)
             layout.move(grid.cache, pages, slots, target if new.by_head else grid.heads_of(target).flatten())
             yield owners

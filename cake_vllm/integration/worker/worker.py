@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
@@ -360,7 +361,7 @@ class EvictionWorker:
             grant.by_head,
             new.num_columns if new else 0,
             is_traded,
-            tuple(map(tuple, kept.view(-1, each).tolist())),
+            tuple(map(tuple, kept.reshape(-1, each).tolist())),
             tuple(tuple(count + protected for count in layer) for layer in counts),
             failed=watched.error is not None,
         )
@@ -395,22 +396,22 @@ class EvictionWorker:
         held: Held | None,
         chosen: Sequence[Sequence[torch.Tensor]],
         counts: Counts,
-    ) -> tuple[Held, torch.Tensor]:
+    ) -> tuple[Held, np.ndarray]:
         """The pages that owners shall have, and those who have to be moved last."""
         each, size = len(counts[0]), self.block_size
-        used = torch.tensor([len(head) // size for layer in chosen for head in layer[:each]])
+        used = np.array([len(head) // size for layer in chosen for head in layer[:each]])
         if held is not None and not grant.divides:
-            return replace(held, used=used, start=num_blocks), torch.zeros_like(used, dtype=torch.bool)
+            return replace(held, used=used, start=num_blocks), np.zeros_like(used, dtype=bool)
         needs = used
         if config.decode != "off":
             # All that they will ever need: whenever a block has been filled, each takes it in or gives one up.
-            needs = used.maximum(-(-(torch.tensor(counts).flatten() + config.policy.protected) // size))
+            needs = np.maximum(used, (np.ravel(counts) + config.policy.protected + size - 1) // size)
         pages, last, num_columns = redeal(self.grid, held, grant.columns, grant.by_head, needs)
         return Held(grant.by_head, num_blocks, pages, needs, used, num_columns, counts), last
 
     def _as_it_is(
         self, what: Observation, grant: Grant, watched: Watched, new: Held | None, moved: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[np.ndarray, np.ndarray]:
         """What a request reads whose eviction did not come to its end: some owners may have moved, the others have not.
 
         Returns:
@@ -425,12 +426,11 @@ class EvictionWorker:
             rows += heads if grant.by_head else [[page // self.grid.num_heads for page in heads[0]]]
         if new is not None:
             rows = [
-                new.pages[owner, : int(new.used[owner])].tolist() if owner in done else pages
+                new.pages[owner, : new.used[owner]].tolist() if owner in done else pages
                 for owner, pages in enumerate(rows)
             ]
-        used = torch.tensor([len(pages) for pages in rows])
-        width = int(used.max())
-        return torch.tensor([pages + [0] * (width - len(pages)) for pages in rows]).view(len(rows), width), used
+        used = np.array([len(pages) for pages in rows])
+        return np.array([pages + [0] * (used.max() - len(pages)) for pages in rows]), used
 
     def _share_failures(self, watched: Watched) -> None:
         """A policy that raised on one tensor-parallel rank has raised on all of them, or they would wait for it."""
