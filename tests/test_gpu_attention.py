@@ -37,7 +37,8 @@ def test_side_by_side():
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_triton_attention_interpreted(start_engine, tmp_path, is_v2, monkeypatch):
+@pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
+def test_triton_attention_interpreted(start_engine, tmp_path, is_v2, monkeypatch, name):
     """The same tokens and positions as the CPU backend, on a model small enough for an interpreter."""
     if not is_v2:
         pytest.skip("needs Triton's interpreter: --runner v2")
@@ -45,7 +46,7 @@ def test_triton_attention_interpreted(start_engine, tmp_path, is_v2, monkeypatch
 
     model = save_random_model(tmp_path, "llama", "LlamaForCausalLM", num_hidden_layers=3)
     kwargs = {
-        "kv_eviction": "cake",
+        "kv_eviction": name,
         "kv_eviction_budget": 40,
         "kv_eviction_config": {"window": 8},
         "max_num_batched_tokens": 64,

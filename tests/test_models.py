@@ -7,9 +7,18 @@ from random_models import save_random_model
 pytestmark = pytest.mark.engine
 
 
-def test_sliding_layers_stay_as_they_are(start_engine, tmp_path):
-    """Of six layers, two attend to everything; only these are evicted from."""
-    layer_types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+@pytest.mark.parametrize("policy", ["cake", "layer-defensivekv"])
+@pytest.mark.parametrize(
+    ("layer_types", "specs"),
+    [
+        (["sliding_attention", "sliding_attention", "full_attention"] * 2, {"EvictableSpec": 1, "Exact": 2}),
+        # vLLM's groups are as large as the smaller kind: the layers that attend to everything are in two of them.
+        (["sliding_attention", "full_attention", "full_attention"] * 2, {"EvictableSpec": 2, "Exact": 1}),
+    ],
+    ids=["one-group", "two-groups"],
+)
+def test_sliding_layers_stay_as_they_are(start_engine, tmp_path, layer_types, specs, policy):
+    """Only layers that attend to everything are evicted from."""
     model = save_random_model(
         tmp_path,
         "gemma3_text",
@@ -20,19 +29,20 @@ def test_sliding_layers_stay_as_they_are(start_engine, tmp_path):
         query_pre_attn_scalar=32,
     )
     engine: Engine = start_engine(
-        model, kv_eviction="cake", kv_eviction_budget=100, skip_tokenizer_init=True, max_model_len=2048
+        model, kv_eviction=policy, kv_eviction_budget=100, skip_tokenizer_init=True, max_model_len=2048
     )
-    specs = [type(group.kv_cache_spec).__name__ for group in engine.scheduler.kv_cache_config.kv_cache_groups]
-    assert sorted(specs) == ["EvictableSpec"] * 2 + ["ExactSlidingWindowSpec"] * 4
+    found = [type(group.kv_cache_spec).__name__ for group in engine.scheduler.kv_cache_config.kv_cache_groups]
+    assert found.count("EvictableSpec") == specs["EvictableSpec"]
+    assert found.count("ExactSlidingWindowSpec") == specs["Exact"]
     prompts = [[(7 * i + j) % 250 for i in range(600 + 100 * j)] for j in range(4)]
     tokens = engine.generate(prompts, 24)
     stats = engine.stats()
     assert stats["requests"] == 4
-    assert len(stats["kept_tokens"]) == 2
+    assert len(stats["kept_tokens"]) == layer_types.count("full_attention")
     assert engine.is_idle()
     assert [engine.generate([prompt], 24)[0] for prompt in prompts] == tokens
     roomy: Engine = start_engine(
-        model, kv_eviction="cake", kv_eviction_budget=2000, skip_tokenizer_init=True, max_model_len=2048
+        model, kv_eviction=policy, kv_eviction_budget=2000, skip_tokenizer_init=True, max_model_len=2048
     )
     everything_kept = roomy.generate(prompts, 24)
     stock: Engine = start_engine(model, skip_tokenizer_init=True, max_model_len=2048)

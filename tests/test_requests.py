@@ -127,7 +127,7 @@ def test_a_policy_that_raises_costs_no_request(engine: Engine, monkeypatch):
 
 @pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
 def test_a_failure_while_pages_are_moved(tiny, monkeypatch, name):
-    """Owners that were moved stay moved, the others keep what they have, nothing is freed, and every page comes back."""
+    """Owners that were moved stay moved, the others keep what they have, and every page comes back."""
     from cake_vllm.kernels import BlockLayout
 
     settings = {"max_model_len": 960, "max_num_batched_tokens": 512}

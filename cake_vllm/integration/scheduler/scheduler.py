@@ -379,7 +379,10 @@ class EvictionScheduler:
         return columns, sum(counts), any(own)
 
     def _trade(self, request_id: str, pending: Pending, eviction: Eviction) -> int:
-        """Frees what the request gave up; returns by how many blocks fewer it holds now than before the grant."""
+        """Frees what the request gave up; returns by how many blocks fewer it holds now than before the grant, if any.
+
+        With progressive prefill it may be none: a chunk that fills no block can move a page from one owner to another.
+        """
         num_blocks = pending.length // self.block_size
         # A later eviction, already planned, may use any of the columns.
         num_columns = None if pending.tracked.num_pending else eviction.columns
@@ -387,7 +390,7 @@ class EvictionScheduler:
         for manager, columns in zip(self._managers, pending.columns, strict=True):
             freed += manager.trade(request_id, num_blocks, columns[:num_columns])
         self._pool.free_blocks(freed)
-        return len(freed) - pending.num_lent
+        return max(len(freed) - pending.num_lent, 0)
 
 
 def kept_tokens(kept: Counts | None) -> list[int | list[int]] | None:
