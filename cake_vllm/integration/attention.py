@@ -17,7 +17,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec, replace_as
 
-from cake_vllm.integration.plugin import eviction_config
+from cake_vllm.integration.plugin import eviction_config, window_cuts
 from cake_vllm.kernels import BlockLayout
 
 #: Name under which a step's work hangs on a layer's attention metadata.
@@ -31,6 +31,7 @@ class EvictingBackend:
     evicting_impl: ClassVar[type[AttentionImpl]]
     # Layers are built under the engine's config, specs are asked for later without one.
     _spec_fields: ClassVar[dict[str, Any] | None] = None
+    _max_model_len: ClassVar[int]
     _layer_index: ClassVar[itertools.count]
 
     @classmethod
@@ -46,6 +47,7 @@ class EvictingBackend:
 
         remember_projections()
         max_model_len, in_flight = vllm_config.model_config.max_model_len, vllm_config.max_in_flight_tokens
+        cls._max_model_len = max_model_len
         cls._spec_fields = {
             "num_queries": config.policy.num_queries,
             "never_evicted_len": config.never_evicted_len(),
@@ -67,6 +69,8 @@ class EvictingBackend:
             return spec
         from cake_vllm.integration.spec import EvictableSpec, ExactSlidingWindowSpec
 
+        if type(spec) is SlidingWindowSpec and not window_cuts(spec.sliding_window, cls._max_model_len):
+            spec = replace_as(spec, FullAttentionSpec, sliding_window=None, drop=("extra_retained_tokens",))
         if type(spec) is SlidingWindowSpec:
             return replace_as(spec, ExactSlidingWindowSpec)
         if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
@@ -114,8 +118,11 @@ class EvictingImpl(AttentionImpl):
     """Mixin for an ``AttentionImpl``; put it first among the bases."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)  # type: ignore[safe-super]
         given: dict[str, Any] = dict(zip(_IMPL_ARGUMENTS, args, strict=False)) | kwargs
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config and not window_cuts(given.get("sliding_window"), vllm_config.model_config.max_model_len):
+            given["sliding_window"] = None
+        super().__init__(**given)  # type: ignore[safe-super]
         checks = [
             (given.get("alibi_slopes") is not None, "ALiBi, whose bias depends on where a key lies"),
             (given.get("sinks") is not None, "attention sinks"),
