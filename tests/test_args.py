@@ -183,6 +183,14 @@ def test_models_that_cannot_be_evicted(tmp_path, name):
         configure(model, kv_eviction="cake")
 
 
+def test_a_sliding_window_as_long_as_what_is_served_is_not_refused(tmp_path):
+    model = save_config(tmp_path, "mistral", "MistralForCausalLM", sliding_window=600, **SMALL)
+    for served in ({"max_model_len": 600}, {"disable_sliding_window": True}):
+        assert configure(model, kv_eviction="cake", **served).model_config.max_model_len == 600
+    with pytest.raises(ValueError, match=r"serve it up to 600 tokens, .* with --disable-sliding-window"):
+        configure(model, kv_eviction="cake", max_model_len=601)
+
+
 #: Known when the model's layers are built, before there are weights.
 ATTENTION = {
     "ALiBi": ({"alibi_slopes": [1.0]}, "ALiBi"),

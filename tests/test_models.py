@@ -1,8 +1,8 @@
 """Small random models of other architectures."""
 
 import pytest
-from engine import Engine
-from random_models import save_random_model
+from engine import Engine, same_positions
+from random_models import numbers, save_random_model
 
 pytestmark = pytest.mark.engine
 
@@ -92,3 +92,57 @@ def test_model(start_engine, tmp_path, name, same_on_both):
     assert len(stats["kept_tokens"]) == full
     assert all(3 * 100 <= kept < 3 * 160 for kept in stats["kept_tokens"])
     assert engine.is_idle()
+
+
+LONGEST = 608
+
+#: Models whose windows are as long as the longest request, or longer: in every layer, or in some.
+WIDE_WINDOWS = {
+    "override": (("llama", "LlamaForCausalLM", {}), {"hf_overrides": {"sliding_window": 262144}}),
+    "phi3": (("phi3", "Phi3ForCausalLM", {"hidden_size": 128, "pad_token_id": 0, "sliding_window": LONGEST}), {}),
+    "in-two-layers": (
+        ("llama", "LlamaForCausalLM", {}),
+        {"hf_overrides": {"sliding_window": LONGEST, "layer_types": ["sliding_attention", "full_attention"] * 2}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WIDE_WINDOWS)
+def test_a_window_that_never_cuts_is_full_attention(start_engine, tmp_path, name):
+    """Every layer is evicted from, and a request of the longest length gets the tokens that it gets without windows."""
+    (model_type, architecture, fields), wide = WIDE_WINDOWS[name]
+    model = save_random_model(tmp_path, model_type, architecture, num_hidden_layers=4, **fields)
+    settings = {"skip_tokenizer_init": True, "max_model_len": LONGEST, "num_gpu_blocks_override": 1000}
+    evicting = {"kv_eviction": "cake", "kv_eviction_budget": 100}
+    prompts = [numbers(0, LONGEST - 24), numbers(1, 300)]
+    stock_tokens = start_engine(model, **settings, **wide).generate(prompts, 24)
+    # vLLM's own way to do without windows.
+    plain: Engine = start_engine(model, **settings, **evicting, disable_sliding_window=True)
+    expected = plain.trace(prompts, 24)
+    engine: Engine = start_engine(model, **settings, **evicting, **wide)
+    engine.stats()
+    served = engine.trace(prompts, 24)
+    stats = engine.stats()
+    assert stats["requests"] == 2
+    assert len(stats["kept_tokens"]) == 4
+    assert all(kept < 2 * 200 for kept in stats["kept_tokens"])
+    for (tokens, kept), (expected_tokens, expected_kept) in zip(served, expected, strict=True):
+        assert tokens == expected_tokens
+        assert same_positions(kept, expected_kept)
+    assert engine.generate(prompts, 24, extra_args={"kv_eviction": "none"}) == stock_tokens
+    assert stock_tokens != [tokens for tokens, _ in served]
+
+
+def test_a_window_that_cuts_can_be_switched_off(start_engine, tmp_path):
+    """What the refusal advises: up to the window's length it is full attention."""
+    model = save_random_model(
+        tmp_path, "mistral", "MistralForCausalLM", num_hidden_layers=4, sliding_window=LONGEST - 1
+    )
+    settings = {"skip_tokenizer_init": True, "kv_eviction": "cake", "kv_eviction_budget": 100}
+    with pytest.raises(ValueError, match=rf"up to {LONGEST - 1} tokens, .* --disable-sliding-window"):
+        start_engine(model, **settings, max_model_len=LONGEST)
+    engine: Engine = start_engine(model, **settings, max_model_len=None, disable_sliding_window=True)
+    assert engine.vllm_config.model_config.max_model_len == LONGEST - 1
+    engine.stats()
+    engine.generate([numbers(0, LONGEST - 17)], 16)
+    assert len(engine.stats()["kept_tokens"]) == 4

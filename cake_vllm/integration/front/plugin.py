@@ -137,6 +137,13 @@ def refuse_speculation(config: KVEvictionConfig, speculative: SpeculativeConfig 
         )
 
 
+def window_cuts(window: int | None, max_model_len: int) -> bool:
+    """Whether a sliding window hides a token from another one of the same request; a window as long as what can be
+    served, in tokens, is full attention.
+    """
+    return window is not None and window < max_model_len
+
+
 def refuse_model(vllm_config: VllmConfig) -> None:
     """Refuses models and caches that eviction cannot serve.
 
@@ -152,7 +159,6 @@ def refuse_model(vllm_config: VllmConfig) -> None:
         (model.is_attention_free, "models without attention"),
         (model.is_hybrid, "models that mix attention with state-space layers"),
         (model.attention_chunk_size is not None, "chunked local attention"),
-        (vllm_config.cache_config.sliding_window is not None, "a sliding window in every layer"),
         (getattr(model, "rswa_window", None) is not None, "reference sliding-window attention"),
     ]
     for refused, what in checks:
@@ -161,6 +167,13 @@ def refuse_model(vllm_config: VllmConfig) -> None:
             raise ValueError(
                 f"{flag(POLICY_KEY)} cannot evict from {what}, which {architecture} has: serve it without the flag"
             )
+    window = vllm_config.cache_config.sliding_window
+    if window_cuts(window, model.max_model_len):
+        raise ValueError(
+            f"{flag(POLICY_KEY)} cannot evict from a sliding window in every layer, which "
+            f"{', '.join(model.architectures)} has: serve it up to {window} tokens, where the window cuts nothing, "
+            "with --disable-sliding-window, or serve it without the flag"
+        )
     if cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
         raise ValueError(f"{flag(POLICY_KEY)} does not work together with --kv-cache-dtype {cache_dtype} yet: use auto")
     backend = vllm_config.attention_config.backend

@@ -18,7 +18,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec, replace_as
 
-from cake_vllm.integration.front.plugin import eviction_config
+from cake_vllm.integration.front.plugin import eviction_config, window_cuts
 from cake_vllm.kernels import BlockLayout, Grid
 
 #: Name under which a step's work hangs on the attention metadata of evictable layers.
@@ -32,6 +32,7 @@ class EvictingBackend:
     evicting_impl: ClassVar[type[AttentionImpl]]
     # Layers are built under the engine's config, specs are asked for later without one.
     _spec_fields: ClassVar[dict[str, Any] | None] = None
+    _max_model_len: ClassVar[int]
 
     @classmethod
     def get_impl_cls(cls) -> type[AttentionImpl]:
@@ -45,6 +46,7 @@ class EvictingBackend:
 
         remember_projections()
         max_model_len, in_flight = vllm_config.model_config.max_model_len, vllm_config.max_in_flight_tokens
+        cls._max_model_len = max_model_len
         cls._spec_fields = {
             "num_queries": config.policy.num_queries,
             "never_evicted_len": config.never_evicted_len(),
@@ -60,6 +62,8 @@ class EvictingBackend:
             return spec
         from cake_vllm.integration.scheduler.spec import EvictableSpec, ExactSlidingWindowSpec
 
+        if type(spec) is SlidingWindowSpec and not window_cuts(spec.sliding_window, cls._max_model_len):
+            spec = replace_as(spec, FullAttentionSpec, sliding_window=None, drop=("extra_retained_tokens",))
         if type(spec) is SlidingWindowSpec:
             return replace_as(spec, ExactSlidingWindowSpec)
         if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
@@ -121,8 +125,11 @@ class EvictingImpl(AttentionImpl):
     num_kv_heads: int
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)  # type: ignore[safe-super]
         given: dict[str, Any] = dict(zip(_IMPL_ARGUMENTS, args, strict=False)) | kwargs
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config and not window_cuts(given.get("sliding_window"), vllm_config.model_config.max_model_len):
+            given["sliding_window"] = None
+        super().__init__(**given)  # type: ignore[safe-super]
         checks = [
             (given.get("alibi_slopes") is not None, "ALiBi, whose bias depends on where a key lies"),
             (given.get("sinks") is not None, "attention sinks"),
