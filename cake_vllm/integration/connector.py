@@ -20,6 +20,7 @@ from vllm.v1.request import Request
 
 from cake_vllm.integration.messages import EvictionReport, StepPlan
 from cake_vllm.integration.plugin import eviction_config
+from cake_vllm.integration.reports import install_news
 from cake_vllm.integration.scheduler import EvictionScheduler
 from cake_vllm.metrics import EvictionPromMetrics, EvictionStats
 
@@ -34,6 +35,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER:
             max_model_len = vllm_config.model_config.max_model_len
             self.scheduler = EvictionScheduler(config, kv_cache_config, vllm_config.scheduler_config, max_model_len)
+            install_news()
         else:
             from cake_vllm.integration.worker import EvictionWorker
 

@@ -15,7 +15,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
-from cake_vllm.config import AUTO, OFF, REPORT_KEY, KVEvictionConfig
+from cake_vllm.config import AUTO, REPORT_KEY, KVEvictionConfig
 from cake_vllm.integration.cache_manager import (
     EvictingManager,
     ExactPrefixManager,
@@ -24,6 +24,7 @@ from cake_vllm.integration.cache_manager import (
     num_shared,
 )
 from cake_vllm.integration.messages import Eviction, Grant, Observation, StepPlan
+from cake_vllm.integration.reports import report
 from cake_vllm.integration.spec import evictable_groups
 from cake_vllm.metrics import EvictionStats
 from cake_vllm.policies import PagedPrompt, Policy
@@ -91,6 +92,8 @@ class EvictionScheduler:
         self.groups = evictable_groups(kv_cache_config)
         self.block_size = kv_cache_config.kv_cache_groups[self.groups[0]].kv_cache_spec.block_size
         self.stats = EvictionStats.empty()
+        #: Reports that were asked for and travel with the requests' next outputs, by request id.
+        self.news: dict[str, dict[str, Any]] = {}
         self._tracked: dict[str, Tracked] = {}
         self._epochs = itertools.count(1)
         # Evictions under way, by epoch.
@@ -129,11 +132,8 @@ class EvictionScheduler:
         if tracked is None:
             return None
         self._forget_pending(request_id)
-        if not (_asked(tracked.request) or {}).get(REPORT_KEY):
-            return None
-        config = tracked.config
-        report = {"policy": config.policy_name if config else OFF, "budget": config.budget if config else None}
-        return {"kv_eviction": {**report, "kept_tokens": tracked.kept}}
+        self.news.pop(request_id, None)
+        return report(tracked.config, tracked.kept) if _wants_report(tracked.request) else None
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """What the worker has to know for the step that ``output`` describes."""
@@ -171,6 +171,8 @@ class EvictionScheduler:
             else:
                 tracked.wanted = eviction.wanted
             tracked.kept = eviction.kept
+            if _wants_report(tracked.request):
+                self.news[request_id] = report(tracked.config, tracked.kept)
             num_blocks = self._free(request_id, pending, eviction)
             self.stats.record(eviction, num_blocks, self.block_size, pending.is_prompt_end, pending.in_place)
             logger.debug(
@@ -300,3 +302,7 @@ class EvictionScheduler:
 
 def _asked(request: Request) -> dict[str, Any] | None:
     return request.sampling_params.extra_args if request.sampling_params else None
+
+
+def _wants_report(request: Request) -> bool:
+    return bool((_asked(request) or {}).get(REPORT_KEY))
