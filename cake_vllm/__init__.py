@@ -1,9 +1,10 @@
 """KV-cache eviction for stock vLLM: ``vllm serve MODEL --kv-eviction cake``.
 
-vLLM imports this module in every process, whether or not eviction is used. It therefore imports nothing itself: a
-plugin module that fails to import is logged and skipped, and vLLM would then serve without eviction.
+vLLM imports this module in every process, whether or not eviction is used. It therefore imports nothing of vLLM itself:
+a plugin module that fails to import is logged and skipped, and vLLM would then serve without eviction.
 """
 
+import logging
 from typing import Any
 
 __version__ = "0.1.0"
@@ -14,10 +15,16 @@ BELOW_VLLM = "0.33"
 
 
 def register() -> None:
-    """Entry point of ``vllm.general_plugins``. Repeatable; raises if it cannot do its work."""
-    from cake_vllm.integration.front.plugin import install
-
-    install()
+    """Entry point of ``vllm.general_plugins``. Repeatable; on a vLLM that it does not fit it warns and stands aside."""
+    try:
+        from cake_vllm.integration.front.gate import enter
+    except Exception as error:
+        # Without the gate there are no flags: vLLM itself refuses them.
+        logging.getLogger("vllm.cake_vllm").warning(
+            "cake_vllm stands aside, --kv-eviction cannot be used with this vLLM: %s: %s", type(error).__name__, error
+        )
+    else:
+        enter()
 
 
 def __getattr__(name: str) -> Any:

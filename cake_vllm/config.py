@@ -2,13 +2,14 @@
 
 The command line flags, the keyword arguments of ``LLM`` and the keys of ``VllmConfig.additional_config`` are the same
 three names. The front-end process validates them and writes them back with the preset that fits the model, so
-that every other process reads what was decided once.
+that every other process reads what was decided once. Under the same names a request may ask for settings of its own.
 """
 
+import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -20,8 +21,14 @@ POLICY_KEY = "kv_eviction"
 BUDGET_KEY = "kv_eviction_budget"
 CONFIG_KEY = "kv_eviction_config"
 KEYS = (POLICY_KEY, BUDGET_KEY, CONFIG_KEY)
-#: A request's wish to hear what was kept of it; beside it a request may name a policy and a budget of its own.
+#: A request's wish to hear what was kept of it.
 REPORT_KEY = "kv_eviction_report"
+#: What a request may ask for.
+REQUEST_KEYS = (*KEYS, REPORT_KEY)
+#: The knobs that a preset sets.
+TAUS = ("tau1", "tau2")
+#: Knobs that cost the server memory or time.
+COSTLY_KNOBS = ("window", "pool_kernel")
 
 OFF = "none"
 AUTO = "auto"
@@ -46,7 +53,8 @@ class KVEvictionConfig:
 
     policy_name: str
     budget: int | float | str
-    options: Mapping[str, Any]
+    # A dict, left out of the hash so that there is one.
+    options: Mapping[str, Any] = field(hash=False)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "KVEvictionConfig | None":
@@ -77,13 +85,18 @@ class KVEvictionConfig:
                 f"{flag(BUDGET_KEY)} {config.budget} leaves nothing beside the window of {window} tokens: "
                 f"give more than {window}, or a fraction of the prompt such as 0.2"
             )
+        if isinstance(config.budget, int) and config.budget < config.policy.floor:
+            raise ValueError(
+                f"{flag(BUDGET_KEY)} {config.budget} is too little for {name}, which keeps no window: "
+                f"give {config.policy.floor} or more, or a fraction of the prompt such as 0.2"
+            )
         return config
 
     def for_request(self, asked: Mapping[str, Any] | None, max_model_len: int) -> "KVEvictionConfig | None":
-        """What a request gets that asks for a policy or a budget of its own; ``None`` if it asks for no eviction.
+        """What a request gets that asks for settings of its own; ``None`` if it asks for no eviction.
 
-        The policy's knobs are the server's if the policy is, else its defaults; ways of prefill and decoding are the
-        server's as far as the policy knows them.
+        Its knobs are laid over the server's if the policy is the server's, else over the policy's defaults; ways of
+        prefill and decoding are the server's as far as the policy knows them. Equal wishes are parsed once.
 
         Args:
             asked: its ``vllm_xargs``; keys that are not ours are ignored.
@@ -92,32 +105,10 @@ class KVEvictionConfig:
         Raises:
             ValueError: one sentence that names the key and the fix.
         """
-        wishes = {key: asked[key] for key in (POLICY_KEY, BUDGET_KEY) if key in asked} if asked else {}
+        wishes = {key: asked[key] for key in KEYS if key in asked} if asked else {}
         if not wishes:
             return self
-        settings = {**self.settings(), **wishes}
-        name = settings[POLICY_KEY]
-        if name == OFF:
-            settings = wishes
-        elif name != self.policy_name and name in policy_names():
-            settings[CONFIG_KEY] = {"prefill": self.prefill}
-            if self.decode in policy_class(name).decodes:
-                settings[CONFIG_KEY]["decode"] = self.decode
-        try:
-            config = KVEvictionConfig.from_settings(settings)
-        except ValueError as error:
-            raise ValueError(
-                str(error).replace(flag(BUDGET_KEY), BUDGET_KEY).replace(flag(POLICY_KEY), POLICY_KEY)
-            ) from None
-        most = self.max_request_tokens(max_model_len, 0)
-        if most is not None:
-            asked_for = config.max_request_tokens(max_model_len, 0) if config else None
-            if asked_for is None or asked_for > most:
-                raise ValueError(
-                    f"{BUDGET_KEY} and {POLICY_KEY} of a request must not let it hold more than the server's "
-                    f"{flag(BUDGET_KEY)} {self.budget}, on which progressive prefill counts: ask for less"
-                )
-        return config
+        return _for_request(self, json.dumps(wishes, sort_keys=True, default=repr), max_model_len)
 
     def settings(self) -> dict[str, Any]:
         """The three keys, such that :meth:`from_settings` gives this object back; JSON types only."""
@@ -136,7 +127,7 @@ class KVEvictionConfig:
         if preset is not None:
             if preset not in PRESETS:
                 raise ValueError(f"{flag(CONFIG_KEY)}: unknown preset {preset!r}; choose {', '.join(sorted(PRESETS))}")
-            options = dict(zip(("tau1", "tau2"), PRESETS[preset], strict=True)) | options
+            options = dict(zip(TAUS, PRESETS[preset], strict=True)) | options
         try:
             return create_policy(self.policy_name, options, beside)
         except ValueError as error:
@@ -186,7 +177,7 @@ class KVEvictionConfig:
         return self.tokens(max_model_len, 0) + self.policy.window_size + max_in_flight
 
     def tokens(self, prompt_len: int, share: int) -> int:
-        """The budget for a request, in tokens per layer, at least the window.
+        """The budget for a request, in tokens per layer, at least the policy's floor.
 
         Args:
             prompt_len: tokens of its prompt.
@@ -195,8 +186,8 @@ class KVEvictionConfig:
         if isinstance(self.budget, int):
             return self.budget
         if isinstance(self.budget, str):
-            return max(share, AUTO_FLOOR, self.policy.window_size + 1)
-        return max(int(Fraction(str(self.budget)) * prompt_len), self.policy.window_size)
+            return max(share, AUTO_FLOOR, self.policy.floor)
+        return max(int(Fraction(str(self.budget)) * prompt_len), self.policy.floor)
 
     def resolve(self, model: Any) -> "KVEvictionConfig":
         """Chooses the tau preset for ``model`` where the user chose neither a preset nor taus.
@@ -204,7 +195,7 @@ class KVEvictionConfig:
         Args:
             model: a Hugging Face text config, or anything with its attributes.
         """
-        if not self._has_presets or {"preset", "tau1", "tau2"} & set(self.options):
+        if not self._has_presets or {"preset", *TAUS} & set(self.options):
             return self
         family = model_family(model)
         if family is None:
@@ -216,7 +207,62 @@ class KVEvictionConfig:
 
     @property
     def _has_presets(self) -> bool:
-        return {"tau1", "tau2"} <= set(knobs(self.policy_name))
+        return set(TAUS) <= set(knobs(self.policy_name))
+
+
+@functools.lru_cache(maxsize=256)
+def _for_request(server: KVEvictionConfig, wishes_json: str, max_model_len: int) -> KVEvictionConfig | None:
+    wishes = json.loads(wishes_json)
+    try:
+        config = KVEvictionConfig.from_settings(_merge_wishes(server, wishes))
+    except ValueError as error:
+        message = str(error)
+        for key in (BUDGET_KEY, CONFIG_KEY, POLICY_KEY):
+            message = message.replace(flag(key), key)
+        raise ValueError(message) from None
+    if config is not None and CONFIG_KEY in wishes:
+        _refuse_costly(server, config)
+    most = server.max_request_tokens(max_model_len, 0)
+    if most is not None:
+        asked_for = config.max_request_tokens(max_model_len, 0) if config else None
+        if asked_for is None or asked_for > most:
+            raise ValueError(
+                f"{BUDGET_KEY} and {POLICY_KEY} of a request must not let it hold more than the server's "
+                f"{flag(BUDGET_KEY)} {server.budget}, on which progressive prefill counts: ask for less"
+            )
+    return server if config == server else config
+
+
+def _merge_wishes(server: KVEvictionConfig, wishes: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a request: its wishes over the server's."""
+    settings = {**server.settings(), **wishes}
+    name = settings[POLICY_KEY] or OFF
+    if name == OFF:
+        return dict(wishes)
+    own = parse_options(wishes.get(CONFIG_KEY))
+    for key in ("decode", "prefill"):
+        if key in own:
+            raise ValueError(f"{CONFIG_KEY}: {key} is for the server to choose, not for a request: drop it")
+    if name == server.policy_name:
+        # A preset stands for both taus.
+        options = {key: value for key, value in server.options.items() if not ("preset" in own and key in TAUS)}
+    elif name in policy_names():
+        options = {"prefill": server.prefill}
+        if server.decode in policy_class(name).decodes:
+            options["decode"] = server.decode
+    else:
+        options = {}
+    return settings | {CONFIG_KEY: options | own}
+
+
+def _refuse_costly(server: KVEvictionConfig, config: KVEvictionConfig) -> None:
+    """A request must not take more of what it shares with others than the server's settings or the defaults do."""
+    default = create_policy(config.policy_name, {})
+    for knob in COSTLY_KNOBS:
+        value = getattr(config.policy, knob, 0)
+        most = max(getattr(policy, knob, 0) for policy in (server.policy, default))
+        if value > most:
+            raise ValueError(f"{CONFIG_KEY}: {knob} of a request may be {most} at most, not {value}: ask for less")
 
 
 def flag(key: str) -> str:
@@ -248,6 +294,38 @@ def parse_budget(value: Any) -> int | float | str:
     if isinstance(value, float) and 0 < value <= 1:
         return value
     raise refusal
+
+
+def parse_flag(key: str, value: Any) -> bool:
+    """Reads a yes or no as people write it: ``true``, ``"yes"``, ``"1"``, ``1``, ``"on"`` and their opposites.
+
+    Raises:
+        ValueError: one sentence that names ``key`` and the fix.
+    """
+    text = str(value).strip().lower()
+    if text in ("true", "yes", "on", "1", "1.0"):
+        return True
+    if text in ("false", "no", "off", "0", "0.0", "", "none"):
+        return False
+    raise ValueError(f"{key} {value!r} is neither yes nor no: give true or false")
+
+
+def wishes_of(asked: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What among a request's extra arguments is meant for this plugin, misspelt keys included."""
+    if not asked:
+        return {}
+    return {key: value for key, value in asked.items() if key.replace("-", "_").lower().startswith(POLICY_KEY)}
+
+
+def check_keys(wishes: Mapping[str, Any]) -> None:
+    """Refuses keys that nobody reads.
+
+    Raises:
+        ValueError: one sentence that names the key and the known ones.
+    """
+    for key in wishes:
+        if key not in REQUEST_KEYS:
+            raise ValueError(f"{key} is unknown: a request may give {', '.join(REQUEST_KEYS)}")
 
 
 def parse_options(value: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ under Triton's interpreter, which has to be arranged before vLLM is imported.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -107,6 +108,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     from random_models import save_random_model
 
     return save_random_model(tmp_path_factory.mktemp("tiny"), "llama", "LlamaForCausalLM", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="session")
+def chatty_model(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same random Llama behind a real tokenizer, for servers."""
+    from random_models import save_random_model
+
+    path = tmp_path_factory.mktemp("chatty")
+    save_random_model(path, "llama", "LlamaForCausalLM", num_hidden_layers=4, vocab_size=49152)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(Path(model_dir) / file, path)
+    return str(path)
 
 
 @pytest.fixture(scope="session")

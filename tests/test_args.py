@@ -11,7 +11,7 @@ from conftest import ROOT
 from transformers import AutoConfig
 
 import cake_vllm
-from cake_vllm.integration.front import plugin
+from cake_vllm.integration.front import gate, plugin
 
 cake_vllm.register()
 
@@ -42,7 +42,7 @@ def configure(model: str, **kwargs):
 
 def test_registering_twice_wraps_once():
     before = EngineArgs.create_engine_config
-    plugin.install()
+    cake_vllm.register()
     assert EngineArgs.create_engine_config is before
 
 
@@ -236,11 +236,11 @@ def test_the_readme_names_tests_that_exist():
     ("version", "supported"), [("0.31.9", False), ("0.32.0+cpu", True), ("0.32.1.post1", True), ("0.33.0rc1", False)]
 )
 def test_versions(version, supported):
-    assert plugin.is_supported(version) is supported
+    assert gate.is_supported(version) is supported
 
 
 def test_other_vllm_versions_are_refused_when_eviction_is_used(llama, monkeypatch):
-    monkeypatch.setattr(plugin, "vllm", SimpleNamespace(__version__="0.40.0"))
+    monkeypatch.setattr(gate, "vllm", SimpleNamespace(__version__="0.40.0"))
     configure(llama)
     with pytest.raises(ValueError, match=r"--kv-eviction needs vLLM >= 0\.32 and < 0\.33, and this is 0\.40\.0"):
         configure(llama, kv_eviction="cake")

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import sys
 import threading
 import time
@@ -14,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
-from random_models import save_random_model
 
 sys.path.insert(0, str(ROOT / "deploy"))
 
@@ -45,16 +43,6 @@ def users_environment():
         for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER", "OMP_NUM_THREADS"):
             patch.delenv(name, raising=False)
         yield
-
-
-@pytest.fixture(scope="module")
-def chatty_model(model_dir, tmp_path_factory) -> str:
-    """Random weights behind a real tokenizer."""
-    path = tmp_path_factory.mktemp("chatty")
-    save_random_model(path, "llama", "LlamaForCausalLM", num_hidden_layers=4, vocab_size=49152)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(Path(model_dir) / file, path)
-    return str(path)
 
 
 def post(url: str, body: dict, timeout: float = 120) -> dict:

@@ -21,6 +21,7 @@ from vllm.v1.request import Request
 from cake_vllm.integration.front.plugin import eviction_config
 from cake_vllm.integration.messages import EvictionReport, StepPlan
 from cake_vllm.integration.metrics import EvictionPromMetrics, EvictionStats
+from cake_vllm.integration.reports import install_news
 from cake_vllm.integration.scheduler.scheduler import EvictionScheduler
 
 
@@ -34,6 +35,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER:
             max_model_len = vllm_config.model_config.max_model_len
             self.scheduler = EvictionScheduler(config, kv_cache_config, vllm_config.scheduler_config, max_model_len)
+            install_news()
         else:
             from cake_vllm.integration.worker.worker import EvictionWorker
 

@@ -105,6 +105,14 @@ class Policy(ABC):
         """The end of a prompt that a budget must exceed: what is protected, and what the scores are taken from."""
         return max(self.protected, self.num_queries)
 
+    @property
+    def floor(self) -> int:
+        """The smallest budget, tokens: one more than the window or, of methods that keep none, what is left to choose.
+
+        A fraction of a short prompt never means less, so that no prompt loses everything.
+        """
+        return self.window_size + 1 if self.window_size > 1 else 32
+
     def is_evicted(self, prompt_len: int, budget: int) -> bool:
         """Whether a prompt of ``prompt_len`` tokens loses any under ``budget``."""
         return prompt_len > max(budget, self.window_size)

@@ -23,6 +23,11 @@ class StreamingLLM(Policy):
         if self.n_sink < 0:
             raise ValueError(f"n_sink must be at least 0, not {self.n_sink}")
 
+    @property
+    def floor(self) -> int:
+        """The sinks, and recent tokens."""
+        return self.n_sink + 32
+
     def score(self, inputs: LayerInputs) -> LayerScore:
         """See :meth:`Policy.score`: later is better, and the sinks are best."""
         num_kv_heads, prompt_len, _ = inputs.keys.shape

@@ -1,6 +1,7 @@
 """The flags ``--kv-eviction*`` of vLLM's engine arguments, and the same names as keyword arguments of ``LLM``."""
 
 import argparse
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,17 +23,32 @@ from cake_vllm.integration.front.patching import wrap
 from cake_vllm.policies import policy_names
 
 
-def install_args() -> None:
-    """Wraps the engine arguments' constructors and command line (ledger: ``patches/README.md``)."""
-    wrap(EngineArgs, "add_cli_args", _add_cli_args)
+def install_args(stand_aside: Callable[[str], None]) -> None:
+    """Wraps the engine arguments' constructors and command line (ledger: ``patches/README.md``).
+
+    Args:
+        stand_aside: takes the reason why there are no flags, if they cannot be made.
+    """
+    wrap(EngineArgs, "add_cli_args", functools.partial(_add_cli_args, stand_aside))
     wrap(EngineArgs, "from_cli_args", _from_cli_args)
     # Dataclasses: each class has a generated constructor of its own.
     wrap(EngineArgs, "__init__", _init)
     wrap(AsyncEngineArgs, "__init__", _init)
 
 
-def _add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def _add_cli_args(
+    stand_aside: Callable[[str], None], original: Callable[..., Any], parser: argparse.ArgumentParser
+) -> argparse.ArgumentParser:
     parser = original(parser)
+    try:
+        _add_flags(parser)
+    except (argparse.ArgumentError, ValueError) as error:
+        # A flag that vLLM has by itself, or policies of other packages that contradict these.
+        stand_aside(str(error))
+    return parser
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         title="KVEviction",
         description="Evict the KV cache of long prompts, each layer to its own budget (plugin cake_vllm).",
@@ -59,7 +75,6 @@ def _add_cli_args(original: Callable[..., Any], parser: argparse.ArgumentParser)
         metavar="JSON",
         help='Knobs of the policy as a JSON object, such as \'{"window": 32, "gamma": 200}\'.',
     )
-    return parser
 
 
 def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -75,14 +90,17 @@ def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
     engine_args = original(cls, args)
     given = {key: getattr(args, key) for key in KEYS if hasattr(args, key)}
-    engine_args.additional_config = merge_settings(engine_args.additional_config, given)
+    if given:
+        engine_args.additional_config = merge_settings(engine_args.additional_config, given)
     return engine_args
 
 
 def _init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     given = {key: kwargs.pop(key) for key in KEYS if key in kwargs}
     original(self, *args, **kwargs)
-    self.additional_config = merge_settings(self.additional_config, given)
+    settings = getattr(self, "additional_config", None)
+    if given or settings:
+        self.additional_config = merge_settings(settings, given)
 
 
 def merge_settings(additional_config: Any, given: Mapping[str, Any]) -> Any:

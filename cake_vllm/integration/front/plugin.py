@@ -3,20 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-import vllm
-from packaging.version import Version
 from vllm.config import KVTransferConfig, SpeculativeConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.engine.arg_utils import EngineArgs
-from vllm.exceptions import VLLMValidationError
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.engine.input_processor import InputProcessor
 
-from cake_vllm import BELOW_VLLM, MIN_VLLM
-from cake_vllm.config import BUDGET_KEY, CONFIG_KEY, OFF, POLICY_KEY, KVEvictionConfig, flag
-from cake_vllm.integration.front.args import install_args
-from cake_vllm.integration.front.patching import wrap
+from cake_vllm.config import CONFIG_KEY, POLICY_KEY, KVEvictionConfig, flag
+from cake_vllm.integration.front.requests import install_http, install_requests
+from cake_vllm.integration.reports import install_states
 
 # Below the name "vllm", so that vLLM's logging configuration applies.
 logger = init_logger("vllm.cake_vllm")
@@ -32,21 +27,13 @@ BACKENDS = {
 
 
 def install() -> None:
-    """Makes eviction available in this process. Registers names only; nothing of it runs unless it is switched on."""
-    if is_supported(vllm.__version__):
-        for name, path in BACKENDS.items():
-            register_backend(AttentionBackendEnum[name], path)
-        if CONNECTOR not in KVConnectorFactory._registry:
-            KVConnectorFactory.register_connector(CONNECTOR, "cake_vllm.integration.connector", CONNECTOR)
-    install_args()
-    wrap(EngineArgs, "create_engine_config", _create_engine_config)
-    wrap(InputProcessor, "_validate_params", _validate_params)
-
-
-def is_supported(version: str) -> bool:
-    """Whether this plugin was tested with vLLM ``version``."""
-    release = Version(Version(version).base_version)
-    return Version(MIN_VLLM) <= release < Version(BELOW_VLLM)
+    """Registers what eviction is made of. Names only; nothing of it runs unless it is switched on."""
+    for name, path in BACKENDS.items():
+        register_backend(AttentionBackendEnum[name], path)
+    if CONNECTOR not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(CONNECTOR, "cake_vllm.integration.connector", CONNECTOR)
+    install_requests()
+    install_states()
 
 
 def eviction_config(vllm_config: VllmConfig | None) -> KVEvictionConfig | None:
@@ -55,23 +42,30 @@ def eviction_config(vllm_config: VllmConfig | None) -> KVEvictionConfig | None:
     return KVEvictionConfig.from_settings(settings) if isinstance(settings, dict) else None
 
 
-def _create_engine_config(original: Callable[..., VllmConfig], self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
-    settings = self.additional_config
-    config = KVEvictionConfig.from_settings(settings) if isinstance(settings, dict) else None
-    if config is None:
-        return original(self, *args, **kwargs)
-    if not is_supported(vllm.__version__):
-        raise ValueError(
-            f"{flag(POLICY_KEY)} needs vLLM >= {MIN_VLLM} and < {BELOW_VLLM}, and this is {vllm.__version__}: "
-            "install a supported vLLM or another release of cake_vllm"
-        )
-    refuse_arguments(self)
-    self.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
-    vllm_config = original(self, *args, **kwargs)
+def switch_on(
+    config: KVEvictionConfig, original: Callable[..., VllmConfig], args: Any, *rest: Any, **kwargs: Any
+) -> VllmConfig:
+    """Configures an engine that evicts.
+
+    Args:
+        config: what the user set.
+        original: vLLM's ``EngineArgs.create_engine_config``.
+        args: its engine arguments.
+        rest: what else it was called with.
+        kwargs: the same.
+
+    Raises:
+        ValueError: one sentence, if eviction cannot serve what else was set.
+    """
+    refuse_arguments(args)
+    args.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
+    vllm_config = original(args, *rest, **kwargs)
     refuse_model(vllm_config)
     refuse_speculation(config, vllm_config.speculative_config)
+    if isinstance(args, AsyncEngineArgs):
+        install_http()
     resolved = config.resolve(vllm_config.model_config.hf_text_config)
-    vllm_config.additional_config = {**settings, **resolved.settings()}
+    vllm_config.additional_config = {**args.additional_config, **resolved.settings()}
     preset = resolved.options.get("preset", "none for this model")
     logger.info("KV eviction is on: budget %s, %s, tau preset: %s", resolved.budget, resolved.policy, preset)
     logger.info(
@@ -79,21 +73,6 @@ def _create_engine_config(original: Callable[..., VllmConfig], self: Any, *args:
         CONNECTOR,
     )
     return vllm_config
-
-
-def _validate_params(original: Callable[..., Any], self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-    asked = getattr(params, "extra_args", None) or {}
-    if not {POLICY_KEY, BUDGET_KEY} & asked.keys():
-        return original(self, params, *args, **kwargs)
-    try:
-        config = eviction_config(self.vllm_config)
-        if config is not None:
-            config.for_request(asked, self.vllm_config.model_config.max_model_len)
-        elif asked.get(POLICY_KEY, OFF) != OFF or BUDGET_KEY in asked:
-            raise ValueError(f"{POLICY_KEY} needs a server with eviction: start it with {flag(POLICY_KEY)}")
-    except ValueError as error:
-        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
-    return original(self, params, *args, **kwargs)
 
 
 def refuse_arguments(args: Any) -> None:

@@ -1,7 +1,7 @@
 """The block manager while eviction is on, and the check that no block is lost."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ from vllm.v1.core.single_type_kv_cache_manager import (
     SlidingWindowManager,
 )
 from vllm.v1.request import Request
+
+from cake_vllm.integration.front.patching import wrap
 
 
 class ExactPrefixManager(SingleTypeKVCacheManager):
@@ -119,6 +121,35 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         """None: cascade attention would read the row and not what takes its place."""
         return 0
+
+
+#: Attribute of a request whose own settings ask for more queries than the engine's: how many, and from which length on.
+_OWN_QUERIES = "kv_eviction_own_queries"
+
+
+def compute_at_least(request: Request, num_queries: int, never_evicted_len: int) -> None:
+    """Lets the prefix cache leave a request's last queries to be computed, whatever it has.
+
+    Args:
+        request: not scheduled yet.
+        num_queries: that many, tokens.
+        never_evicted_len: up to this length it needs none of them, tokens.
+    """
+    wrap(KVCacheManager, "get_computed_blocks", _get_computed_blocks)
+    setattr(request, _OWN_QUERIES, (num_queries, never_evicted_len))
+
+
+def _get_computed_blocks(original: Callable[..., Any], self: KVCacheManager, request: Request) -> Any:
+    num_queries, never_evicted_len = getattr(request, _OWN_QUERIES, (0, 0))
+    if not num_queries or request.num_tokens <= never_evicted_len:
+        return original(self, request)
+    # Lookup ends where there are no more hashes.
+    hashes = request.block_hashes
+    request.block_hashes = hashes[: max(request.num_tokens - num_queries, 0) // self.block_pool.hash_block_size]
+    try:
+        return original(self, request)
+    finally:
+        request.block_hashes = hashes
 
 
 def num_shared(row: Sequence[KVCacheBlock]) -> int:

@@ -17,10 +17,17 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
-from cake_vllm.config import AUTO, OFF, REPORT_KEY, KVEvictionConfig
+from cake_vllm.config import AUTO, REPORT_KEY, KVEvictionConfig
 from cake_vllm.integration.messages import Blocks, Counts, Eviction, Grant, Observation, Redirected, StepPlan
 from cake_vllm.integration.metrics import EvictionStats
-from cake_vllm.integration.scheduler.cache_manager import Cut, EvictingManager, ExactPrefixManager, num_shared
+from cake_vllm.integration.reports import report
+from cake_vllm.integration.scheduler.cache_manager import (
+    Cut,
+    EvictingManager,
+    ExactPrefixManager,
+    compute_at_least,
+    num_shared,
+)
 from cake_vllm.integration.scheduler.spec import evictable_groups
 
 logger = init_logger("vllm.cake_vllm.scheduler")
@@ -59,6 +66,7 @@ class Pending:
         columns: by group, what the grant names.
         num_lent: how many of these, over all groups, came from the pool with this grant.
         in_place: whether some of them are blocks of its row.
+        cut: what the request had beside its row in the first group; if its blocks were freed since, it is gone.
     """
 
     tracked: Tracked
@@ -67,6 +75,7 @@ class Pending:
     columns: list[list[KVCacheBlock]]
     num_lent: int
     in_place: bool
+    cut: Cut
 
 
 class EvictionScheduler:
@@ -90,6 +99,8 @@ class EvictionScheduler:
         self.groups = evictable_groups(kv_cache_config)
         self.block_size = kv_cache_config.kv_cache_groups[self.groups[0]].kv_cache_spec.block_size
         self.stats = EvictionStats.empty()
+        #: Reports that were asked for and travel with the requests' next outputs, by request id.
+        self.news: dict[str, dict[str, Any]] = {}
         self._tracked: dict[str, Tracked] = {}
         self._prefilling: dict[str, Tracked] = {}
         # Requests whose rows the worker redirects, by whether their owners are KV heads.
@@ -112,34 +123,33 @@ class EvictionScheduler:
         """A request has arrived. What it asks for was checked in the front end."""
         config = self.config.for_request(_asked(request), self.max_model_len)
         self._track(Tracked(request, config))
-        if config is None or config is self.config:
-            return
-        if (
-            config.policy.num_queries > self.config.policy.num_queries
-            or config.never_evicted_len() < self.config.never_evicted_len()
-        ):
-            # Prefix lookup leaves what the engine's settings need to be computed, and this one needs more.
-            request.skip_reading_prefix_cache = True
+        if config is not None and config is not self.config:
+            # Prefix lookup leaves what the engine's settings need to be computed; this one's may need more.
+            compute_at_least(request, config.policy.num_queries, config.never_evicted_len())
 
     def remove(self, request_id: str) -> dict[str, Any] | None:
         """A request has finished or was aborted; its columns leave with its block rows.
 
-        Returns what was kept of it, if it asked.
+        An eviction that is not reported yet will be counted all the same. Returns what was kept of it, if it asked.
         """
         tracked = self._forget(request_id)
-        if tracked is None or not (_asked(tracked.request) or {}).get(REPORT_KEY):
+        if tracked is None:
             return None
-        config = tracked.config
-        report = {"policy": config.policy_name if config else OFF, "budget": config.budget if config else None}
-        return {"kv_eviction": {**report, "kept_tokens": kept_tokens(tracked.kept)}}
+        self.news.pop(request_id, None)
+        return _report(tracked)
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """What the worker has to know for the step that ``output`` describes."""
         self._step += 1
         preempted = output.preempted_req_ids or ()
         for request_id in preempted:
+            # It may be gone by now: vLLM names it one step after it was preempted by a reset.
             if tracked := self._forget(request_id):
+                self._pending = {epoch: of for epoch, of in self._pending.items() if of.tracked is not tracked}
                 self._track(Tracked(tracked.request, tracked.config))
+        if self.news:
+            # What was not picked up by the last outputs of a request will not be.
+            self.news = {name: news for name, news in self.news.items() if name in self._tracked}
         scheduled = output.num_scheduled_tokens
         redirected = {
             by_head: Redirected(len(new), sum(new), max(new))
@@ -160,18 +170,21 @@ class EvictionScheduler:
         )
 
     def finish(self, evictions: Mapping[str, Eviction]) -> None:
-        """Frees what the worker reports as given up. Reports for requests that left meanwhile are void."""
+        """Frees what the worker reports as given up. Of requests that left meanwhile there is nothing to free."""
         for request_id, eviction in evictions.items():
             pending = self._pending.pop(eviction.epoch, None)
-            if pending is None or request_id not in self._managers[0].cuts:
+            if pending is None:
                 continue
             tracked = pending.tracked
             tracked.num_pending -= 1
             tracked.kept = eviction.kept
+            if news := _report(tracked):
+                self.news[request_id] = news
             if eviction.failed:
                 tracked.failed = True
                 self._prefilling.pop(request_id, None)
-            num_freed = self._trade(request_id, pending, eviction) if eviction.is_traded else 0
+            is_held = pending.cut is self._managers[0].cuts.get(request_id)
+            num_freed = self._trade(request_id, pending, eviction) if eviction.is_traded and is_held else 0
             self.stats.record(
                 eviction,
                 num_freed,
@@ -199,8 +212,6 @@ class EvictionScheduler:
         self._prefilling.pop(request_id, None)
         if tracked is not None and tracked.by_head is not None:
             self._redirected[tracked.by_head].discard(request_id)
-        if tracked is not None and tracked.num_pending:
-            self._pending = {epoch: other for epoch, other in self._pending.items() if other.tracked is not tracked}
         return tracked
 
     def _grown(self, output: SchedulerOutput) -> dict[str, Blocks]:
@@ -254,6 +265,8 @@ class EvictionScheduler:
             prompt_len = end
         budget = self._budget(config, prompt_len)
         is_rescored = config.num_rescoring > 0
+        if self._ends_with(request, prompt_len) and (is_last or not config.is_progressive):
+            return None
         if not (is_rescored or policy.is_evicted(prompt_len, budget)):
             return None
         # Without the whole window the scores would be others: served in full.
@@ -281,9 +294,14 @@ class EvictionScheduler:
         if tracked.by_head is None and -(-end // self.block_size) <= -(-budget // self.block_size):
             return None
         # Right after its prompt an eviction may not be reported yet: the next block will do.
-        can_cut = not tracked.num_pending and end % self.block_size == 0
+        can_cut = not tracked.num_pending and end % self.block_size == 0 and not self._ends_with(request, end)
         grant = self._grant(tracked, end, budget, output) if can_cut else None
         return self._observation(tracked, end, output, grant, is_last=not config.num_rescoring)
+
+    def _ends_with(self, request: Request, length: int) -> bool:
+        """Whether the token after ``length`` is known to be the last: the request will not read its cache again."""
+        num_output = length + 1 - request.num_prompt_tokens
+        return num_output >= request.max_tokens or length + 1 >= self.max_model_len
 
     def _look_again(self, tracked: Tracked, end: int) -> None:
         """Puts a decoding request down for the step in which it comes to the end of a block, a token at a time."""
@@ -333,7 +351,8 @@ class EvictionScheduler:
         tail = _ids(manager.req_to_blocks[request_id][num_blocks:] for manager in self._managers)
         grant = Grant(next(self._epochs), budget, divides, tracked.by_head, _ids(columns), tail)
         tracked.num_pending += 1
-        self._pending[grant.epoch] = Pending(tracked, end, bool(is_prompt_end), columns, num_lent, in_place)
+        cut = self._managers[0].cuts[request_id]
+        self._pending[grant.epoch] = Pending(tracked, end, bool(is_prompt_end), columns, num_lent, in_place, cut)
         return grant
 
     def _columns(
@@ -400,6 +419,13 @@ def kept_tokens(kept: Counts | None) -> list[int | list[int]] | None:
 
 def _ids(rows: Iterable[Iterable[KVCacheBlock]]) -> Blocks:
     return tuple(tuple(block.block_id for block in row) for row in rows)
+
+
+def _report(tracked: Tracked) -> dict[str, Any] | None:
+    """What a request gets to hear, if it asked."""
+    if not (_asked(tracked.request) or {}).get(REPORT_KEY):
+        return None
+    return report(tracked.config, kept_tokens(tracked.kept))
 
 
 def _asked(request: Request) -> dict[str, Any] | None:

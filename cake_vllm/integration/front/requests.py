@@ -1,0 +1,138 @@
+"""What a request asks for in its ``vllm_xargs``: checked and written out in the front end, before the engine sees it.
+
+All ways into an engine meet in ``InputProcessor.process_inputs``. Over HTTP a request is checked before that as well:
+a stream's status is sent before its generator runs, beam search leaves ``vllm_xargs`` behind, and how many choices an
+answer has is known only there.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.input_processor import InputProcessor
+
+from cake_vllm.config import (
+    KEYS,
+    OFF,
+    POLICY_KEY,
+    REPORT_KEY,
+    check_keys,
+    flag,
+    parse_flag,
+    wishes_of,
+)
+from cake_vllm.integration.front.patching import wrap
+from cake_vllm.integration.reports import report
+
+
+def install_requests() -> None:
+    """Checks the requests of every engine in this process (ledger: ``patches/README.md``)."""
+    wrap(InputProcessor, "process_inputs", _process_inputs)
+
+
+def install_http() -> None:
+    """Checks what comes over HTTP, on completions, chat, responses and all that is built on these."""
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    wrap(BaseServing, "_check_model", _check_model)
+
+
+def _process_inputs(original: Callable[..., Any], self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
+    request = original(self, *args, **kwargs)
+    params = request.sampling_params
+    if params is not None and (wishes := wishes_of(params.extra_args)):
+        first_report = resolve(wishes, self.vllm_config)
+        if first_report is not None and params.n > 1:
+            raise VLLMValidationError(f"{REPORT_KEY} is about one choice: set n to 1", parameter="n")
+        others = {key: value for key, value in params.extra_args.items() if key != REPORT_KEY}
+        # A dict of its own: a caller may use the one it gave for several requests.
+        params.extra_args = others if first_report is None else {**others, REPORT_KEY: first_report}
+    return request
+
+
+async def _check_model(original: Callable[..., Any], self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    refusal = await original(self, request, *args, **kwargs)
+    engine = getattr(self, "engine_client", None)
+    if refusal is None and engine is not None:
+        try:
+            check_http(request, engine.vllm_config)
+        except VLLMValidationError as error:
+            return self.create_error_response(error)
+    return refusal
+
+
+def check_http(request: Any, vllm_config: VllmConfig) -> None:
+    """Refuses a request whose wishes cannot be granted, or would go unheard.
+
+    Args:
+        request: any that has ``vllm_xargs``, or ``sampling_params`` with extra arguments.
+        vllm_config: the engine's.
+
+    Raises:
+        VLLMValidationError: one sentence that names the key and the fix.
+    """
+    for key in wishes_of(getattr(request, "model_extra", None)):
+        raise VLLMValidationError(f"{key} is a key of vllm_xargs: move it there", parameter=key)
+    params = getattr(request, "sampling_params", None)
+    wishes = wishes_of(getattr(request, "vllm_xargs", None) or getattr(params, "extra_args", None))
+    if not wishes:
+        return
+    wants_report = resolve(wishes, vllm_config) is not None
+    if getattr(request, "use_beam_search", False):
+        for key in KEYS:
+            if (wishes.get(key) or OFF) != OFF:
+                raise VLLMValidationError(
+                    f"{key} has no effect on beam search, which computes the prompt in every step: drop one of the two",
+                    parameter="vllm_xargs",
+                )
+    num_choices = num_prompts(request) * (getattr(request, "n", None) or getattr(params, "n", None) or 1)
+    if wants_report and (
+        getattr(request, "stream", False) or num_choices > 1 or getattr(request, "use_beam_search", 0)
+    ):
+        raise VLLMValidationError(
+            f"{REPORT_KEY} is about one choice, in an answer that is not streamed: "
+            "set stream to false and n to 1, send one prompt, and use no beam search",
+            parameter="vllm_xargs",
+        )
+
+
+def resolve(wishes: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str, Any] | None:
+    """Checks a request's wishes; the report of what is kept of it before anything is evicted, if it wants one.
+
+    Raises:
+        VLLMValidationError: one sentence that names the key and the fix.
+    """
+    from cake_vllm.integration.front.plugin import eviction_config
+
+    try:
+        check_keys(wishes)
+        wanted = wishes.get(REPORT_KEY, False)
+        # A mapping is the report of an earlier request with the same parameters.
+        wants_report = isinstance(wanted, Mapping) or parse_flag(REPORT_KEY, wanted)
+        server = eviction_config(vllm_config)
+        if server is None:
+            for key, value in wishes.items():
+                if wants_report if key == REPORT_KEY else (value or OFF) != OFF:
+                    raise ValueError(f"{key} needs a server with eviction: start it with {flag(POLICY_KEY)}")
+            return None
+        config = server.for_request(wishes, vllm_config.model_config.max_model_len)
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+    return report(config, None) if wants_report else None
+
+
+def num_prompts(request: Any) -> int:
+    """How many prompts an HTTP request has."""
+    count = 0
+    for field in ("prompt", "prompt_embeds"):
+        value = getattr(request, field, None)
+        if isinstance(value, list):
+            # A list of numbers is one prompt.
+            count += len(value) if value and not isinstance(value[0], int) else 1
+        elif value is not None:
+            count += 1
+    messages = getattr(request, "messages", None)
+    if isinstance(messages, list) and messages and isinstance(messages[0], list):
+        count += len(messages)
+    return max(count, 1)

@@ -1,0 +1,254 @@
+"""Requests come, are chunked, preempted, paused, resumed and aborted in any order: nobody notices anybody else.
+
+The machine draws a history; what it has done so far is printed, shortened, when it fails. After every step each page
+is free or owned as often as it is referenced (``Engine.step``), and in the end everything is back.
+"""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from engine import Engine
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from random_models import numbers
+from vllm.v1.core.sched.interface import PauseState
+
+from cake_vllm.integration.scheduler.cache_manager import check_integrity
+
+pytestmark = pytest.mark.engine
+
+SHARED = numbers(70, 640)
+#: What a request may ask for, as far as every engine here grants it.
+WISHES: list[dict[str, Any]] = [
+    {},
+    {"kv_eviction_budget": 60},
+    {"kv_eviction": "snapkv", "kv_eviction_budget": 70},
+    {"kv_eviction": "layer-defensivekv", "kv_eviction_budget": 80},
+]
+
+
+class Late:
+    """Has the scheduler half hear of a step only when the next one is planned, as under asynchronous scheduling."""
+
+    def __init__(self, half: Any, patch: pytest.MonkeyPatch):
+        self.reports: list[list] = []
+        plan, self._finish = half.plan, half.finish
+
+        def plan_first(output):
+            planned = plan(output)
+            self.deliver()
+            return planned
+
+        patch.setattr(half, "plan", plan_first)
+        patch.setattr(half, "finish", lambda evictions: self.reports.append(evictions))
+
+    def deliver(self) -> None:
+        due, self.reports = self.reports, []
+        for evictions in due:
+            self._finish(evictions)
+
+
+class Lifecycle(RuleBasedStateMachine):
+    """Everything that can happen to requests between two steps of one engine."""
+
+    def __init__(self, engine: Engine, late: Late | None):
+        super().__init__()
+        self.engine, self.late = engine, late
+        self.alive: list[str] = []
+
+    @property
+    def core(self):
+        return self.engine.core
+
+    @rule(
+        length=st.integers(1, 640),
+        shared=st.booleans(),
+        seed=st.integers(0, 3),
+        max_tokens=st.integers(1, 50),
+        wish=st.sampled_from(WISHES),
+        extra=st.sampled_from(
+            ({}, {}, {"ignore_eos": False, "stop_token_ids": list(range(128))}, {"prompt_logprobs": 0})
+        ),
+    )
+    def add(self, length, shared, seed, max_tokens, wish, extra):
+        prompt = SHARED[:length] if shared else numbers(71 + seed, length)
+        wish = {**wish, "kv_eviction_report": 1}
+        self.alive.append(self.engine.add(prompt, max_tokens, extra_args=wish, **extra))
+
+    @rule(count=st.integers(1, 8))
+    def step(self, count):
+        for _ in range(count):
+            for name in self.engine.step():
+                self.alive.remove(name)
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def abort(self, data):
+        self._abort(data.draw(st.sampled_from(self.alive)))
+
+    @rule(running=st.booleans(), external=st.booleans())
+    def reset_prefix_cache(self, running, external):
+        self.core.reset_prefix_cache(reset_running_requests=running, reset_connector=external)
+        check_integrity(self.engine.manager)
+
+    @rule(mode=st.sampled_from(("abort", "keep", "wait")), clear_cache=st.booleans())
+    def pause(self, mode, clear_cache):
+        if mode == "wait":
+            # The core refuses it inside this process; it is this and then steps, until what runs has ended.
+            self.core.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+            return
+        self.core.pause_scheduler(mode, clear_cache)
+        if mode == "abort":
+            # The core has forgotten them, the front end learns it here.
+            self._abort(*self.alive)
+        check_integrity(self.engine.manager)
+
+    @rule()
+    def resume(self):
+        self.core.resume_scheduler()
+
+    def _abort(self, *names: str) -> None:
+        self.engine.abort(*names)
+        self.alive = [name for name in self.alive if name not in names]
+        check_integrity(self.engine.manager)
+
+    def teardown(self):
+        self.core.resume_scheduler()
+        self.engine.run()
+        # The last releases and reports come with the steps of another request.
+        name = self.engine.add([1, 2, 3], 4)
+        assert len(self.engine.run()[name]) == 4
+        if self.late:
+            self.late.deliver()
+        half, worker = self.engine.scheduler.connector.scheduler, self.engine.connector.worker
+        assert not half._tracked
+        assert not half._pending
+        assert not half._prefilling
+        assert not any(half._redirected.values())
+        assert all(held.startswith(name) for held in [*worker._held, *worker._watched])
+        self.engine.forget_prefixes()
+        assert self.engine.is_idle()
+
+
+@pytest.mark.parametrize("when", ["at once", "a step late"])
+@pytest.mark.parametrize("options", [{}, {"prefill": "progressive", "decode": "window"}], ids=["exact", "progressive"])
+def test_any_history(tiny, options, when, monkeypatch, same_on_both):
+    """In a pool that holds two and a half prompts of the longest kind, so that vLLM preempts, too."""
+    engine: Engine = tiny(
+        kv_eviction="cake",
+        kv_eviction_budget=100,
+        kv_eviction_config=options,
+        max_model_len=700,
+        max_num_batched_tokens=256,
+        num_gpu_blocks_override=56,
+    )
+    late = None
+    if when == "a step late":
+        late = Late(engine.scheduler.connector.scheduler, monkeypatch)
+        # The halves agree again when the report is there.
+        monkeypatch.setattr(engine, "_check_halves", lambda: None)
+    engine.stats()
+    run_state_machine_as_test(
+        lambda: Lifecycle(engine, late),
+        settings=settings(
+            max_examples=40,
+            stateful_step_count=30,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    stats = engine.stats()
+    assert stats["requests"] > 50
+    assert stats["failures"] == 0
+
+
+def test_a_client_leaves_after_a_reset(tiny):
+    """Preempted outside of a step, the request is named in the next one, when it is gone."""
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=150)
+    prompts = [numbers(100, 700), numbers(101, 500)]
+    expected = engine.generate([prompts[1]], 30)
+    leaving = engine.add(prompts[0], 60)
+    for _ in range(4):
+        engine.step()
+    assert engine.core.reset_prefix_cache(reset_running_requests=True)
+    engine.abort(leaving)
+    staying = engine.add(prompts[1], 30)
+    assert engine.run()[staying] == expected[0]
+    assert engine.is_idle()
+
+
+def test_a_request_that_ends_with_its_first_token_is_not_evicted(tiny):
+    """It is known beforehand: nothing would read what is kept."""
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=150, max_model_len=700)
+    engine.forget_prefixes()
+    engine.stats()
+    engine.generate([numbers(120, 650)], 1)
+    engine.generate([numbers(121, 699)], 5)
+    assert not engine.stats()
+    # With progressive prefill the prompt itself is bounded.
+    name = engine.add(numbers(120, 650), 1)
+    engine.run()
+    assert engine.num_cached(name) == 640 - 32
+
+
+def test_an_eviction_in_the_last_step_of_a_request_is_counted_and_told(tiny):
+    """Its first token ends it, which nobody knew."""
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=150)
+    prompt = numbers(122, 650)
+    ((token, *_),) = engine.generate([prompt], 2)
+    engine.forget_prefixes()
+    engine.stats()
+    name = engine.add(prompt, 50, stop_token_ids=[token], extra_args={"kv_eviction_report": 1})
+    assert engine.run()[name] == [token]
+    stats = engine.stats()
+    assert stats["requests"] == 1
+    assert stats["freed_blocks"] == 0
+    report = engine.outputs[name].kv_transfer_params["kv_eviction"]
+    assert 150 <= np.mean(report["kept_tokens"]) < 150 + 64
+    assert engine.is_idle()
+
+
+def test_wishes_keep_the_prefix_hits(tiny):
+    """But for the last queries that a request's own settings ask for."""
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=300)
+    prompt = numbers(123, 1500)
+    engine.generate([prompt], 2)
+    dice = random.Random(0)
+    for wish, hit in (
+        ({}, 1440),
+        ({"kv_eviction_budget": 100}, 1440),
+        ({"kv_eviction_budget": 0.1}, 1440),
+        ({"kv_eviction": "snapkv"}, 1440),
+        ({"kv_eviction": "layer-defensivekv", "kv_eviction_budget": 0.2}, 1440),
+    ):
+        name = engine.add(prompt[:1496] + [dice.randrange(250) for _ in range(4)], 2, extra_args=wish)
+        engine.run()
+        assert engine.num_cached(name) == hit, wish
+    assert engine.is_idle()
+
+
+@pytest.mark.parametrize("policy", ["knorm", "streamingllm", "random", "keydiff", "tova"])
+def test_no_prompt_loses_everything(tiny, policy):
+    """A hundredth of a short prompt is not nothing."""
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=300)
+    wish = {"kv_eviction": policy, "kv_eviction_budget": 0.01, "kv_eviction_report": 1}
+    for length in (64, 200, 500):
+        name = engine.add(numbers(length, length), 4, extra_args=wish)
+        engine.run()
+        kept = engine.outputs[name].kv_transfer_params["kv_eviction"]["kept_tokens"]
+        assert kept is None if length == 64 else min(kept) >= 32
+    assert engine.is_idle()
+
+
+def test_no_outer_cache_is_reported(tiny):
+    """The plugin's connector transfers nothing, so nobody shall look for a tier that never hits."""
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=300)
+    engine.generate([numbers(124, 500)], 3)
+    series = {metric.name: getattr(metric, "value", 0) for metric in engine.llm.get_metrics()}
+    assert series["vllm:prefix_cache_queries"] > 0
+    assert series.get("vllm:external_prefix_cache_queries", 0) == 0
