@@ -1,13 +1,15 @@
-"""Pages that an evicted request holds, against the size of its budget.
+"""Memory that an evicted request holds, against the size of its budget.
 
-A layer's share is rounded up to whole blocks, and the block that is being filled comes on top. One engine for each
-block size; every request asks for a budget of its own. ``held``: slots in the pages of all layers right after the
-eviction, as a multiple of budget * layers. ``partial block``: what of it is the block that new tokens go to.
+What a layer or a KV head gets is rounded up to whole pages, a request's columns to whole blocks, and the block that is
+being filled comes on top. One engine for each policy and block size; every request asks for a budget of its own.
+``held``: slots in the request's blocks right after the eviction, as a multiple of the budget. ``partial block``: what
+of it is the block that new tokens go to.
 
     python benchmarks/memory.py MODEL --out benchmarks/results/memory.json
 """
 
 import argparse
+import itertools
 import os
 import statistics
 from pathlib import Path
@@ -24,7 +26,7 @@ from cake_vllm import LLM
 
 
 def held(llm: LLM, prompt: list[int], budget: int) -> tuple[int, int]:
-    """Slots in full blocks and in partial ones that a prompt holds after its eviction, in all layers."""
+    """Slots in full blocks and in the partial one that a prompt holds after its eviction."""
     engine = llm.llm_engine
     params = SamplingParams(temperature=0, max_tokens=8, extra_args={"kv_eviction_budget": budget})
     engine.add_request("prompt", {"prompt_token_ids": prompt}, params)
@@ -34,20 +36,18 @@ def held(llm: LLM, prompt: list[int], budget: int) -> tuple[int, int]:
     (name,) = core.scheduler.requests
     manager = core.scheduler.kv_cache_manager
     total = manager.block_pool.num_gpu_blocks - 1 - manager.block_pool.get_num_free_blocks()
-    layers = manager.coordinator.single_type_managers
-    block_size = layers[0].block_size
-    partial = sum(len(layer.req_to_blocks[name]) - len(prompt) // block_size for layer in layers)
-    full = total - partial
+    (layers,) = manager.coordinator.single_type_managers
+    partial = len(layers.req_to_blocks[name]) - len(prompt) // layers.block_size
     while engine.has_unfinished_requests():
         engine.step()
-    return full * block_size, partial * block_size
+    return (total - partial) * layers.block_size, partial * layers.block_size
 
 
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--policy", default="cake")
+    parser.add_argument("--policies", nargs="+", default=["cake", "layer-defensivekv"])
     parser.add_argument("--budgets", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--length", type=int, default=4000, help="of the prompts, tokens")
@@ -56,8 +56,9 @@ def main() -> None:
     args = parser.parse_args()
 
     rows = []
-    with tqdm(total=len(args.block_sizes) * len(args.budgets) * args.prompts) as bar:
-        for block_size in args.block_sizes:
+    cases = list(itertools.product(args.policies, args.block_sizes))
+    with tqdm(total=len(cases) * len(args.budgets) * args.prompts) as bar:
+        for policy, block_size in cases:
             llm = LLM(
                 args.model,
                 block_size=block_size,
@@ -65,27 +66,23 @@ def main() -> None:
                 enable_prefix_caching=False,
                 max_model_len=args.length + 100,
                 kv_cache_memory_bytes=2**30,
-                kv_eviction=args.policy,
-            )
-            num_layers = llm.llm_engine.vllm_config.model_config.get_num_layers(
-                llm.llm_engine.vllm_config.parallel_config
+                kv_eviction=policy,
             )
             text = llm.get_tokenizer()(speeches()[0])["input_ids"]
             for budget in args.budgets:
-                size = budget * num_layers
                 shares = []
                 for index in range(args.prompts):
                     prompt = text[1000 * index : 1000 * index + args.length + 7 * index]
                     full, partial = held(llm, prompt, budget)
-                    shares.append(((full + partial) / size, partial / size))
+                    shares.append(((full + partial) / budget, partial / budget))
                     bar.update()
-                rows.append({"block size": block_size, "budget": budget, "shares": shares})
+                rows.append({"policy": policy, "block size": block_size, "budget": budget, "shares": shares})
             llm.llm_engine.engine_core.shutdown()
 
-    print("\n| block size | budget | held | of it, partial block |\n|---|---|---|---|")
+    print("\n| policy | block size | budget | held | of it, partial block |\n|---|---|---|---|---|")
     for row in rows:
         whole, part = (statistics.median(share[i] for share in row["shares"]) for i in (0, 1))
-        print(f"| {row['block size']} | {row['budget']} | {whole:.3f} | {part:.3f} |")
+        print(f"| `{row['policy']}` | {row['block size']} | {row['budget']} | {whole:.3f} | {part:.3f} |")
     write(args.out, rows)
 
 

@@ -1,13 +1,13 @@
-"""What many KV cache groups cost the scheduler: vLLM's real ``KVCacheManager``, stock against one group per layer.
+"""What eviction costs the scheduler: vLLM's real ``KVCacheManager``, stock against one that evicts.
 
 ``decode step``: slots for one token of every running request and the plan for the worker, the mean over a block's worth
-of steps, so that growth is in it. ``evicted``: the same with every request evicted to 256 tokens, and what each gives
-back whenever it has filled a block. ``admission``: slots for a prompt of 32K tokens; ``its pages``: as many pages from
-the pool and nothing else. ``eviction``: this prompt's to 256 tokens, that is the grant and what is freed; ``finish``:
-the pages of a request with a prompt of 1,000 tokens go back. Every figure is a median in microseconds; ratios are to
-stock in the same run.
+of steps, so that growth is in it. ``evicted``: the same with every request evicted to 256 tokens, and giving one block
+back whenever it has filled one. ``admission``: slots for a prompt of 32K tokens. ``eviction``: this prompt's to 256
+tokens, that is the grant and what is freed; ``finish``: the blocks of a request with a prompt of 1,000 tokens go back.
+The worker's reports are those of a model with as many layers as ``--layers`` says. Every figure is a median in
+microseconds; ratios are to stock in the same run.
 
-    python benchmarks/scheduler_cost.py --out benchmarks/results/scheduler_cost.json
+    python benchmarks/scheduler_cost.py --caching --out benchmarks/results/scheduler_cost_caching.json
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from vllm import SamplingParams
 from vllm.config import SchedulerConfig
 from vllm.utils.hashing import sha256_cbor
-from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -43,23 +43,21 @@ SHAPE = {"block_size": BLOCK_SIZE, "num_kv_heads": 8, "head_size": 128, "dtype":
 
 
 class Bench:
-    """A pool, its manager, and running requests; with layers, the scheduler's half of the plugin beside them.
+    """A pool, its manager, and running requests; if it evicts, the scheduler's half of the plugin beside them.
 
     Args:
-        num_layers: evictable ones; 0 is stock vLLM.
+        evicts: whether it does.
         budget: tokens per layer.
     """
 
-    def __init__(self, num_layers: int, budget: int, args: argparse.Namespace):
-        self.num_layers = num_layers
-        specs = [EvictableSpec(**SHAPE, layer_index=index) for index in range(num_layers)] or [
-            FullAttentionSpec(**SHAPE)
-        ]
-        groups = [KVCacheGroupSpec([f"layer {index}"], spec) for index, spec in enumerate(specs)]
+    def __init__(self, evicts: bool, budget: int, args: argparse.Namespace):
+        self.evicts, self.num_layers = evicts, args.layers
+        spec = EvictableSpec(**SHAPE) if evicts else FullAttentionSpec(**SHAPE)
+        groups = [KVCacheGroupSpec([f"layer {index}" for index in range(args.layers)], spec)]
         tokens = args.requests * (PROMPT + args.steps + 2 * BLOCK_SIZE) + LONGEST
-        config = KVCacheConfig(len(specs) * tokens // BLOCK_SIZE + 1, [], groups)
+        config = KVCacheConfig(tokens // BLOCK_SIZE + 1, [], groups)
         self.manager = KVCacheManager(config, LONGEST, BLOCK_SIZE, BLOCK_SIZE, enable_caching=args.caching)
-        if num_layers:
+        if evicts:
             limits = SchedulerConfig.default_factory(max_model_len=LONGEST, max_num_batched_tokens=LONGEST)
             settings = {"kv_eviction": "cake", "kv_eviction_budget": budget}
             self.half = EvictionScheduler(KVEvictionConfig.from_settings(settings), config, limits, LONGEST)
@@ -68,36 +66,39 @@ class Bench:
         self._count = 0
         self.requests = [self._request(str(index), PROMPT) for index in range(args.requests)]
         for request in self.requests:
-            self._prefill(request)
-            self._plan([request])
+            self._plan([request], [self._prefill(request)])
             request.num_computed_tokens = request.num_tokens
 
     def _request(self, name: str, length: int) -> Request:
         prompt = [hash((name, position)) % 1000 for position in range(length)]
-        return Request(name, prompt, SamplingParams(max_tokens=100), None, block_hasher=self._hasher)
+        return Request(name, prompt, SamplingParams(max_tokens=LONGEST), None, block_hasher=self._hasher)
 
-    def _prefill(self, request: Request) -> None:
-        if self.num_layers:
+    def _prefill(self, request: Request) -> KVCacheBlocks:
+        if self.evicts:
             self.half.add(request)
-        assert self.manager.allocate_slots(request, request.num_tokens) is not None
+        blocks = self.manager.allocate_slots(request, request.num_tokens)
+        assert blocks is not None
+        return blocks
 
-    def _plan(self, requests: list[Request]) -> float:
+    def _plan(self, requests: list[Request], new: list[KVCacheBlocks | None]) -> float:
         """Seconds of the scheduler's half; the worker keeps the budget in every layer, in no time."""
-        if not self.num_layers:
+        if not self.evicts:
             return 0.0
         output = SchedulerOutput.make_empty()
-        for request in requests:
+        cached = output.scheduled_cached_reqs
+        for request, blocks in zip(requests, new, strict=True):
             output.num_scheduled_tokens[request.request_id] = request.num_tokens - request.num_computed_tokens
+            cached.req_ids.append(request.request_id)
+            cached.new_block_ids.append(blocks.get_block_ids(allow_none=True) if blocks else None)
         start = time.perf_counter()
         plan = self.half.plan(output)
         seconds = time.perf_counter() - start
-        kept = (BUDGET,) * self.num_layers
-        pages = (BUDGET // BLOCK_SIZE,) * self.num_layers
-        evictions = [
-            (observation.req_id, Eviction(observation.grant.epoch, pages, kept, kept))
+        kept = ((BUDGET,),) * self.num_layers
+        evictions = {
+            observation.req_id: Eviction(grant.epoch, False, BUDGET // BLOCK_SIZE, True, kept, kept)
             for observation in plan.observations
-            if observation.grant is not None
-        ]
+            if (grant := observation.grant) is not None
+        }
         start = time.perf_counter()
         self.half.finish(evictions)
         return seconds + time.perf_counter() - start
@@ -107,9 +108,8 @@ class Bench:
         for request in self.requests:
             request.append_output_token_ids(7)
         start = time.perf_counter()
-        for request in self.requests:
-            self.manager.allocate_slots(request, 1)
-        seconds = time.perf_counter() - start + self._plan(self.requests)
+        new = [self.manager.allocate_slots(request, 1) for request in self.requests]
+        seconds = time.perf_counter() - start + self._plan(self.requests, new)
         for request in self.requests:
             request.num_computed_tokens += 1
         return seconds
@@ -119,23 +119,11 @@ class Bench:
         self._count += 1
         request = self._request(f"long {self._count}", LONG)
         start = time.perf_counter()
-        self._prefill(request)
+        blocks = self._prefill(request)
         admission = time.perf_counter() - start
-        eviction = self._plan([request])
+        eviction = self._plan([request], [blocks])
         self._free(request)
         return admission, eviction
-
-    def pages(self) -> float:
-        """Seconds."""
-        pool = self.manager.block_pool
-        start = time.perf_counter()
-        blocks = pool.get_new_blocks(max(self.num_layers, 1) * LONG // BLOCK_SIZE)
-        seconds = time.perf_counter() - start
-        # Back to the end of the queue, as what is in the prefix cache: else the next ones would be the same.
-        for block in blocks:
-            block.ref_cnt -= 1
-        pool.free_block_queue.append_n(blocks)
-        return seconds
 
     def finish(self) -> float:
         """Seconds."""
@@ -143,15 +131,15 @@ class Bench:
 
     def _free(self, request: Request) -> float:
         start = time.perf_counter()
-        if self.num_layers:
+        if self.evicts:
             self.half.remove(request.request_id)
         self.manager.free(request)
         return time.perf_counter() - start
 
 
-def measure(cases: dict[str, int], budget: int, args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+def measure(cases: dict[str, bool], budget: int, args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Seconds of every repetition by case and figure; the cases take turns, so that noise hits all of them."""
-    benches = {name: Bench(num_layers, budget, args) for name, num_layers in cases.items()}
+    benches = {name: Bench(evicts, budget, args) for name, evicts in cases.items()}
     seconds: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in cases}
     gc.collect()
     gc.freeze()
@@ -161,7 +149,7 @@ def measure(cases: dict[str, int], budget: int, args: argparse.Namespace) -> dic
             steps = [bench.decode_step() for _ in range(BLOCK_SIZE)]
             admission, eviction = bench.admission()
             figures = {"decode step": sum(steps) / BLOCK_SIZE, "admission": admission, "eviction": eviction}
-            figures |= {"its pages": bench.pages(), "finish": bench.finish()}
+            figures["finish"] = bench.finish()
             if turn:
                 for what, value in figures.items():
                     seconds[name][what].append(value)
@@ -172,20 +160,20 @@ def measure(cases: dict[str, int], budget: int, args: argparse.Namespace) -> dic
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[30, 80])
+    parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--steps", type=int, default=16 * BLOCK_SIZE, help="decode steps, a multiple of the block size")
     parser.add_argument("--caching", action="store_true", help="with prefix caching")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     args = parser.parse_args()
     init_none_hash(sha256_cbor)
-    cases = {"stock, one group": 0} | {f"{layers} layers": layers for layers in args.layers}
+    cases = {"stock": False, "with eviction": True}
     results = measure(cases, LONGEST, args)
     for name, figures in measure(cases, BUDGET, args).items():
         results[name]["evicted"], results[name]["eviction"] = figures["decode step"], figures["eviction"]
     medians = {name: {what: statistics.median(runs) for what, runs in case.items()} for name, case in results.items()}
-    stock = medians["stock, one group"]
-    columns = ("decode step", "evicted", "admission", "its pages", "eviction", "finish")
+    stock = medians["stock"]
+    columns = ("decode step", "evicted", "admission", "eviction", "finish")
     print(f"\n{'median, microseconds':24}" + "".join(f"{what:>14}{'ratio':>8}" for what in columns))
     for name, figures in medians.items():
         cells = (f"{figures[what] * 1e6:14.0f}{figures[what] / (stock[what] or 1):8.2f}" for what in columns)

@@ -41,11 +41,6 @@ SERIES = {
 }
 
 
-def num_layers(model: Path) -> int:
-    """Layers of a model directory; under eviction a block is one layer's, otherwise all layers'."""
-    return json.loads((model / "config.json").read_text())["num_hidden_layers"]
-
-
 def read_metrics(url: str) -> dict[str, float]:
     """Current values of :data:`SERIES`; those that the server does not have are 0."""
     found = dict.fromkeys(SERIES, 0.0)
@@ -119,8 +114,6 @@ def bench(url: str, args: argparse.Namespace, prompts: Path | None, folder: Path
 def measure(name: str, flags: list[str], args: argparse.Namespace, prompts: Path | None) -> dict[str, Any]:
     """One server's figures and its course."""
     num_blocks = args.pool_prompts * -(-(args.input_len + args.output_len) // args.block_size)
-    if flags:
-        num_blocks *= num_layers(Path(args.model))
     common = ["--dtype", args.dtype, "--block-size", str(args.block_size), "--enforce-eager"]
     common += ["--max-model-len", str(args.input_len + args.output_len + 64), "--max-num-seqs", str(args.requests)]
     common += ["--max-num-batched-tokens", str(args.chunk), "--num-gpu-blocks-override", str(num_blocks + 1)]
