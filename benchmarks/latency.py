@@ -172,7 +172,7 @@ def first_tokens(engines: dict[str, Remote], text: list[int], length: int, repea
 def decode_steps(
     cases: dict[str, tuple[Remote, list[list[int]]]], turns: int, policy: str | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of decode steps of batches that take turns, each on an engine of its own; all but stock ask for a policy."""
+    """Seconds of decode steps of batches that take turns; those that are not stock may ask for a policy."""
     runs: dict[str, list[float]] = {name: [] for name in cases}
     for name, (engine, prompts) in cases.items():
         engine("start", prompts, TURN * (turns + 1), None if name == "stock" else policy)

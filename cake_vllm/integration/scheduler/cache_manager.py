@@ -30,9 +30,12 @@ class ExactPrefixManager(SingleTypeKVCacheManager):
         self.exact_len: dict[str, int] = {}
 
     def cache_blocks(self, request: Request, num_tokens: int, *args, **kwargs) -> None:
-        """See the base class."""
-        exact = min(num_tokens, self.exact_len.get(request.request_id, num_tokens))
-        super().cache_blocks(request, exact, *args, **kwargs)
+        """See the base class; called for every request in every step, mostly with nothing to enter."""
+        request_id = request.request_id
+        num_tokens = min(num_tokens, self.exact_len.get(request_id, num_tokens))
+        is_known = num_tokens // self.block_size <= self.num_cached_block.get(request_id, 0)
+        if not (is_known and self.block_size == self.block_pool.hash_block_size):
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """See the base class."""
