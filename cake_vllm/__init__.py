@@ -4,6 +4,7 @@ vLLM imports this module in every process, whether or not eviction is used. It t
 a plugin module that fails to import is logged and skipped, and vLLM would then serve without eviction.
 """
 
+import functools
 import logging
 from typing import Any
 
@@ -14,8 +15,9 @@ MIN_VLLM = "0.32"
 BELOW_VLLM = "0.33"
 
 
+@functools.cache
 def register() -> None:
-    """Entry point of ``vllm.general_plugins``. Repeatable; on a vLLM that it does not fit it warns and stands aside."""
+    """Entry point of ``vllm.general_plugins``. On a vLLM that it does not fit it warns and stands aside."""
     try:
         from cake_vllm.integration.front.gate import enter
     except Exception as error:

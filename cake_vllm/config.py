@@ -121,9 +121,9 @@ class KVEvictionConfig:
         Raises:
             ValueError: for an unknown or bad knob, naming the flag.
         """
-        beside = ("decode", "prefill", *(("preset",) if self._has_presets else ()))
+        beside = ("decode", "prefill", *(("preset",) if _has_presets(self.policy_name) else ()))
         options = {key: value for key, value in self.options.items() if key not in beside}
-        preset = self.options.get("preset") if self._has_presets else None
+        preset = self.options.get("preset") if _has_presets(self.policy_name) else None
         if preset is not None:
             if preset not in PRESETS:
                 raise ValueError(f"{flag(CONFIG_KEY)}: unknown preset {preset!r}; choose {', '.join(sorted(PRESETS))}")
@@ -195,7 +195,7 @@ class KVEvictionConfig:
         Args:
             model: a Hugging Face text config, or anything with its attributes.
         """
-        if not self._has_presets or {"preset", *TAUS} & set(self.options):
+        if not _has_presets(self.policy_name) or {"preset", *TAUS} & set(self.options):
             return self
         family = model_family(model)
         if family is None:
@@ -205,9 +205,9 @@ class KVEvictionConfig:
         preset = f"{family}@{128 if small else 1024}"
         return KVEvictionConfig(self.policy_name, self.budget, {**self.options, "preset": preset})
 
-    @property
-    def _has_presets(self) -> bool:
-        return set(TAUS) <= set(knobs(self.policy_name))
+
+def _has_presets(name: str) -> bool:
+    return set(TAUS) <= set(knobs(name))
 
 
 @functools.lru_cache(maxsize=256)
@@ -240,9 +240,11 @@ def _merge_wishes(server: KVEvictionConfig, wishes: Mapping[str, Any]) -> dict[s
     if name == OFF:
         return dict(wishes)
     own = parse_options(wishes.get(CONFIG_KEY))
-    for key in ("decode", "prefill"):
-        if key in own:
-            raise ValueError(f"{CONFIG_KEY}: {key} is for the server to choose, not for a request: drop it")
+    if name in policy_names():
+        known = {*knobs(name), *(("preset",) if _has_presets(name) else ())}
+        for key in own.keys() - known:
+            why = "is for the server to choose" if key in ("decode", "prefill") else f"is unknown to {name}"
+            raise ValueError(f"{CONFIG_KEY}: {key} {why}; a request may give {', '.join(sorted(known))}")
     if name == server.policy_name:
         # A preset stands for both taus.
         options = {key: value for key, value in server.options.items() if not ("preset" in own and key in TAUS)}

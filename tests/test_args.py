@@ -42,7 +42,7 @@ def configure(model: str, **kwargs):
 
 def test_registering_twice_wraps_once():
     before = EngineArgs.create_engine_config
-    cake_vllm.register()
+    gate.enter()
     assert EngineArgs.create_engine_config is before
 
 

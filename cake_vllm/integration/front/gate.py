@@ -16,7 +16,6 @@ from vllm.engine.arg_utils import EngineArgs
 
 from cake_vllm import BELOW_VLLM, MIN_VLLM
 from cake_vllm.config import POLICY_KEY, KVEvictionConfig, flag
-from cake_vllm.integration.front.args import install_args
 from cake_vllm.integration.front.patching import wrap
 
 # Below the name "vllm", so that vLLM's logging configuration applies.
@@ -31,8 +30,11 @@ _failure = ""
 def enter() -> None:
     """Makes eviction available in this process. Repeatable, and never raises."""
     try:
-        install_args(stand_aside)
+        # First, so that whatever else fails, settings that ask for eviction are never ignored.
         wrap(EngineArgs, "create_engine_config", _create_engine_config)
+        from cake_vllm.integration.front.args import install_args
+
+        install_args(stand_aside)
         if not is_supported(vllm.__version__):
             stand_aside(f"it needs vLLM >= {MIN_VLLM} and < {BELOW_VLLM}")
             return
