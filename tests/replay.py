@@ -30,12 +30,16 @@ AttentionInterface.register("right_aligned", _right_aligned)
 
 @dataclass
 class State:
-    """A request's cache, the last queries of each layer and, after an eviction, the layers' counts."""
+    """A request's cache, the last queries of each layer and, after an eviction, the layers' counts.
+
+    ``gaps`` are the distances of the two best log probabilities at each forward.
+    """
 
     cache: DynamicCache
     queries: dict[int, torch.Tensor] = field(default_factory=dict)
     counts: list[int] = field(default_factory=list)
     length: int = 0
+    gaps: list[float] = field(default_factory=list)
 
 
 class Replay:
@@ -48,6 +52,8 @@ class Replay:
         self.model.eval()
         #: What the positions of the last prompt were worth, by layer.
         self.ranks: list[torch.Tensor] = []
+        #: Distances of the two best log probabilities at the last tokens.
+        self.gaps: list[float] = []
         self._prefilled: dict[tuple[int, ...], tuple[State, int]] = {}
         self._state = State(DynamicCache())
         for index, layer in enumerate(self.model.model.layers):
@@ -82,6 +88,7 @@ class Replay:
             tokens.append(self._forward(state, tokens[-1:]))
             if decode != "off" and state.length % block_size == 0 and state.length > budget:
                 self._trim(state, policy, block_size, decode)
+        self.gaps = state.gaps[-num_tokens:]
         return tokens, kept
 
     def _forward(self, state: State, tokens: list[int]) -> int:
@@ -92,7 +99,9 @@ class Replay:
         logits = self.model(
             torch.tensor([tokens]), past_key_values=state.cache, position_ids=positions, logits_to_keep=1
         ).logits
-        return int(logits[0, -1].argmax())
+        best = logits[0, -1].topk(2)
+        state.gaps.append(float(best.values[0] - best.values[1]))
+        return int(best.indices[0])
 
     def _trim(self, state: State, policy: Policy, block_size: int, decode: str) -> None:
         """Eviction while decoding, once per block, in layers that hold more blocks than their count needs."""

@@ -35,6 +35,7 @@ class Watched:
         blocks: by layer, the blocks that it reads, the partial one included: ``[n]`` int64.
         scores: by layer, if the budget is to be divided.
         chosen: by layer, the cached positions to keep, if the layer is over what it was given.
+        ranks: by layer, what they were chosen by, if that is traced.
         error: what the policy raised.
     """
 
@@ -42,6 +43,7 @@ class Watched:
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)
     scores: dict[int, LayerScore] = field(default_factory=dict)
     chosen: dict[int, torch.Tensor] = field(default_factory=dict)
+    ranks: dict[int, torch.Tensor] = field(default_factory=dict)
     error: Exception | None = None
 
 
@@ -149,6 +151,8 @@ class EvictionWorker:
         self._held: dict[str, Held] = {}
         #: Kept positions of evicted prompts, for tests: ``{request id: [positions of each layer]}``.
         self.trace: dict[str, list[torch.Tensor | None]] | None = None
+        #: What they were chosen by, if they are traced: ``{request id: {layer: [Hkv, S - w]}}``.
+        self.trace_ranks: dict[str, dict[int, torch.Tensor]] = {}
 
     @cached_property
     def _rows(self) -> EvictedRows:
@@ -316,7 +320,9 @@ class EvictionWorker:
             self._hold(what.req_id, held)
         if self.trace is not None and grant.divides:
             self.trace[what.req_id] = trace
+            self.trace_ranks[what.req_id] = watched.ranks.copy()
         watched.chosen.clear()
+        watched.ranks.clear()
         watched.scores.clear()
         watched.blocks.clear()
         return Eviction(
@@ -354,6 +360,8 @@ class EvictionWorker:
             num_pages = cached.pages(count)
             if num_pages < cached.full_blocks:
                 ranks = policy.rank(score, num_cached, min(1.0, budget / num_cached))
+                if self.trace is not None:
+                    watched.ranks[index] = ranks
                 trace[index] = watched.chosen[index] = cached.positions(ranks, num_pages)
 
     def _share_failures(self, watched: Watched) -> None:
