@@ -4,7 +4,8 @@ import itertools
 from typing import Any
 
 import torch
-from stock import DEFAULTS
+from stock import DEFAULTS, gaps
+from ties import Run
 from vllm import RequestOutput, SamplingParams
 
 from cake_vllm import LLM
@@ -112,8 +113,8 @@ class Engine:
 
     def trace(self, prompts: list[list[int]], max_tokens: int, **params: Any) -> list[tuple[list[int], Kept]]:
         """Greedy tokens and kept positions of prompts that run together; positions are empty if nothing left."""
-        traces = self.connector.worker.trace
-        traces.clear()
+        self.connector.worker.trace.clear()
+        self.connector.worker.trace_ranks.clear()
         names = [self.add(prompt, max_tokens, **params) for prompt in prompts]
         done = self.run()
         return [(done[name], self.positions(name)) for name in names]
@@ -122,6 +123,22 @@ class Engine:
         """Kept positions of a request by layer; empty if nothing left."""
         traces = self.connector.worker.trace
         return next((trace for key, trace in traces.items() if key.rsplit("-", 1)[0] == name), [])
+
+    def runs(self, prompts: list[list[int]], max_tokens: int, **params: Any) -> list[Run]:
+        """Prompts that run together, with all that a comparison up to ties needs."""
+        names = [self.add(prompt, max_tokens, logprobs=2, detokenize=False, **params) for prompt in prompts]
+        self.run()
+        return [self.run_of(name) for name in names]
+
+    def run_of(self, name: str) -> Run:
+        """A finished request; a reference has to be added with ``logprobs=2``."""
+        output = self.outputs[name].outputs[0]
+        tokens, distances = list(output.token_ids), gaps(output.logprobs or [])
+        if not self.evicts:
+            return Run(tokens, distances, [], {})
+        traces = self.connector.worker.trace_ranks
+        ranks = next((ranks for key, ranks in traces.items() if key.rsplit("-", 1)[0] == name), {})
+        return Run(tokens, distances, self.positions(name), ranks)
 
     def num_cached(self, name: str) -> int:
         """Prompt tokens of a finished request that came from the prefix cache, as vLLM reports them."""

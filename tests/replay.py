@@ -42,6 +42,7 @@ class State:
     """A request's cache, the last queries of each layer and, after an eviction, the heads' counts by layer.
 
     Heads that hold different numbers of tokens are aligned at the end; ``valid`` says where they have something.
+    ``gaps`` are the distances of the two best log probabilities at each forward.
     """
 
     cache: DynamicCache
@@ -50,6 +51,7 @@ class State:
     valid: dict[int, torch.Tensor] = field(default_factory=dict)
     is_evicted: bool = False
     length: int = 0
+    gaps: list[float] = field(default_factory=list)
 
 
 class Replay:
@@ -62,6 +64,8 @@ class Replay:
         self.model.eval()
         #: What the positions of the last prompt were worth, by layer.
         self.ranks: list[torch.Tensor] = []
+        #: Distances of the two best log probabilities at the last tokens.
+        self.gaps: list[float] = []
         self._prefilled: dict[tuple[int, ...], tuple[State, int]] = {}
         self._state = State(DynamicCache())
         for index, layer in enumerate(self.model.model.layers):
@@ -97,6 +101,7 @@ class Replay:
             num_blocks, is_full = state.length // block_size, state.length % block_size == 0
             if decode != "off" and is_full and (state.is_evicted or num_blocks > -(-budget // block_size)):
                 self._trim(state, policy, block_size, decode)
+        self.gaps = state.gaps[-num_tokens:]
         return tokens, kept
 
     def _forward(self, state: State, tokens: list[int]) -> int:
@@ -110,7 +115,9 @@ class Replay:
             torch.tensor([tokens]), past_key_values=state.cache, position_ids=positions, logits_to_keep=1
         ).logits
         state.valid = dict(_valid)
-        return int(logits[0, -1].argmax())
+        best = logits[0, -1].topk(2)
+        state.gaps.append(float(best.values[0] - best.values[1]))
+        return int(best.indices[0])
 
     def _trim(self, state: State, policy: Policy, block_size: int, decode: str) -> None:
         """Eviction while decoding, once per block: of heads that hold more blocks than their count needs."""

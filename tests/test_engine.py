@@ -3,6 +3,7 @@
 import pytest
 from engine import Engine, same_positions
 from stock import stock
+from ties import Run, assert_same
 
 pytestmark = pytest.mark.engine
 
@@ -55,7 +56,7 @@ def in_one_chunk(prompts) -> list[list[int]]:
     return [prompts[1000], prompts[2049]]
 
 
-_seen: dict[str, list] = {}
+_seen: dict[str, list[Run]] = {}
 
 
 @pytest.mark.parametrize("chunk", [8192, 2048, 512, 256])
@@ -63,14 +64,12 @@ def test_chunk_size_and_batch_do_not_matter(start_engine, in_one_chunk, chunk, i
     if is_v2 and chunk not in (2048, 256):
         pytest.skip("two of the chunk sizes are enough on the interpreted runner")
     engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=200, max_num_batched_tokens=chunk)
-    alone = [engine.trace([prompt], 16)[0] for prompt in in_one_chunk]
-    together = engine.trace(in_one_chunk, 16)
+    alone = [engine.runs([prompt], 16)[0] for prompt in in_one_chunk]
+    together = engine.runs(in_one_chunk, 16)
     reference = _seen.setdefault("reference", alone)
-    for run in (alone, together):
-        for (tokens, kept), (expected_tokens, expected_kept) in zip(run, reference, strict=True):
-            assert tokens == expected_tokens
-            assert len(kept) == 30
-            assert same_positions(kept, expected_kept)
+    for run, expected in zip([*alone, *together], 2 * reference, strict=True):
+        assert len(run.kept) == 30
+        assert_same(run, expected)
 
 
 @pytest.fixture
@@ -139,7 +138,7 @@ def test_a_preempted_request_is_evicted_again(tiny, tiny_ids, same_on_both):
     options = {"decode": "off"}
     engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=128, kv_eviction_config=options, **pool)
     prompts = [tiny_ids[400 * i : 400 * i + 320] for i in range(2)]
-    alone = [engine.generate([prompt], 110)[0] for prompt in prompts]
+    alone = [engine.runs([prompt], 110)[0] for prompt in prompts]
     engine.stats()
     names = [engine.add(prompt, 110) for prompt in prompts]
     preemptions: dict[str, int] = {}
@@ -152,7 +151,7 @@ def test_a_preempted_request_is_evicted_again(tiny, tiny_ids, same_on_both):
     assert list(preemptions.values()) == [0, 1], "the pool was not tight enough to test anything"
     assert engine.stats()["requests"] == 3
     assert [len(done[name]) for name in names] == [110, 110]
-    assert done[names[0]] == alone[0]
+    assert_same(engine.run_of(names[0]), alone[0])
 
 
 def test_eviction_in_place_when_the_pool_is_full(start_engine, text_ids):

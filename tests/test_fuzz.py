@@ -7,8 +7,9 @@ import random
 from typing import Any
 
 import pytest
-from engine import Engine, same_positions
-from stock import gaps, same_tokens, stock
+from engine import Engine
+from stock import same_tokens, stock
+from ties import assert_same
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -122,20 +123,16 @@ def test_random_load(tiny, seed, is_v2):
     # Alone again. What progressive prefill, an automatic budget or a postponed eviction give depends on the load.
     if worker.config.is_progressive or settings["kv_eviction_budget"] == "auto" or stats["postponed"]:
         return
-    together = {name: engine.positions(name) for name in done}
+    together = {name: engine.run_of(name) for name in done}
     for name in dice.sample(sorted(done), 4 if is_v2 else 12):
         engine.forget_prefixes()
-        tokens = list(engine.outputs[name].outputs[0].token_ids)
-        again = engine.add(done[name], len(tokens), logprobs=2, detokenize=False)
-        engine.run()
-        output = engine.outputs[again].outputs[0]
-        expected = list(output.token_ids), gaps(output.logprobs)
+        tokens = together[name].tokens
+        (alone,) = engine.runs([done[name]], len(tokens))
         if name in load.preempted_at:
             count = load.preempted_at[name]
-            assert same_tokens(tokens[:count], (expected[0][:count], expected[1]))
+            assert same_tokens(tokens[:count], (alone.tokens[:count], alone.gaps))
             continue
-        assert same_tokens(tokens, expected)
-        assert same_positions(engine.positions(again), together[name])
+        assert_same(together[name], alone)
 
 
 def test_eviction_that_never_binds_is_stock(tiny, tiny_model, is_v2):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from engine import Engine, same_positions
+from engine import Engine
 from random_models import save_random_model
+from ties import assert_same
 
 from cake_vllm.integration.worker.gpu_attention import EvictingTritonBackend, EvictingTritonImpl, side_by_side
 
@@ -55,22 +56,21 @@ def test_triton_attention_interpreted(start_engine, tmp_path, is_v2, monkeypatch
     }
     prompts = [[(7 * i + j) % 250 for i in range(100 + 30 * j)] for j in range(2)]
     on_cpu: Engine = start_engine(model, **kwargs)
-    expected = on_cpu.trace(prompts, 8)
-    assert all(kept for _, kept in expected)
+    expected = on_cpu.runs(prompts, 8)
+    assert all(run.kept for run in expected)
     path = f"{__name__}.{InterpretedTritonBackend.__qualname__}"
     monkeypatch.setitem(_ATTN_OVERRIDES, AttentionBackendEnum.CPU_ATTN, path)
     from vllm.v1.attention import selector
 
     selector._cached_get_attn_backend.cache_clear()
     interpreted: Engine = start_engine(model, **kwargs, seed=1)
-    got = interpreted.trace(prompts, 8)
+    got = interpreted.runs(prompts, 8)
     (layer, *_) = interpreted.vllm_config.compilation_config.static_forward_context.values()
     interpreted.shutdown()
     selector._cached_get_attn_backend.cache_clear()
     assert type(layer.impl).__name__ == "InterpretedTritonImpl"
-    for (tokens, kept), (expected_tokens, expected_kept) in zip(got, expected, strict=True):
-        assert tokens == expected_tokens
-        assert same_positions(kept, expected_kept)
+    for run, reference in zip(got, expected, strict=True):
+        assert_same(run, reference)
 
 
 @pytest.mark.gpu

@@ -3,18 +3,15 @@
 import random
 
 import pytest
-from engine import Engine, same_positions
+from engine import Engine
 from random_models import numbers
 from replay import Replay
+from stock import same_tokens
+from ties import SWAPPED_GAP_BOUND, assert_same
 
 from cake_vllm.policies import create_policy
 
 pytestmark = pytest.mark.engine
-
-
-def equal(a: tuple, b: tuple) -> bool:
-    """Whether two runs gave the same tokens and kept the same positions."""
-    return a[0] == b[0] and same_positions(a[1], b[1])
 
 
 PREFIX_CACHED = {"kv_eviction": "cake", "kv_eviction_budget": 100, "max_num_batched_tokens": 512}
@@ -24,33 +21,33 @@ def test_prefix_hits_give_the_tokens_of_a_cold_run(tiny):
     """Full, partial, by a later turn, of a finished owner, and of one that is still there."""
     engine: Engine = tiny(**PREFIX_CACHED)
     first = numbers(0, 700)
-    ((answer, _),) = engine.trace([first], 80)
-    prompts = [first, first[:500] + numbers(1, 200), first + answer + numbers(2, 100)]
+    prompts = [first, first[:500] + numbers(1, 200), first + engine.generate([first], 80)[0] + numbers(2, 100)]
     cold = []
     for prompt in prompts:
         engine.forget_prefixes()
-        cold += engine.trace([prompt], 20)
+        cold += engine.runs([prompt], 20)
     engine.forget_prefixes()
 
     # One after the other: each prefix was evicted, and its owner is gone. A repetition leaves the window to compute;
     # of a conversation, the turn's prompt is there but nothing that was computed after its eviction.
     for prompt, expected, hit in zip([first, *prompts], [cold[0], *cold], [0, 640, 480, 672], strict=True):
-        (run,) = engine.trace([prompt], 20)
+        (run,) = engine.runs([prompt], 20)
         assert engine.num_cached(list(engine.outputs)[-1]) == hit
-        assert equal(run, expected)
+        assert_same(run, expected)
 
     # Together: the second request reads the pages of the first while they are computed and given back.
     engine.forget_prefixes()
     names = [engine.add(first, 20)]
     engine.step()
     names += [engine.add(prompt, 20) for prompt in prompts]
-    done = engine.run()
-    assert [done[name] for name in names] == [cold[0][0], *(tokens for tokens, _ in cold)]
+    engine.run()
+    for name, expected in zip(names, [cold[0], *cold], strict=True):
+        assert_same(engine.run_of(name), expected)
     assert [engine.num_cached(name) > 0 for name in names] == [False, True, True, True]
     assert engine.is_idle()
     engine.forget_prefixes()
-    for run, expected in zip(engine.trace(prompts, 20), cold, strict=True):
-        assert equal(run, expected)
+    for run, expected in zip(engine.runs(prompts, 20), cold, strict=True):
+        assert_same(run, expected)
 
 
 def test_shared_pages_are_not_rewritten_in_place(tiny):
@@ -59,19 +56,20 @@ def test_shared_pages_are_not_rewritten_in_place(tiny):
     prompts = [prefix + numbers(4, 60), prefix + numbers(5, 400)]
     settings = {**PREFIX_CACHED, "kv_eviction_budget": 500, "max_model_len": 1100}
     roomy: Engine = tiny(**settings)
-    expected = [roomy.generate([prompt], 20)[0] for prompt in prompts]
+    expected = [roomy.runs([prompt], 20)[0] for prompt in prompts]
     # Both prompts fit, and beside them what the first eviction has to copy of the shared blocks, but not all of it.
     tight: Engine = tiny(**settings, num_gpu_blocks_override=22 + 13 + 14 + 1)
     tight.stats()
     names = [tight.add(prompt, 20) for prompt in prompts]
-    done = tight.run()
+    tight.run()
     stats = tight.stats()
     assert stats["in_place"] >= 1
     assert stats["postponed"] == stats["failures"] == 0
-    assert [done[name] for name in names] == expected
     assert tight.num_cached(names[1]) == 640
     # What was overwritten cannot be hit: a repetition gives the same again.
-    assert [tight.generate([prompt], 20)[0] for prompt in prompts] == expected
+    again = [tight.runs([prompt], 20)[0] for prompt in prompts]
+    for run, reference in zip([*map(tight.run_of, names), *again], 2 * expected, strict=True):
+        assert_same(run, reference)
     assert tight.is_idle()
 
 
@@ -91,16 +89,17 @@ def test_first_eviction_while_decoding_leaves_the_prefix_cache_alone(tiny):
     """A short prompt outgrows its budget by its output; its pages are shared with a request that goes on."""
     engine: Engine = tiny(**{**PREFIX_CACHED, "kv_eviction_budget": 256})
     prompt = numbers(6, 250)
-    expected = engine.generate([prompt], 200)[0]
+    (expected,) = engine.runs([prompt], 200)
     engine.forget_prefixes()
     names = [engine.add(prompt, 200)]
     for _ in range(3):
         engine.step()
     names.append(engine.add(prompt, 200))
-    done = engine.run()
-    assert [done[name] for name in names] == [expected, expected]
+    engine.run()
+    for name in names:
+        assert_same(engine.run_of(name), expected)
     assert engine.stats()["trims"] > 2
-    again = engine.add(prompt + expected[:20], 180)
+    again = engine.add(prompt + engine.run_of(names[0]).tokens[:20], 180)
     engine.run()
     # Tokens up to the first eviction were computed from everything before them.
     assert engine.num_cached(again) == 256 // 32 * 32
@@ -136,9 +135,9 @@ def test_progressive_prefill_equals_its_replay(start_engine, model_dir, prompts,
     replay = Replay(model_dir)
     engine.stats()
     prompt = prompts[2049]
-    (served,) = engine.trace([prompt], 40)
+    (tokens,) = engine.generate([prompt], 40)
     expected, _ = replay.generate(prompt, 40, create_policy(name, {}), 256, 32, decode="window", chunk=512)
-    assert served[0] == expected
+    assert same_tokens(tokens, (expected, replay.gaps), SWAPPED_GAP_BOUND)
     stats = engine.stats()
     assert stats["requests"] == 1
     assert stats["trims"] >= 4
@@ -189,7 +188,7 @@ def test_reports_that_come_a_step_late(tiny, prefill, monkeypatch):
     engine: Engine = tiny(**{**PREFIX_CACHED, "kv_eviction_config": options})
     half = engine.scheduler.connector.scheduler
     prompts = [numbers(40, 1300), numbers(41, 200), numbers(42, 1300)[:700] + numbers(43, 100)]
-    expected = [engine.generate([prompt], 90)[0] for prompt in prompts]
+    expected = [engine.runs([prompt], 90)[0] for prompt in prompts]
     assert engine.is_idle()
 
     late: list = []
@@ -207,14 +206,14 @@ def test_reports_that_come_a_step_late(tiny, prefill, monkeypatch):
     monkeypatch.setattr(engine, "_check_halves", lambda: None)
     engine.forget_prefixes()
     engine.stats()
-    for prompt, tokens in zip(prompts, expected, strict=True):
-        assert engine.generate([prompt], 90) == [tokens]
+    for prompt, run in zip(prompts, expected, strict=True):
+        assert engine.generate([prompt], 90) == [run.tokens]
     names = [engine.add(prompt, 90) for prompt in prompts]
     for _ in range(8):
         engine.step()
     engine.abort(names[0])
-    done = engine.run()
+    engine.run()
     assert engine.stats()["requests"] >= 4
-    if prefill == "exact":
-        assert [done[name] for name in names[1:]] == expected[1:]
+    for name, run in zip(names[1:], expected[1:], strict=True) if prefill == "exact" else ():
+        assert_same(engine.run_of(name), run)
     assert engine.is_idle()

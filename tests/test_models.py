@@ -3,6 +3,7 @@
 import pytest
 from engine import Engine, same_positions
 from random_models import numbers, save_random_model
+from ties import assert_same
 
 pytestmark = pytest.mark.engine
 
@@ -35,19 +36,20 @@ def test_sliding_layers_stay_as_they_are(start_engine, tmp_path, layer_types, sp
     assert found.count("EvictableSpec") == specs["EvictableSpec"]
     assert found.count("ExactSlidingWindowSpec") == specs["Exact"]
     prompts = [[(7 * i + j) % 250 for i in range(600 + 100 * j)] for j in range(4)]
-    tokens = engine.generate(prompts, 24)
+    together = engine.runs(prompts, 24)
     stats = engine.stats()
     assert stats["requests"] == 4
     assert len(stats["kept_tokens"]) == layer_types.count("full_attention")
     assert engine.is_idle()
-    assert [engine.generate([prompt], 24)[0] for prompt in prompts] == tokens
+    for prompt, run in zip(prompts, together, strict=True):
+        assert_same(run, *engine.runs([prompt], 24))
     roomy: Engine = start_engine(
         model, kv_eviction=policy, kv_eviction_budget=2000, skip_tokenizer_init=True, max_model_len=2048
     )
     everything_kept = roomy.generate(prompts, 24)
     stock: Engine = start_engine(model, skip_tokenizer_init=True, max_model_len=2048)
     assert stock.generate(prompts, 24) == everything_kept
-    assert everything_kept != tokens
+    assert everything_kept != [run.tokens for run in together]
 
 
 MODELS = {

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from engine import Engine
 from random_models import numbers, save_random_adapter
+from ties import Run, assert_same
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
@@ -35,7 +36,8 @@ def test_requests_with_budgets_of_their_own(engine: Engine, tiny, is_v2):
     engine.forget_prefixes()
     engine.stats()
     names = [engine.add(prompt, 40, extra_args={**wish, "kv_eviction_report": 1}) for wish in WISHES]
-    together = engine.run()
+    engine.run()
+    together = dict(zip(names, map(engine.run_of, names), strict=True))
     reports = [engine.outputs[name].kv_transfer_params["kv_eviction"] for name in names]
     assert [report["policy"] for report in reports] == ["cake", "none", "cake", "layer-defensivekv", "snapkv", "cake"]
     assert [report["budget"] for report in reports] == [300, None, 100, 0.5, 300, "auto"]
@@ -53,7 +55,7 @@ def test_requests_with_budgets_of_their_own(engine: Engine, tiny, is_v2):
         if settings["kv_eviction"] == "none":
             settings = {}
         alone: Engine = tiny(max_num_batched_tokens=512, **settings)
-        assert alone.generate([prompt], 40) == [together[name]]
+        assert_same(together[name], *alone.runs([prompt], 40))
 
 
 def test_a_smaller_budget_does_not_meet_a_long_prefix_hit(engine: Engine):
@@ -61,11 +63,11 @@ def test_a_smaller_budget_does_not_meet_a_long_prefix_hit(engine: Engine):
     prompt = numbers(21, 310)
     engine.forget_prefixes()
     own = {"kv_eviction_budget": 60, "kv_eviction_report": 1}
-    cold = engine.generate([prompt], 30, extra_args=own)
+    (cold,) = engine.runs([prompt], 30, extra_args=own)
     names = [engine.add(prompt, 4), engine.add(prompt, 30, extra_args=own)]
-    done = engine.run()
+    engine.run()
     assert engine.num_cached(names[0]) == 288
-    assert done[names[1]] == cold[0]
+    assert_same(engine.run_of(names[1]), cold)
     assert engine.is_idle()
 
 
@@ -105,10 +107,14 @@ def test_a_policy_that_raises_costs_no_request(engine: Engine, monkeypatch):
     from cake_vllm.policies.cake import Cake
 
     prompt = numbers(23, 900)
-    engine.forget_prefixes()
-    evicted = engine.generate([prompt], 30)
+
+    def cold(**params) -> list[list[int]]:
+        engine.forget_prefixes()
+        return engine.generate([prompt], 30, **params)
+
+    evicted = cold()
     engine.stats()
-    unlimited = engine.generate([prompt], 30, extra_args={"kv_eviction": "none"})
+    unlimited = cold(extra_args={"kv_eviction": "none"})
     assert evicted != unlimited
     for method in ("score", "budgets", "rank"):
 
@@ -117,12 +123,12 @@ def test_a_policy_that_raises_costs_no_request(engine: Engine, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(Cake, method, fail)
-            assert engine.generate([prompt], 30) == unlimited
+            assert cold() == unlimited
         stats = engine.stats()
         assert stats["failures"] == 1
         assert stats["freed_blocks"] == 0
         assert engine.is_idle()
-    assert engine.generate([prompt], 30) == evicted
+    assert cold() == evicted
 
 
 @pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
@@ -167,7 +173,7 @@ def smol(start_engine) -> Engine:
 def test_sampling_features(smol: Engine, text_ids, same_on_both):
     """Each beside a request of another kind, in one batch, on prompts that are evicted."""
     prompts = [text_ids[1000 * i : 1000 * i + 500] for i in range(7)]
-    plain = smol.generate([prompts[0]], 12)[0]
+    (plain,) = smol.runs([prompts[0]], 12)
     schema = {"type": "object", "properties": {"year": {"type": "integer"}}, "required": ["year"]}
     params = {
         "plain": {},
@@ -185,7 +191,7 @@ def test_sampling_features(smol: Engine, text_ids, same_on_both):
     }
     smol.run()
     outputs = {what: smol.outputs[name] for what, name in names.items()}
-    assert list(outputs["plain"].outputs[0].token_ids) == plain
+    assert_same(smol.run_of(names["plain"]), plain)
     assert len(outputs["n"].outputs) == 3
     assert all(len(step) >= 3 for step in outputs["logprobs"].outputs[0].logprobs)
     assert len(outputs["prompt_logprobs"].prompt_logprobs) == 500
@@ -228,18 +234,18 @@ def test_lora_beside_the_base_model(tiny, tmp_path, same_on_both):
     settings = {"enable_lora": True, "max_lora_rank": 8, "max_num_batched_tokens": 512}
     prompt = numbers(25, 700)
 
-    def served(engine: Engine, **params) -> list[list[int]]:
+    def served(engine: Engine, **params) -> list[Run]:
         names = [engine.add(prompt, 20, lora_request=lora, **params) for lora in (None, adapter)]
-        done = engine.run()
-        return [done[name] for name in names]
+        engine.run()
+        return [engine.run_of(name) for name in names]
 
     stock = served(tiny(**settings))
     engine: Engine = tiny(kv_eviction="criticalkv", kv_eviction_budget=100, **settings)
-    assert served(engine, extra_args={"kv_eviction": "none"}) == stock
+    assert [run.tokens for run in served(engine, extra_args={"kv_eviction": "none"})] == [run.tokens for run in stock]
     engine.stats()
     together = served(engine)
     assert engine.stats()["requests"] == 2
     # The adapter's row alone: stock vLLM on CPUs gives the base model's rows other tokens in a mixed batch.
-    assert engine.generate([prompt], 20, lora_request=adapter)[0] == together[1]
-    assert len({tuple(tokens) for tokens in (*stock, *together)}) == 4
+    assert_same(together[1], *engine.runs([prompt], 20, lora_request=adapter))
+    assert len({tuple(run.tokens) for run in (*stock, *together)}) == 4
     assert engine.is_idle()

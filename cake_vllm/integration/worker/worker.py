@@ -38,6 +38,7 @@ class Watched:
         reads: by layer, what it reads, if the request is to be evicted.
         scores: by layer, if the budget is to be divided.
         chosen: by layer, for each KV head the positions to keep, whole pages of them.
+        ranks: by layer, what they were chosen by, if that is traced.
         error: what the policy raised.
     """
 
@@ -46,6 +47,7 @@ class Watched:
     reads: dict[int, Reads] = field(default_factory=dict)
     scores: dict[int, LayerScore] = field(default_factory=dict)
     chosen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    ranks: dict[int, torch.Tensor] = field(default_factory=dict)
     error: Exception | None = None
 
 
@@ -116,6 +118,8 @@ class EvictionWorker:
         #: What evicted prompts keep of their full blocks, for tests: by request id and layer, the positions of each
         #: head; ``None`` for a layer that keeps everything.
         self.trace: dict[str, list[list[torch.Tensor] | None]] | None = None
+        #: What they were chosen by, if they are traced: by request id and layer, ``[Hkv, S - w]``.
+        self.trace_ranks: dict[str, dict[int, torch.Tensor]] = {}
 
     @cached_property
     def grid(self) -> Grid:
@@ -349,10 +353,12 @@ class EvictionWorker:
                 self.trace[what.req_id] = [
                     _unless_all(chosen[index], reads[index], self.block_size) for index in indices
                 ]
+                self.trace_ranks[what.req_id] = watched.ranks.copy()
         else:
             pages, used = self._as_it_is(what, grant, watched, new, moved)
         self._rows[grant.by_head].store(what.req_id, pages, used, num_blocks, grant.tail)
         watched.chosen.clear()
+        watched.ranks.clear()
         watched.scores.clear()
         watched.reads.clear()
         kept = used * self.block_size + what.end % self.block_size
@@ -384,6 +390,8 @@ class EvictionWorker:
             lengths = [reads.length - missing * self.block_size for missing in reads.missing]
             of_layer = [min(count, has - policy.protected) for count, has in zip(of_layer, lengths, strict=True)]
             ranks = policy.ranks(score, reads.length, min(1.0, budget / reads.length), of_layer)
+            if self.trace is not None:
+                watched.ranks[index] = ranks
             watched.chosen[index] = cached.positions(ranks, [cached.pages(count) for count in of_layer])
             counts.append(tuple(of_layer) if by_head else (of_layer[0],))
         return tuple(counts)
