@@ -23,7 +23,7 @@ def replay(model_dir: str) -> Replay:
 def replayed(replay: Replay, tokens: list[int], kept: list[list[list[int]]], full_len: int) -> Run:
     """What the replay did last, as the engine tells it: of the full blocks, and of layers that gave something back."""
     moved = [[torch.tensor([p for p in head if p < full_len]) for head in layer] for layer in kept]
-    positions = [None if len(layer[0]) == full_len else layer for layer in moved]
+    positions = [None if all(len(head) == full_len for head in layer) else layer for layer in moved]
     return Run(tokens, replay.gaps, positions, dict(enumerate(replay.ranks)))
 
 
