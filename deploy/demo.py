@@ -109,7 +109,7 @@ def main() -> None:
     print(
         f"Mean kept:             {sum(kept) / len(kept):.0f} ({sum(kept) / len(kept) / prompt_len:.0%} of the prompt)"
     )
-    print(f"Blocks freed:          {seen['freed_blocks']:.0f} (of {len(kept) * (prompt_len // 32)}, of 32 tokens each)")
+    print(f"Blocks freed:          {seen['freed_blocks']:.0f} (of {prompt_len // 32}, of 32 tokens each)")
 
 
 if __name__ == "__main__":

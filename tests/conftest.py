@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner")
+    parser.addoption("--all", action="store_true", help="also tests that show more of what others show")
     parser.addoption("--seed", action="append", type=int, default=[], help="seed of the fuzz test; may be repeated")
     parser.addoption(
         "--golden-dir",
@@ -32,12 +33,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def seeds(config: pytest.Config) -> list[int]:
     """Seeds of the fuzz test: more on the faster runner."""
-    return config.getoption("--seed") or ([37] if config.getoption("--runner") == "v2" else [4, 6, 10, 15, 31, 37])
+    if config.getoption("--seed"):
+        return config.getoption("--seed")
+    if config.getoption("--runner") == "v2":
+        return [37]
+    return [4, 6, 10, 15, 31, 37] if config.getoption("--all") else [4, 15]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "engine: starts vLLM engines with a real model; run on both runners")
     config.addinivalue_line("markers", "slow: takes more than half a minute")
+    config.addinivalue_line("markers", "full: shows more of what other tests show; run with --all")
+    config.addinivalue_line("markers", "interpreted: also run on the interpreted runner without --all")
     config.addinivalue_line("markers", "gpu: needs a GPU")
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     # Engines run in this process, so that tests can look into them.
@@ -59,13 +66,24 @@ def _interpret_triton() -> None:
         triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
+
+    if not config.getoption("--all"):
+        is_v2 = config.getoption("--runner") == "v2"
+        left = [item for item in items if is_left_to_all(item, is_v2)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
 
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
+
+
+def is_left_to_all(item: pytest.Item, is_v2: bool) -> bool:
+    """Whether a test runs with ``--all`` only."""
+    return bool(item.get_closest_marker("full") or (is_v2 and not item.get_closest_marker("interpreted")))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

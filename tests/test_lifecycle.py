@@ -94,8 +94,20 @@ class Lifecycle(RuleBasedStateMachine):
         self.core.reset_prefix_cache(reset_running_requests=running, reset_connector=external)
         check_integrity(self.engine.manager)
 
-    @rule(mode=st.sampled_from(("abort", "keep", "wait")), clear_cache=st.booleans())
-    def pause(self, mode, clear_cache):
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data(), count=st.integers(0, 2))
+    def leave_after_a_reset(self, data, count):
+        """What was preempted outside of a step is named in the next one, when it may be gone."""
+        self.core.reset_prefix_cache(reset_running_requests=True)
+        for _ in range(min(count, len(self.alive))):
+            self._abort(data.draw(st.sampled_from(self.alive)))
+        self.core.resume_scheduler()
+        self.step(1)
+
+    @rule(mode=st.sampled_from(("abort", "keep", "wait")), clear_cache=st.booleans(), often=st.integers(0, 3))
+    def pause(self, mode, clear_cache, often):
+        if often:
+            return
         if mode == "wait":
             # The core refuses it inside this process; it is this and then steps, until what runs has ended.
             self.core.scheduler.set_pause_state(PauseState.PAUSED_NEW)
@@ -243,6 +255,16 @@ def test_no_prompt_loses_everything(tiny, policy):
         kept = engine.outputs[name].kv_transfer_params["kv_eviction"]["kept_tokens"]
         assert kept is None if length == 64 else min(kept) >= 32
     assert engine.is_idle()
+
+
+def test_a_prompt_that_is_cached_as_a_whole_computes_its_last_token(tiny):
+    """Methods that look at no query need none of it computed, but the next token does."""
+    engine: Engine = tiny(kv_eviction="knorm", kv_eviction_budget=300)
+    prompt = numbers(125, 640)
+    first = engine.generate([prompt], 5)
+    name = engine.add(prompt, 5)
+    assert engine.run()[name] == first[0]
+    assert engine.num_cached(name) == 640 - 32
 
 
 def test_no_outer_cache_is_reported(tiny):

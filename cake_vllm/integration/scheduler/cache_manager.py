@@ -92,7 +92,8 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
         It is asked with all but the last token of the prompt, which is how it knows where the window begins.
         """
         if max_length + 1 > kv_cache_spec.never_evicted_len:
-            max_length = max(max_length + 1 - kv_cache_spec.num_queries, 0)
+            # The last token is computed in any case.
+            max_length = max(min(max_length, max_length + 1 - kv_cache_spec.num_queries), 0)
         return super().find_longest_cache_hit(
             block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
         )

@@ -122,6 +122,9 @@ class EvictionScheduler:
     def add(self, request: Request) -> None:
         """A request has arrived. What it asks for was checked in the front end."""
         config = self.config.for_request(_asked(request), self.max_model_len)
+        if request.resumable and config is not None:
+            logger.info_once("streaming input sessions are served without eviction: their prompts go on growing")
+            config = None
         self._track(Tracked(request, config))
         if config is not None and config is not self.config:
             # Prefix lookup leaves what the engine's settings need to be computed; this one's may need more.
@@ -176,6 +179,10 @@ class EvictionScheduler:
             if pending is None:
                 continue
             tracked = pending.tracked
+            is_held = pending.cut is self._managers[0].cuts.get(request_id)
+            if not is_held and self._tracked.get(request_id) is tracked:
+                # Preempted by a reset: it starts again and will be evicted again.
+                continue
             tracked.num_pending -= 1
             tracked.kept = eviction.kept
             if news := _report(tracked):
@@ -183,7 +190,6 @@ class EvictionScheduler:
             if eviction.failed:
                 tracked.failed = True
                 self._prefilling.pop(request_id, None)
-            is_held = pending.cut is self._managers[0].cuts.get(request_id)
             num_freed = self._trade(request_id, pending, eviction) if eviction.is_traded and is_held else 0
             self.stats.record(
                 eviction,
