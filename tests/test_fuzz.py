@@ -135,6 +135,7 @@ def test_random_load(tiny, seed, is_v2):
         assert_same(together[name], alone)
 
 
+@pytest.mark.full
 def test_eviction_that_never_binds_is_stock(tiny, tiny_model, is_v2):
     """500 random requests with shared prefixes: with eviction off, and with a budget nobody reaches."""
     dice = random.Random(11)

@@ -39,6 +39,7 @@ def test_side_by_side():
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
+@pytest.mark.interpreted
 def test_triton_attention_interpreted(start_engine, tmp_path, is_v2, monkeypatch, name):
     """The same tokens and positions as the CPU backend, on a model small enough for an interpreter."""
     if not is_v2:

@@ -33,12 +33,37 @@ def evicting(start_engine) -> Engine:
     return start_engine(kv_eviction="cake", kv_eviction_budget=128, max_num_batched_tokens=2048)
 
 
-@pytest.mark.parametrize("budget", [128, 256, 512])
-def test_served_tokens_equal_replay(evicting: Engine, replay: Replay, prompts, budget: int):
-    served = evicting.runs(list(prompts.values()), NUM_TOKENS, extra_args={"kv_eviction_budget": budget})
-    for prompt, run in zip(prompts.values(), served, strict=True):
-        expected = replay.generate(prompt, NUM_TOKENS, Cake(), budget, block_size=32)
+#: Of methods whose heads compete and of CAKE, beside what is enough for a short run.
+SHORT = [("cake", 256), ("layer-defensivekv", 0.2)]
+REST = [
+    (name, budget)
+    for name in ("cake", "defensivekv", "layer-defensivekv", "adakv", "criticaladakv")
+    for budget in (128, 256, 0.2)
+    if (name, budget) not in SHORT
+]
+
+
+@pytest.mark.parametrize(("name", "budget"), [*SHORT, *(pytest.param(*case, marks=pytest.mark.full) for case in REST)])
+def test_served_tokens_equal_replay(evicting: Engine, replay: Replay, prompts, name, budget, is_v2):
+    """From 1,000 to 4,000 tokens, together in one batch (the interpreted runner is content with the shortest)."""
+    chosen = [prompt for prompt in prompts.values() if not is_v2 or len(prompt) < 2000]
+    wish = {"kv_eviction": name, "kv_eviction_budget": budget}
+    served = evicting.runs(chosen, NUM_TOKENS, extra_args=wish)
+    for prompt, run in zip(chosen, served, strict=True):
+        tokens = budget if isinstance(budget, int) else len(prompt) // 5
+        expected = replay.generate(prompt, NUM_TOKENS, create_policy(name, {}), tokens, block_size=32)
         assert_same(run, replayed(replay, *expected, len(prompt) // 32 * 32))
+
+
+@pytest.mark.interpreted
+def test_both_kinds_of_owners_share_a_batch(evicting: Engine, replay: Replay, text_ids):
+    """One whose heads are alike and one whose heads compete, in one batch."""
+    prompt, names = text_ids[3000:3300], ("cake", "layer-defensivekv")
+    requests = [evicting.add(prompt, 6, logprobs=2, detokenize=False, extra_args={"kv_eviction": n}) for n in names]
+    evicting.run()
+    for request, name in zip(requests, names, strict=True):
+        expected = replay.generate(prompt, 6, create_policy(name, {}), 128, block_size=32)
+        assert_same(evicting.run_of(request), replayed(replay, *expected, 288))
 
 
 @pytest.mark.parametrize("name", policy_names())

@@ -81,6 +81,7 @@ def engine_process() -> psutil.Process:
     return engine
 
 
+@pytest.mark.full
 def test_two_thousand_requests(chatty_model):
     """Nothing leaks, and the counters are what the clients count."""
     # A pool small enough to be touched as a whole before memory is first measured.
