@@ -40,7 +40,8 @@ def test_budget(text, value):
 def test_a_fraction_is_exact_and_never_below_the_window():
     config = parse(**{"": "cake", "_budget": 0.29})
     assert config.tokens(1000, 0) == 290
-    assert config.tokens(50, 0) == config.policy.window
+    assert config.tokens(50, 0) == config.policy.floor == config.policy.window + 1
+    assert parse(**{"": "knorm", "_budget": 0.01}).tokens(64, 0) == 32
 
 
 def test_an_automatic_budget_is_the_share_and_has_a_floor():
@@ -63,6 +64,7 @@ BAD = [
     ({"": "cake", "_budget": True}, "--kv-eviction-budget True is not a budget"),
     ({"": "cake", "_budget": [1]}, r"--kv-eviction-budget \[1\] is not a budget"),
     ({"": "cake", "_budget": 32}, "--kv-eviction-budget 32 leaves nothing beside the window of 32 tokens: give more"),
+    ({"": "knorm", "_budget": 31}, "--kv-eviction-budget 31 is too little for knorm, which keeps no window: give 32"),
     ({"_budget": 512}, "--kv-eviction-budget has no effect without --kv-eviction: name a policy or drop it"),
     ({"": "none", "_config": {"gamma": 1}}, "--kv-eviction-config has no effect without --kv-eviction"),
     ({"": "cake", "_config": "{gamma: 1}"}, "--kv-eviction-config is not valid JSON"),

@@ -2,6 +2,7 @@
 
 import pytest
 from engine import Engine, same_positions
+from random_models import numbers
 from stock import stock
 from ties import Run, assert_same
 
@@ -15,14 +16,14 @@ def lengths(is_v2: bool) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def mixed_prompts(text_ids, is_v2) -> list[list[int]]:
-    return [text_ids[50 * i : 50 * i + length] for i, length in enumerate(lengths(is_v2))]
+def mixed_prompts(is_v2) -> list[list[int]]:
+    return [numbers(300 + i, length) for i, length in enumerate(lengths(is_v2))]
 
 
 @pytest.fixture(scope="module")
-def stock_tokens(model_dir, mixed_prompts, is_v2) -> list[list[int]]:
+def stock_tokens(tiny_model, mixed_prompts, is_v2) -> list[list[int]]:
     """Tokens of a vLLM that has never heard of the plugin, from a process of its own."""
-    return [tokens for tokens, _ in stock(is_v2, model_dir, mixed_prompts, 8)]
+    return [tokens for tokens, _ in stock(is_v2, tiny_model, mixed_prompts, 8, skip_tokenizer_init=True)]
 
 
 @pytest.mark.parametrize(
@@ -30,17 +31,17 @@ def stock_tokens(model_dir, mixed_prompts, is_v2) -> list[list[int]]:
     [{}, {"kv_eviction": "none"}, {"kv_eviction": "cake", "kv_eviction_budget": 4000}],
     ids=["unused", "none", "budget-of-the-longest-prompt"],
 )
-def test_nothing_changes_where_nothing_is_evicted(start_engine, mixed_prompts, stock_tokens, kwargs):
-    engine: Engine = start_engine(**kwargs)
+def test_nothing_changes_where_nothing_is_evicted(tiny, mixed_prompts, stock_tokens, kwargs):
+    engine: Engine = tiny(num_gpu_blocks_override=None, **kwargs)
     assert engine.evicts == (kwargs.get("kv_eviction") == "cake")
     assert engine.generate(mixed_prompts, 8) == stock_tokens
 
 
-def test_off_uses_stock_classes(start_engine):
+def test_off_uses_stock_classes(tiny):
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    engine: Engine = start_engine()
+    engine: Engine = tiny()
     layers = engine.vllm_config.compilation_config.static_forward_context.values()
     assert {type(layer.impl) for layer in layers} == {CPUAttentionBackendImpl}
     groups = engine.scheduler.kv_cache_config.kv_cache_groups

@@ -55,7 +55,7 @@ def test_triton_attention_interpreted(start_engine, tmp_path, is_v2, monkeypatch
         "max_model_len": 256,
         "skip_tokenizer_init": True,
     }
-    prompts = [[(7 * i + j) % 250 for i in range(100 + 30 * j)] for j in range(2)]
+    prompts = [[(7 * i + j) % 250 for i in range(150 + 40 * j)] for j in range(2)]
     on_cpu: Engine = start_engine(model, **kwargs)
     expected = on_cpu.runs(prompts, 8)
     assert all(run.kept for run in expected)

@@ -179,7 +179,7 @@ def test_any_history(tiny, options, when, monkeypatch, same_on_both):
     assert stats["failures"] == 0
 
 
-def test_a_client_leaves_after_a_reset(tiny):
+def test_a_client_leaves_after_a_reset(tiny, same_on_both):
     """Preempted outside of a step, the request is named in the next one, when it is gone."""
     engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=150)
     prompts = [numbers(100, 700), numbers(101, 500)]
@@ -194,7 +194,7 @@ def test_a_client_leaves_after_a_reset(tiny):
     assert engine.is_idle()
 
 
-def test_a_request_that_ends_with_its_first_token_is_not_evicted(tiny):
+def test_a_request_that_ends_with_its_first_token_is_not_evicted(tiny, same_on_both):
     """It is known beforehand: nothing would read what is kept."""
     engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=150, max_model_len=700)
     engine.forget_prefixes()
@@ -208,7 +208,7 @@ def test_a_request_that_ends_with_its_first_token_is_not_evicted(tiny):
     assert engine.num_cached(name) == 640 - 32
 
 
-def test_an_eviction_in_the_last_step_of_a_request_is_counted_and_told(tiny):
+def test_an_eviction_in_the_last_step_of_a_request_is_counted_and_told(tiny, same_on_both):
     """Its first token ends it, which nobody knew."""
     engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=150)
     prompt = numbers(122, 650)
@@ -225,7 +225,7 @@ def test_an_eviction_in_the_last_step_of_a_request_is_counted_and_told(tiny):
     assert engine.is_idle()
 
 
-def test_wishes_keep_the_prefix_hits(tiny):
+def test_wishes_keep_the_prefix_hits(tiny, same_on_both):
     """But for the last queries that a request's own settings ask for."""
     engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=300)
     prompt = numbers(123, 1500)
@@ -245,7 +245,7 @@ def test_wishes_keep_the_prefix_hits(tiny):
 
 
 @pytest.mark.parametrize("policy", ["knorm", "streamingllm", "random", "keydiff", "tova"])
-def test_no_prompt_loses_everything(tiny, policy):
+def test_no_prompt_loses_everything(tiny, policy, same_on_both):
     """A hundredth of a short prompt is not nothing."""
     engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=300)
     wish = {"kv_eviction": policy, "kv_eviction_budget": 0.01, "kv_eviction_report": 1}
@@ -257,7 +257,7 @@ def test_no_prompt_loses_everything(tiny, policy):
     assert engine.is_idle()
 
 
-def test_a_prompt_that_is_cached_as_a_whole_computes_its_last_token(tiny):
+def test_a_prompt_that_is_cached_as_a_whole_computes_its_last_token(tiny, same_on_both):
     """Methods that look at no query need none of it computed, but the next token does."""
     engine: Engine = tiny(kv_eviction="knorm", kv_eviction_budget=300)
     prompt = numbers(125, 640)
@@ -267,7 +267,7 @@ def test_a_prompt_that_is_cached_as_a_whole_computes_its_last_token(tiny):
     assert engine.num_cached(name) == 640 - 32
 
 
-def test_no_outer_cache_is_reported(tiny):
+def test_no_outer_cache_is_reported(tiny, same_on_both):
     """The plugin's connector transfers nothing, so nobody shall look for a tier that never hits."""
     engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=300)
     engine.generate([numbers(124, 500)], 3)
