@@ -3,7 +3,7 @@
 Runs in every worker process and frees no block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -150,11 +150,13 @@ class EvictionWorker:
             return
         # Layers of a group share one.
         metadata = [attn_metadata[layer.name] for layer in self.layers]
-        seq_lens, table = metadata[0].seq_lens, metadata[0].block_table
+        # Requests are told by the blocks of the first group.
+        first = next(of_layer for layer, of_layer in zip(self.layers, metadata, strict=True) if layer.group == 0)
+        seq_lens, table = first.seq_lens, first.block_table
         last = ((seq_lens - 1).clamp(min=0) // self.block_size).long()
         # Rows that only pad the batch have no length; nobody's row ends in block 0.
         tails = table.gather(1, last.unsqueeze(1)).squeeze(1).masked_fill(seq_lens == 0, 0)
-        redirected, stock_lens = self._redirect(plan.redirected, metadata[0], tails)
+        redirected, stock_lens = self._redirect(plan.redirected, first, tails)
         observe = None
         if plan.observations:
             observe = partial(self._observe, self._find(plan.observations, metadata, tails))
@@ -181,7 +183,9 @@ class EvictionWorker:
                 del self._watched[what.req_id]
         return EvictionReport({self.stage: evictions}) if evictions else None
 
-    def _redirect(self, expected: Any, metadata: Any, tails: torch.Tensor) -> tuple[list[Rows], torch.Tensor | None]:
+    def _redirect(
+        self, expected: Mapping[bool, Redirected], metadata: Any, tails: torch.Tensor
+    ) -> tuple[list[Rows], torch.Tensor | None]:
         """The evicted rows of the batch, and ``[R]`` lengths for the stock call, ``None`` if nothing is left for it."""
         seq_lens, starts = metadata.seq_lens, metadata.query_start_loc
         found, elsewhere = [], torch.zeros_like(seq_lens, dtype=torch.bool)
