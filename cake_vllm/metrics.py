@@ -91,10 +91,12 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
             counter: Any = self._counter_cls(f"vllm:kv_eviction_{name}", text, labelnames=labelnames)
             engines = per_engine_labelvalues.items()
             self._counters[name] = {engine: counter.labels(*values) for engine, values in engines}
-        self._kept: Any = self._gauge_cls(
+        gauge_cls: Any = self._gauge_cls
+        self._kept = gauge_cls(
             "vllm:kv_eviction_kept_tokens",
             "Tokens a layer keeps per KV head: mean over the requests evicted in the last interval that had any.",
             labelnames=[*labelnames, "layer"],
+            multiprocess_mode="mostrecent",
         )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
