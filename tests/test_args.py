@@ -59,6 +59,15 @@ def test_command_line(cls, llama):
     assert cls.from_cli_args(parser.parse_args(["--model", llama])).additional_config == {}
 
 
+def test_api_servers_read_what_the_first_process_read(llama):
+    """Several of them are spawned with the parsed line, and read vLLM's own arguments in it before plugins load."""
+    line = ["--model", llama, "--kv-eviction", "cake", "--kv-eviction-budget", "64"]
+    args = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(line)
+    for _ in range(2):
+        settings = AsyncEngineArgs.from_cli_args(args).additional_config
+        assert settings == {"kv_eviction": "cake", "kv_eviction_budget": 64} == args.additional_config
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -243,6 +252,20 @@ def test_other_vllm_versions_are_refused_when_eviction_is_used(llama, monkeypatc
     monkeypatch.setattr(gate, "vllm", SimpleNamespace(__version__="0.40.0"))
     configure(llama)
     with pytest.raises(ValueError, match=r"--kv-eviction needs vLLM >= 0\.32 and < 0\.33, and this is 0\.40\.0"):
+        configure(llama, kv_eviction="cake")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("VLLM_PLUGINS", "other", "VLLM_PLUGINS leaves out cake_vllm, which --kv-eviction needs: add it to the list"),
+        ("VLLM_USE_RUST_FRONTEND", "1", "--kv-eviction does not work together with VLLM_USE_RUST_FRONTEND yet: unset"),
+    ],
+)
+def test_every_process_must_load_the_plugin(llama, monkeypatch, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    configure(llama)
+    with pytest.raises(ValueError, match=message):
         configure(llama, kv_eviction="cake")
 
 

@@ -115,15 +115,19 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
             engines = per_engine_labelvalues.items()
             self._counters[name] = {engine: counter.labels(*values) for engine, values in engines}
         of_interval = "mean over the requests evicted in the last interval that had any."
-        self._kept: Any = self._gauge_cls(
+        gauge_cls: Any = self._gauge_cls
+        # With several API servers: one series for all of them, as whichever counted last has it.
+        self._kept = gauge_cls(
             "vllm:kv_eviction_kept_tokens",
             f"Tokens a layer keeps, mean over its KV heads, {of_interval}",
             labelnames=[*labelnames, "layer"],
+            multiprocess_mode="mostrecent",
         )
-        self._kept_by_head: Any = self._gauge_cls(
+        self._kept_by_head = gauge_cls(
             "vllm:kv_eviction_head_kept_tokens",
             f"Tokens a KV head keeps where heads compete, {of_interval}",
             labelnames=[*labelnames, "layer", "head"],
+            multiprocess_mode="mostrecent",
         )
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:

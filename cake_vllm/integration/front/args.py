@@ -92,6 +92,8 @@ def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Names
     given = {key: getattr(args, key) for key in KEYS if hasattr(args, key)}
     if given:
         engine_args.additional_config = merge_settings(engine_args.additional_config, given)
+        # With several API servers, each makes its engine arguments of these before it has loaded any plugin.
+        args.additional_config = engine_args.additional_config
     return engine_args
 
 

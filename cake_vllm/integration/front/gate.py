@@ -73,7 +73,7 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
 
 
 def _refuse_vllm() -> None:
-    """Refuses to evict in a vLLM that does not fit or would not load this plugin in its other processes.
+    """Refuses to evict in a vLLM that does not fit, or some process of which would not load this plugin.
 
     Raises:
         ValueError: one sentence that says what to change.
@@ -89,3 +89,6 @@ def _refuse_vllm() -> None:
 
     if envs.VLLM_PLUGINS is not None and PLUGIN not in envs.VLLM_PLUGINS:
         raise ValueError(f"VLLM_PLUGINS leaves out {PLUGIN}, which {flag(POLICY_KEY)} needs: add it to the list")
+    if envs.VLLM_USE_RUST_FRONTEND:
+        # It loads no plugins: requests would reach the engine unchecked.
+        raise ValueError(f"{flag(POLICY_KEY)} does not work together with VLLM_USE_RUST_FRONTEND yet: unset it")
