@@ -28,7 +28,7 @@ def conditions(args: argparse.Namespace) -> dict[str, dict]:
     found: dict[str, dict] = {"full cache": {}}
     for policy in args.policies:
         for budget in args.budgets:
-            for prefill in ("exact", "progressive"):
+            for prefill in args.prefills:
                 found[f"{policy} {budget:.0%} {prefill}"] = {
                     "kv_eviction": policy,
                     "kv_eviction_budget": budget,
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=["cake", "snapkv", "layer-defensivekv"])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.2, 0.5], help="fractions of the prompt")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 4000])
+    parser.add_argument("--prefills", nargs="+", default=["exact", "progressive"])
     parser.add_argument("--chunk", type=int, default=512, help="--max-num-batched-tokens")
     parser.add_argument("--count", type=int, default=12, help="prompts of each task and length")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
