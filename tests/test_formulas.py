@@ -1,0 +1,145 @@
+"""Policies against their formulas, written out number by number: what recorded outputs have no case of."""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from cake_vllm.policies import LayerInputs, create_policy
+
+WINDOW, KERNEL, COVERAGE = 4, 3, 0.9
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Float64 inputs of a layer: 2 KV heads, each read by 3 query heads."""
+
+    queries: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    weight: np.ndarray
+
+    @classmethod
+    def random(cls, seed: int, prompt_len: int, loudness: float = 1.0) -> "Layer":
+        """The louder, the sharper its attention."""
+        draw = np.random.default_rng(seed).standard_normal
+        queries, keys, values = draw((6, WINDOW, 8)), draw((2, prompt_len, 8)), draw((2, prompt_len, 8))
+        return cls(loudness * queries, keys, values, draw((10, 6 * 8)))
+
+    def inputs(self) -> LayerInputs:
+        queries, keys, values, weight = (torch.from_numpy(array).float() for array in vars(self).values())
+        return LayerInputs(queries, keys, 8**-0.5, values=values, output_weight=weight)
+
+    def attention(self, head: int, row: int) -> list[float]:
+        """What the query head pays each position before the window, in a query of the window."""
+        prefix_len = self.keys.shape[1] - WINDOW
+        weights = np.exp(self.keys[head // 3, : prefix_len + row + 1] @ self.queries[head, row] * 8**-0.5)
+        return list(weights[:prefix_len] / weights.sum())
+
+    def size(self, kv_head: int, position: int) -> float:
+        """L1 norm of a value behind the output projection, mean over the query heads that read it."""
+        sizes = []
+        for head in range(3 * kv_head, 3 * kv_head + 3):
+            projected = self.weight[:, 8 * head : 8 * head + 8] @ self.values[kv_head, position]
+            sizes.append(sum(abs(number) for number in projected))
+        return sum(sizes) / 3
+
+
+def pool(numbers: list[float]) -> list[float]:
+    padded = [0.0] * (KERNEL // 2) + numbers + [0.0] * (KERNEL // 2)
+    return [sum(padded[i : i + KERNEL]) / KERNEL for i in range(len(numbers))]
+
+
+def defensive_score(layer: Layer, normalize_over: str) -> list[list[float]]:
+    """The largest pooled attention, at least its mean; times the share that the value's size has."""
+    prefix_len = layer.keys.shape[1] - WINDOW
+    sizes = [[layer.size(kv_head, position) for position in range(prefix_len)] for kv_head in range(2)]
+    scores = []
+    for kv_head in range(2):
+        risk = [0.0] * prefix_len
+        for head, row in itertools.product(range(3 * kv_head, 3 * kv_head + 3), range(WINDOW)):
+            attention = layer.attention(head, row)
+            pooled = pool(attention)
+            for position in range(prefix_len):
+                risk[position] = max(risk[position], pooled[position] * sum(attention) / sum(pooled))
+        least = sum(risk) / prefix_len
+        scores.append([])
+        for position in range(prefix_len):
+            others = sizes[kv_head] if normalize_over == "positions" else [head[position] for head in sizes]
+            scores[-1].append(max(risk[position], least) * sizes[kv_head][position] / sum(others))
+    return scores
+
+
+def defended(layer: Layer, keep_ratio: float, coverage: float = COVERAGE) -> tuple[list[set[int]], bool]:
+    """Positions of each head that hold most of the mean attention; and whether it was the budget that ended them."""
+    prefix_len = layer.keys.shape[1] - WINDOW
+    rows = [[layer.attention(head, row) for row in range(WINDOW)] for head in range(6)]
+    bias = np.mean([sum(row[-WINDOW:]) for head in rows for row in head])
+    most = int(prefix_len * keep_ratio - WINDOW)
+    chosen, is_cut = [], False
+    for kv_head in range(2):
+        group = [row for head in rows[3 * kv_head : 3 * kv_head + 3] for row in head]
+        mean = [sum(row[position] for row in group) / len(group) for position in range(prefix_len)]
+        order = sorted(range(prefix_len), key=lambda position: -mean[position])
+        count, covered = 0, mean[order[0]] / sum(mean)
+        while covered < coverage - bias:
+            count += 1
+            covered += mean[order[count]] / sum(mean)
+        is_cut |= count > most
+        chosen.append(set(order[: min(count, most)]))
+    return chosen, is_cut
+
+
+@pytest.mark.parametrize("keep_ratio", [0.2, 0.5, 0.95])
+@pytest.mark.parametrize("loudness", [0.5, 3.0])
+@pytest.mark.parametrize("normalize_over", ["heads", "positions"])
+@pytest.mark.parametrize("protect_window", [False, True])
+def test_defensivekv(keep_ratio, loudness, normalize_over, protect_window):
+    layer = Layer.random(1, 60, loudness)
+    options = {"window": WINDOW, "pool_kernel": KERNEL}
+    policy = create_policy(
+        "defensivekv", {**options, "normalize_over": normalize_over, "protect_window": protect_window}
+    )
+    expected = np.array(defensive_score(layer, normalize_over))
+    score = policy.score(layer.inputs())
+    np.testing.assert_allclose(score.indicator, expected, rtol=1e-4)
+    largest = expected.max()
+    chosen, is_cut = defended(layer, keep_ratio)
+    for ranks, positions in zip(expected, chosen, strict=True):
+        ranks[sorted(positions)] = largest
+    if not protect_window:
+        expected = np.concatenate([expected, np.full((2, WINDOW), largest)], axis=1)
+    np.testing.assert_allclose(policy.rank(score, 60, keep_ratio), expected, rtol=1e-4)
+    assert any(chosen)
+    if keep_ratio == 0.2:
+        assert is_cut, "the budget never mattered"
+    if keep_ratio == 0.95:
+        assert not is_cut
+        for other in (COVERAGE - 0.02, COVERAGE + 0.02):
+            assert defended(layer, keep_ratio, other)[0] != chosen, "the coverage never mattered"
+
+
+@pytest.mark.parametrize("protect_window", [False, True])
+@pytest.mark.parametrize("budget", [10, 20.5, 33.26])
+def test_who_competes_in_defensivekv(budget, protect_window):
+    """Heads with the heads of their layer, or with all; what is protected beforehand is not divided."""
+    layers = [Layer.random(seed, 60, loudness) for seed, loudness in enumerate((0.3, 1.0, 3.0))]
+    options = {"window": WINDOW, "pool_kernel": KERNEL, "protect_window": protect_window}
+    protected = WINDOW if protect_window else 0
+    for name, groups in (("defensivekv", [[0], [1], [2]]), ("layer-defensivekv", [[0, 1, 2]])):
+        policy = create_policy(name, options)
+        scores = [policy.score(layer.inputs()) for layer in layers]
+        counts = policy.head_budgets(scores, 60, budget)
+        ranks = [policy.rank(score, 60, budget / 60).tolist() for score in scores]
+        for group in groups:
+            rivals = [(rank, index, head) for index in group for head in range(2) for rank in ranks[index][head]]
+            total = int(budget * 2 * len(group)) - protected * 2 * len(group)
+            least = sorted(rank for rank, _, _ in rivals)[-total]
+            surely = [[sum(rank > least for rank in ranks[index][head]) for head in range(2)] for index in group]
+            at_most = [[sum(rank >= least for rank in ranks[index][head]) for head in range(2)] for index in group]
+            given = [counts[index] for index in group]
+            assert sum(map(sum, given)) == total
+            assert (np.array(surely) <= given).all()
+            assert (np.array(given) <= at_most).all()
