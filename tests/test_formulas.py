@@ -143,3 +143,104 @@ def test_who_competes_in_defensivekv(budget, protect_window):
             assert sum(map(sum, given)) == total
             assert (np.array(surely) <= given).all()
             assert (np.array(given) <= at_most).all()
+
+
+def snapkv_score(layer: Layer) -> list[list[float]]:
+    """Mean attention over the window's queries and the group, pooled."""
+    scores = []
+    for kv_head in range(2):
+        rows = [layer.attention(head, row) for head in range(3 * kv_head, 3 * kv_head + 3) for row in range(WINDOW)]
+        scores.append(pool([sum(column) / len(rows) for column in zip(*rows, strict=True)]))
+    return scores
+
+
+def ada_counts(scores: list[list[float]], budget: int, alpha: float) -> list[int]:
+    """Each head's best are sure of a share of the mean budget, the window counted in; the rest goes to the best."""
+    sure, rest = [], []
+    guaranteed = max(int(budget * alpha) - WINDOW, 0)
+    for head, ranks in enumerate(scores):
+        best = sorted(ranks, reverse=True)
+        sure.append(len(best[:guaranteed]))
+        rest += [(rank, head) for rank in best[guaranteed:]]
+    left = 2 * (budget - WINDOW) - sum(sure)
+    winners = [head for _, head in sorted(rest, reverse=True)[:left]]
+    return [count + winners.count(head) for head, count in enumerate(sure)]
+
+
+@pytest.fixture(scope="module")
+def lopsided() -> Layer:
+    """Its first head attends to little, and hardly wins more than that against a second that attends to all alike."""
+    layer = Layer.random(5, 60)
+    layer.queries[:3] = 8 * layer.queries[0, 0]
+    layer.queries[3:] *= 0.01
+    return layer
+
+
+@pytest.mark.parametrize(("budget", "alpha"), [(30, 0.0), (30, 0.5), (30, 0.9), (20, 1.0), (58, 0.5)])
+@pytest.mark.parametrize("name", ["adakv", "criticaladakv"])
+def test_every_head_has_its_guaranteed_share(lopsided, name, budget, alpha):
+    scores = snapkv_score(lopsided)
+    counts = ada_counts(scores, budget, alpha)
+    if alpha and budget < 58:
+        assert counts[0] == int(budget * alpha) - WINDOW > ada_counts(scores, budget, 0.0)[0] > 0
+    for protect in (False, True) if name == "criticaladakv" else (True,):
+        options = {"window": WINDOW, "pool_kernel": KERNEL, "alpha": alpha}
+        policy = create_policy(name, options | ({"protect_window": protect} if name == "criticaladakv" else {}))
+        (given,) = policy.head_budgets([policy.score(lopsided.inputs())], 60, budget)
+        assert [count + policy.protected - WINDOW for count in given] == counts
+
+
+DEFAULTS = {
+    "adakv": {"window": 32, "pool_kernel": 5, "alpha": 0.2},
+    "criticaladakv": {"window": 32, "pool_kernel": 5, "epsilon": 1e-4, "first_stage_ratio": 0.5, "alpha": 0.2},
+    "criticalkv": {"window": 32, "pool_kernel": 5, "epsilon": 1e-4, "first_stage_ratio": 0.5},
+    "cake": {"window": 32, "pool_kernel": 5, "gamma": 200, "tau1": 1, "tau2": 1, "cascade": True},
+    "cake-mean": {"window": 32, "pool_kernel": 5, "gamma": 0, "tau1": 1, "tau2": 1, "cascade": True},
+    "cake-uniform": {"window": 32, "pool_kernel": 5, "gamma": 200, "tau1": 1, "tau2": 1, "cascade": True},
+    "defensivekv": {"window": 32, "pool_kernel": 5, "normalize_over": "heads"},
+    "layer-defensivekv": {"window": 32, "pool_kernel": 5, "normalize_over": "heads"},
+    "pyramidkv": {"window": 32, "pool_kernel": 5, "beta": 20},
+    "snapkv": {"window": 32, "pool_kernel": 5},
+    "streamingllm": {"n_sink": 4},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_knobs_that_nobody_sets_are_the_published_ones(name):
+    found = vars(create_policy(name, {}))
+    assert {knob: found[knob] for knob in DEFAULTS[name]} == DEFAULTS[name]
+    assert not found.get("protect_window")
+
+
+FIRST = 3.4e38
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"), [("criticalkv", [20, 20]), ("criticaladakv", [33, 7]), ("criticalkv", [6] * 2)]
+)
+@pytest.mark.parametrize("protect_window", [False, True])
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+def test_two_stages_of_criticalkv(name, counts, protect_window, ratio):
+    """Half by attention, and of the rest attention times size; the window has the largest attention of its layer."""
+    layer = Layer.random(7, 60)
+    options = {"first_stage_ratio": ratio, "epsilon": 0.01, "protect_window": protect_window}
+    policy = create_policy(name, {"window": WINDOW, "pool_kernel": KERNEL, **options})
+    candidates = [count - policy.protected for count in counts]
+    score = policy.score(layer.inputs())
+    ranks = policy.rank(score, 60, max(counts) / 60, candidates).tolist()
+    largest = max(map(max, snapkv_score(layer)))
+    for kv_head, (base, count) in enumerate(zip(snapkv_score(layer), counts, strict=True)):
+        base = base + [largest + 1] * WINDOW
+        first = int(count * ratio)
+        second = [(base[position] + 0.01) * layer.size(kv_head, position) for position in range(60)]
+        by_attention = sorted(range(60), key=lambda position: -base[position])
+        # The window's entries are tied: any of them may come first.
+        if first < WINDOW:
+            is_first = [rank > FIRST for rank in ranks[kv_head]]
+            assert not any(is_first[: 60 - WINDOW])
+            assert protect_window or sum(is_first) == first
+        else:
+            is_first = [position in by_attention[:first] for position in range(len(ranks[kv_head]))]
+        assert len(is_first) == 60 - policy.protected
+        for position, (rank, taken) in enumerate(zip(ranks[kv_head], is_first, strict=True)):
+            assert rank > FIRST if taken else rank == pytest.approx(second[position], rel=1e-4)
