@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cake_vllm.policies import LayerInputs, create_policy
+from cake_vllm.policies.budgets import settle
 
 WINDOW, KERNEL, COVERAGE = 4, 3, 0.9
 
@@ -244,3 +245,41 @@ def test_two_stages_of_criticalkv(name, counts, protect_window, ratio):
         assert len(is_first) == 60 - policy.protected
         for position, (rank, taken) in enumerate(zip(ranks[kv_head], is_first, strict=True)):
             assert rank > FIRST if taken else rank == pytest.approx(second[position], rel=1e-4)
+
+
+def test_ablations_of_cake():
+    """Equal budgets with CAKE's indicator, and CAKE's budgets with the mean attention as indicator."""
+    layers = [Layer.random(seed, 60, loudness) for seed, loudness in enumerate((0.3, 1.0, 3.0))]
+    options = {"window": WINDOW, "pool_kernel": KERNEL}
+    scores = {
+        name: [create_policy(name, options).score(layer.inputs()) for layer in layers]
+        for name in ("cake", "cake-uniform", "cake-mean", "snapkv")
+    }
+    budgets = {name: create_policy(name, options).budgets(scores[name], 60, 20) for name in scores}
+    assert budgets["cake-uniform"] == budgets["snapkv"] == [20 - WINDOW] * 3
+    assert budgets["cake-mean"] == budgets["cake"] != budgets["snapkv"]
+    for full, uniform, mean, snapkv in zip(*scores.values(), strict=True):
+        assert torch.equal(uniform.indicator, full.indicator)
+        torch.testing.assert_close(mean.indicator, snapkv.indicator)
+        assert not torch.allclose(mean.indicator, full.indicator)
+
+
+@pytest.mark.parametrize(
+    ("shares", "total", "cap", "counts"),
+    [
+        # Truncated; what that lost goes to the first ones.
+        ([5.9, 3.2, 0.9], 10, 10, [6, 4, 0]),
+        # What is cut at the cap goes to those below it, and to the first of them what does not divide.
+        ([12.0, 3.0, 4.0, 5.0], 24, 8, [8, 5, 5, 6]),
+        # Twice: what was cut, then what truncation lost.
+        ([12.5, 3.5, 4.0], 20, 8, [8, 6, 6]),
+        # What lands above the cap is not shared out again.
+        ([20.0, 7.0, 7.0], 34, 8, [8, 13, 13]),
+        ([9.0, 9.0], 18, 8, [8, 8]),
+        # Too many: nobody's last one is taken.
+        ([5.0, 3.0, 1.0], 6, 10, [3, 2, 1]),
+        ([1.0, 1.0], 1, 10, [1, 1]),
+    ],
+)
+def test_counts_that_layers_settle_on(shares, total, cap, counts):
+    assert settle(shares, total, cap) == counts
