@@ -59,8 +59,9 @@ def test_a_prompt_whose_eviction_would_free_nothing_is_left_alone(tiny, same_on_
 
 @pytest.mark.parametrize("name", ["cake", "layer-defensivekv", "adakv"])
 def test_columns_are_as_few_as_their_pages(tiny, name, same_on_both):
-    engine: Engine = tiny(kv_eviction=name, kv_eviction_budget=200, kv_eviction_config={"decode": "off"})
-    request = engine.add(numbers(62, 1000), 6)
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=200, kv_eviction_config={"decode": "off"})
+    engine.forget_prefixes()
+    request = engine.add(numbers(62, 1000), 6, extra_args={"kv_eviction": name})
     engine.step()
     (held,) = engine.connector.worker._held.values()
     assert held.by_head == (name != "cake")

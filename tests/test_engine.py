@@ -26,6 +26,20 @@ def stock_tokens(tiny_model, mixed_prompts, is_v2) -> list[list[int]]:
     return [tokens for tokens, _ in stock(is_v2, tiny_model, mixed_prompts, 8, skip_tokenizer_init=True)]
 
 
+def test_off_uses_stock_classes(tiny):
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    engine: Engine = tiny(num_gpu_blocks_override=None)
+    layers = engine.vllm_config.compilation_config.static_forward_context.values()
+    assert {type(layer.impl) for layer in layers} == {CPUAttentionBackendImpl}
+    groups = engine.scheduler.kv_cache_config.kv_cache_groups
+    assert [type(group.kv_cache_spec) for group in groups] == [FullAttentionSpec]
+    assert engine.vllm_config.kv_transfer_config is None
+    assert engine.vllm_config.additional_config == {}
+    assert engine.vllm_config.cache_config.enable_prefix_caching
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [{}, {"kv_eviction": "none"}, {"kv_eviction": "cake", "kv_eviction_budget": 4000}],
@@ -35,20 +49,6 @@ def test_nothing_changes_where_nothing_is_evicted(tiny, mixed_prompts, stock_tok
     engine: Engine = tiny(num_gpu_blocks_override=None, **kwargs)
     assert engine.evicts == (kwargs.get("kv_eviction") == "cake")
     assert engine.generate(mixed_prompts, 8) == stock_tokens
-
-
-def test_off_uses_stock_classes(tiny):
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    engine: Engine = tiny()
-    layers = engine.vllm_config.compilation_config.static_forward_context.values()
-    assert {type(layer.impl) for layer in layers} == {CPUAttentionBackendImpl}
-    groups = engine.scheduler.kv_cache_config.kv_cache_groups
-    assert [type(group.kv_cache_spec) for group in groups] == [FullAttentionSpec]
-    assert engine.vllm_config.kv_transfer_config is None
-    assert engine.vllm_config.additional_config == {}
-    assert engine.vllm_config.cache_config.enable_prefix_caching
 
 
 @pytest.fixture(scope="module")
@@ -107,17 +107,6 @@ def test_pages_return_after_abort(evicting: Engine, text_ids):
     assert evicting.is_idle()
 
 
-@pytest.fixture
-def tiny_ids(text_ids) -> list[int]:
-    return [token % 250 for token in text_ids]
-
-
-def test_pages_return_when_the_model_length_ends_a_request(tiny, tiny_ids):
-    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=100, max_model_len=600)
-    assert [len(tokens) for tokens in engine.generate([tiny_ids[:590], tiny_ids[:400]], 1000)] == [10, 200]
-    assert engine.is_idle()
-
-
 def test_memory_is_free_while_the_request_runs(evicting: Engine, text_ids):
     prompt = text_ids[:1600]
     evicting.stats()
@@ -132,6 +121,17 @@ def test_memory_is_free_while_the_request_runs(evicting: Engine, text_ids):
     assert stats["evicted_tokens"] == 1600 - 32 * held
     assert stats["rounding_tokens"] == 32 * held - 320 < 64
     evicting.run()
+
+
+@pytest.fixture
+def tiny_ids(text_ids) -> list[int]:
+    return [token % 250 for token in text_ids]
+
+
+def test_pages_return_when_the_model_length_ends_a_request(tiny, tiny_ids):
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=100, max_model_len=600)
+    assert [len(tokens) for tokens in engine.generate([tiny_ids[:590], tiny_ids[:400]], 1000)] == [10, 200]
+    assert engine.is_idle()
 
 
 def test_a_preempted_request_is_evicted_again(tiny, tiny_ids, same_on_both):

@@ -283,3 +283,29 @@ def test_ablations_of_cake():
 )
 def test_counts_that_layers_settle_on(shares, total, cap, counts):
     assert settle(shares, total, cap) == counts
+
+
+@pytest.mark.parametrize("name", ["criticalkv", "criticaladakv", "defensivekv"])
+def test_a_cache_is_scored_again_as_a_prompt_of_its_length(name):
+    """The budget that ranks depend on is that of the head with the most, the window included."""
+    options = {"window": WINDOW, "pool_kernel": KERNEL, "protect_window": True}
+    policy, inputs = create_policy(name, options), Layer.random(11, 60, 0.3).inputs()
+    counts = [30, 10]
+    kept = [positions.tolist() for positions in policy.rescore(inputs, counts)]
+
+    def keep(budget: int) -> list[list[int]]:
+        return [positions.tolist() for positions in policy.keep(policy.score(inputs), counts, 60, budget / 60)]
+
+    assert kept == keep(30 + WINDOW)
+    if name != "criticaladakv":
+        assert kept not in (keep(30), keep(10 + WINDOW)), "the budget never mattered"
+
+
+def test_a_key_that_is_no_number_goes_first():
+    inputs = Layer.random(12, 60).inputs()
+    inputs.keys[0, 7] = float("nan")
+    inputs.keys[1, 9] = float("inf")
+    policy = create_policy("knorm", {})
+    first, second = policy.keep(policy.score(inputs), [59, 59], 60, 59 / 60)
+    assert set(range(60)) - set(first.tolist()) == {7}
+    assert set(range(60)) - set(second.tolist()) == {9}

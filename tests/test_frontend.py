@@ -229,26 +229,6 @@ def engine(tiny) -> Engine:
     return tiny(kv_eviction="cake", kv_eviction_budget=300, max_num_batched_tokens=512)
 
 
-KNOBS = {"gamma": 0, "window": 8}
-
-
-@pytest.mark.engine
-@pytest.mark.parametrize("config", [KNOBS, json.dumps(KNOBS)])
-def test_knobs_of_a_request(engine: Engine, tiny, config):
-    """It gets what an engine with these knobs gives; neighbours in its batch get the server's."""
-    prompt = numbers(40, 900)
-    engine.forget_prefixes()
-    together = engine.trace([prompt], 30, extra_args={"kv_eviction_config": config})
-    default = engine.trace([prompt], 30)
-    alone: Engine = tiny(
-        kv_eviction="cake", kv_eviction_budget=300, kv_eviction_config=KNOBS, max_num_batched_tokens=512
-    )
-    ours, theirs = together[0], alone.trace([prompt], 30)[0]
-    assert ours[0] == theirs[0]
-    assert [positions.tolist() for positions in ours[1]] == [positions.tolist() for positions in theirs[1]]
-    assert [positions.tolist() for positions in ours[1]] != [positions.tolist() for positions in default[0][1]]
-
-
 @pytest.mark.engine
 def test_knobs_of_another_policy(engine: Engine):
     """They are laid over its defaults."""
@@ -282,17 +262,6 @@ def test_wishes_are_refused_where_there_is_no_http(engine: Engine, wishes, messa
 
 
 @pytest.mark.engine
-def test_wishes_without_eviction(tiny):
-    engine: Engine = tiny()
-    for wishes in ({"kv_eviction_config": {"gamma": 1}}, {"kv_eviction_report": True}):
-        with pytest.raises(VLLMValidationError, match=f"{next(iter(wishes))} needs a server with eviction"):
-            engine.add([1, 2, 3], 4, extra_args=wishes)
-    with pytest.raises(VLLMValidationError, match="kv_eviction_buget is unknown"):
-        engine.add([1, 2, 3], 4, extra_args={"kv_eviction_buget": 100})
-    engine.generate([[1, 2, 3]], 4, extra_args={"kv_eviction": "none", "kv_eviction_report": False})
-
-
-@pytest.mark.engine
 def test_one_set_of_parameters_for_several_requests(engine: Engine):
     """What the front end writes into a request's parameters stays there."""
     wishes = {"kv_eviction_report": True, "kv_eviction_budget": 100}
@@ -301,3 +270,36 @@ def test_one_set_of_parameters_for_several_requests(engine: Engine):
     assert wishes == {"kv_eviction_report": True, "kv_eviction_budget": 100}
     for name in names:
         assert engine.outputs[name].kv_transfer_params["kv_eviction"]["budget"] == 100
+
+
+KNOBS = {"gamma": 0, "window": 8}
+
+
+@pytest.mark.engine
+def test_knobs_of_a_request(engine: Engine, tiny):
+    """It gets what an engine with these knobs gives; neighbours in its batch get the server's."""
+    prompt = numbers(40, 900)
+    runs = []
+    for config in (KNOBS, json.dumps(KNOBS)):
+        engine.forget_prefixes()
+        runs += engine.trace([prompt], 30, extra_args={"kv_eviction_config": config})
+    (default,) = engine.trace([prompt], 30)
+    alone: Engine = tiny(
+        kv_eviction="cake", kv_eviction_budget=300, kv_eviction_config=KNOBS, max_num_batched_tokens=512
+    )
+    (theirs,) = alone.trace([prompt], 30)
+    for ours in runs:
+        assert ours[0] == theirs[0]
+        assert [positions.tolist() for positions in ours[1]] == [positions.tolist() for positions in theirs[1]]
+        assert [positions.tolist() for positions in ours[1]] != [positions.tolist() for positions in default[1]]
+
+
+@pytest.mark.engine
+def test_wishes_without_eviction(tiny):
+    engine: Engine = tiny()
+    for wishes in ({"kv_eviction_config": {"gamma": 1}}, {"kv_eviction_report": True}):
+        with pytest.raises(VLLMValidationError, match=f"{next(iter(wishes))} needs a server with eviction"):
+            engine.add([1, 2, 3], 4, extra_args=wishes)
+    with pytest.raises(VLLMValidationError, match="kv_eviction_buget is unknown"):
+        engine.add([1, 2, 3], 4, extra_args={"kv_eviction_buget": 100})
+    engine.generate([[1, 2, 3]], 4, extra_args={"kv_eviction": "none", "kv_eviction_report": False})

@@ -194,20 +194,6 @@ def test_a_client_leaves_after_a_reset(tiny, same_on_both):
     assert engine.is_idle()
 
 
-def test_a_request_that_ends_with_its_first_token_is_not_evicted(tiny, same_on_both):
-    """It is known beforehand: nothing would read what is kept."""
-    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=150, max_model_len=700)
-    engine.forget_prefixes()
-    engine.stats()
-    engine.generate([numbers(120, 650)], 1)
-    engine.generate([numbers(121, 699)], 5)
-    assert not engine.stats()
-    # With progressive prefill the prompt itself is bounded.
-    name = engine.add(numbers(120, 650), 1)
-    engine.run()
-    assert engine.num_cached(name) == 640 - 32
-
-
 def test_an_eviction_in_the_last_step_of_a_request_is_counted_and_told(tiny, same_on_both):
     """Its first token ends it, which nobody knew."""
     engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=150)
@@ -223,6 +209,20 @@ def test_an_eviction_in_the_last_step_of_a_request_is_counted_and_told(tiny, sam
     report = engine.outputs[name].kv_transfer_params["kv_eviction"]
     assert 150 <= np.mean(report["kept_tokens"]) < 150 + 64
     assert engine.is_idle()
+
+
+def test_a_request_that_ends_with_its_first_token_is_not_evicted(tiny, same_on_both):
+    """It is known beforehand: nothing would read what is kept."""
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=150, max_model_len=700)
+    engine.forget_prefixes()
+    engine.stats()
+    engine.generate([numbers(120, 650)], 1)
+    engine.generate([numbers(121, 699)], 5)
+    assert not engine.stats()
+    # With progressive prefill the prompt itself is bounded.
+    name = engine.add(numbers(120, 650), 1)
+    engine.run()
+    assert engine.num_cached(name) == 640 - 32
 
 
 def test_wishes_keep_the_prefix_hits(tiny, same_on_both):
@@ -257,6 +257,15 @@ def test_no_prompt_loses_everything(tiny, policy, same_on_both):
     assert engine.is_idle()
 
 
+def test_no_outer_cache_is_reported(tiny, same_on_both):
+    """The plugin's connector transfers nothing, so nobody shall look for a tier that never hits."""
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=300)
+    engine.generate([numbers(124, 500)], 3)
+    series = {metric.name: getattr(metric, "value", 0) for metric in engine.llm.get_metrics()}
+    assert series["vllm:prefix_cache_queries"] > 0
+    assert series.get("vllm:external_prefix_cache_queries", 0) == 0
+
+
 def test_a_prompt_that_is_cached_as_a_whole_computes_its_last_token(tiny, same_on_both):
     """Methods that look at no query need none of it computed, but the next token does."""
     engine: Engine = tiny(kv_eviction="knorm", kv_eviction_budget=300)
@@ -265,12 +274,3 @@ def test_a_prompt_that_is_cached_as_a_whole_computes_its_last_token(tiny, same_o
     name = engine.add(prompt, 5)
     assert engine.run()[name] == first[0]
     assert engine.num_cached(name) == 640 - 32
-
-
-def test_no_outer_cache_is_reported(tiny, same_on_both):
-    """The plugin's connector transfers nothing, so nobody shall look for a tier that never hits."""
-    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=300)
-    engine.generate([numbers(124, 500)], 3)
-    series = {metric.name: getattr(metric, "value", 0) for metric in engine.llm.get_metrics()}
-    assert series["vllm:prefix_cache_queries"] > 0
-    assert series.get("vllm:external_prefix_cache_queries", 0) == 0

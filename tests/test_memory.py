@@ -169,7 +169,7 @@ def test_a_prompt_longer_than_the_pool(tiny):
 
 def test_a_prefix_hit_under_progressive_prefill(tiny):
     """The first chunk is exact and can be hit; what follows was computed from less and cannot."""
-    options = {"prefill": "progressive"}
+    options = {"prefill": "progressive", "decode": "window"}
     engine: Engine = tiny(**{**PREFIX_CACHED, "kv_eviction_config": options})
     prompt = numbers(12, 2000)
     expected = engine.generate([prompt], 20)
@@ -181,7 +181,7 @@ def test_a_prefix_hit_under_progressive_prefill(tiny):
     assert engine.is_idle()
 
 
-@pytest.mark.parametrize("prefill", ["exact", "progressive"])
+@pytest.mark.parametrize("prefill", ["progressive", "exact"])
 def test_reports_that_come_a_step_late(tiny, prefill, monkeypatch):
     """Under asynchronous scheduling a step is planned before the one before it is reported."""
     options = {"prefill": prefill, "decode": "window"}

@@ -315,20 +315,41 @@ def test_no_policy_needs_more_columns_than_it_is_granted(name):
         assert sum(needed) <= len(heads) * -(-(budget + block_size) // block_size)
 
 
-@pytest.mark.parametrize("name", [name for name in policy_names() if create_policy(name, {}).selection != "layer"])
+HEADS_COMPETE = [name for name in policy_names() if create_policy(name, {}).selection != "layer"]
+
+
+def cut_short(layer: LayerInputs, lengths: list[int]) -> LayerInputs:
+    """The layer with so many of each head's last positions."""
+    prompt_len = layer.keys.shape[1]
+    valid = torch.arange(prompt_len) >= prompt_len - torch.tensor(lengths).unsqueeze(1)
+    return replace(
+        layer,
+        keys=layer.keys.masked_fill(~valid.unsqueeze(-1), 0),
+        values=None if layer.values is None else layer.values.masked_fill(~valid.unsqueeze(-1), 0),
+        valid=valid,
+    )
+
+
+@pytest.mark.parametrize("budget", [17, 24, 40])
+@pytest.mark.parametrize("name", HEADS_COMPETE)
+def test_what_is_not_there_is_never_kept(name, budget):
+    """Whatever else goes by: under the smallest of these budgets DefensiveKV protects all but the end of its order."""
+    policy = create_policy(name, {"window": 16})
+    scores = [policy.judge(cut_short(layer, [40, 90])) for layer in Shape().layers(policy)]
+    counts = policy.head_budgets(scores, 90, budget)
+    kept = [policy.keep(score, heads, 90, budget / 90)[0] for score, heads in zip(scores, counts, strict=True)]
+    assert sum(map(len, kept)) > 0
+    assert all((positions >= 50).all() for positions in kept)
+
+
+@pytest.mark.parametrize("name", HEADS_COMPETE)
 def test_heads_of_different_lengths_are_scored_as_each_alone(name):
     """Aligned at the end, with nothing in front of the shorter ones."""
     options = {"normalize_over": "positions"} if "defensivekv" in name else {}
     policy = create_policy(name, {"window": 8} | options)
     (layer,) = Shape(num_layers=1).layers(policy)
     lengths = [40, 90]
-    valid = torch.arange(90) >= 90 - torch.tensor(lengths).unsqueeze(1)
-    ragged = replace(
-        layer,
-        keys=layer.keys.masked_fill(~valid.unsqueeze(-1), 0),
-        values=None if layer.values is None else layer.values.masked_fill(~valid.unsqueeze(-1), 0),
-        valid=valid,
-    )
+    ragged = cut_short(layer, lengths)
     together = policy.judge(ragged)
     group = len(layer.queries) // 2
     for head, length in enumerate(lengths):

@@ -82,6 +82,12 @@ def test_every_policy_is_served(evicting: Engine, replay: Replay, text_ids, name
     assert evicting.is_idle()
 
 
+def test_eviction_changes_the_output(evicting: Engine, prompts):
+    """The comparisons above would be empty if eviction changed nothing."""
+    tight = evicting.generate([prompts[1000]], NUM_TOKENS, extra_args={"kv_eviction_budget": 64})
+    assert tight != evicting.generate([prompts[1000]], NUM_TOKENS, extra_args={"kv_eviction": "none"})
+
+
 @pytest.mark.parametrize(
     ("name", "decode", "prompt_len"),
     [("cake", "cake", 100), ("cake", "window", 300), ("criticalkv", "window", 100)],
@@ -139,9 +145,3 @@ def test_layers_may_keep_their_last_block_only(start_engine, replay: Replay, tex
     assert_same(served, replayed(replay, *expected, 320))
     assert any(len(positions[0]) == 0 for positions in served.kept)
     assert engine.is_idle()
-
-
-def test_eviction_changes_the_output(evicting: Engine, prompts):
-    """The comparisons above would be empty if eviction changed nothing."""
-    tight = evicting.generate([prompts[1000]], NUM_TOKENS, extra_args={"kv_eviction_budget": 64})
-    assert tight != evicting.generate([prompts[1000]], NUM_TOKENS, extra_args={"kv_eviction": "none"})

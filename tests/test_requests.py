@@ -20,6 +20,63 @@ def engine(tiny) -> Engine:
     return tiny(kv_eviction="cake", kv_eviction_budget=300, max_num_batched_tokens=512)
 
 
+def test_a_smaller_budget_does_not_meet_a_long_prefix_hit(engine: Engine):
+    """The engine's own settings let a short prompt hit all but its last block, and this request needs a window."""
+    prompt = numbers(21, 310)
+    engine.forget_prefixes()
+    own = {"kv_eviction_budget": 60, "kv_eviction_report": 1}
+    (cold,) = engine.runs([prompt], 30, extra_args=own)
+    names = [engine.add(prompt, 4), engine.add(prompt, 30, extra_args=own)]
+    engine.run()
+    assert engine.num_cached(names[0]) == 288
+    assert_same(engine.run_of(names[1]), cold)
+    assert engine.is_idle()
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"kv_eviction": "cade"}, "kv_eviction 'cade' is unknown: choose none, "),
+        ({"kv_eviction_budget": 0}, "kv_eviction_budget 0 is not a budget"),
+        ({"kv_eviction_budget": 20}, "kv_eviction_budget 20 leaves nothing beside the window"),
+        ({"kv_eviction": "none", "kv_eviction_budget": 20}, "kv_eviction_budget has no effect"),
+    ],
+)
+def test_bad_wishes_are_refused(engine: Engine, wish, message):
+    with pytest.raises(VLLMValidationError, match=f"^{message}"):
+        engine.add([1, 2, 3], 4, extra_args=wish)
+    assert engine.is_idle()
+
+
+def test_a_policy_that_raises_costs_no_request(engine: Engine, monkeypatch):
+    """Whether it scores, divides or ranks: the request is served with all it has, and the next one is evicted."""
+    from cake_vllm.policies.cake import Cake
+
+    prompt = numbers(23, 900)
+
+    def cold(**params) -> list[list[int]]:
+        engine.forget_prefixes()
+        return engine.generate([prompt], 30, **params)
+
+    evicted = cold()
+    engine.stats()
+    unlimited = cold(extra_args={"kv_eviction": "none"})
+    assert evicted != unlimited
+    for method in ("score", "budgets", "rank"):
+
+        def fail(*args, **kwargs):
+            raise ArithmeticError("no")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Cake, method, fail)
+            assert cold() == unlimited
+        stats = engine.stats()
+        assert stats["failures"] == 1
+        assert stats["freed_blocks"] == 0
+        assert engine.is_idle()
+    assert cold() == evicted
+
+
 WISHES = [
     {},
     {"kv_eviction": "none"},
@@ -58,34 +115,6 @@ def test_requests_with_budgets_of_their_own(engine: Engine, tiny, is_v2):
         assert_same(together[name], *alone.runs([prompt], 40))
 
 
-def test_a_smaller_budget_does_not_meet_a_long_prefix_hit(engine: Engine):
-    """The engine's own settings let a short prompt hit all but its last block, and this request needs a window."""
-    prompt = numbers(21, 310)
-    engine.forget_prefixes()
-    own = {"kv_eviction_budget": 60, "kv_eviction_report": 1}
-    (cold,) = engine.runs([prompt], 30, extra_args=own)
-    names = [engine.add(prompt, 4), engine.add(prompt, 30, extra_args=own)]
-    engine.run()
-    assert engine.num_cached(names[0]) == 288
-    assert_same(engine.run_of(names[1]), cold)
-    assert engine.is_idle()
-
-
-@pytest.mark.parametrize(
-    ("wish", "message"),
-    [
-        ({"kv_eviction": "cade"}, "kv_eviction 'cade' is unknown: choose none, "),
-        ({"kv_eviction_budget": 0}, "kv_eviction_budget 0 is not a budget"),
-        ({"kv_eviction_budget": 20}, "kv_eviction_budget 20 leaves nothing beside the window"),
-        ({"kv_eviction": "none", "kv_eviction_budget": 20}, "kv_eviction_budget has no effect"),
-    ],
-)
-def test_bad_wishes_are_refused(engine: Engine, wish, message):
-    with pytest.raises(VLLMValidationError, match=f"^{message}"):
-        engine.add([1, 2, 3], 4, extra_args=wish)
-    assert engine.is_idle()
-
-
 def test_wishes_need_a_server_with_eviction(tiny):
     engine: Engine = tiny()
     with pytest.raises(VLLMValidationError, match="kv_eviction needs a server with eviction: start it with"):
@@ -100,35 +129,6 @@ def test_progressive_prefill_bounds_what_a_request_may_ask_for(tiny):
         with pytest.raises(VLLMValidationError, match="must not let it hold more than the server's"):
             engine.add([1, 2, 3], 4, extra_args=wish)
     assert len(engine.generate([numbers(22, 900)], 4, extra_args={"kv_eviction_budget": 200})[0]) == 4
-
-
-def test_a_policy_that_raises_costs_no_request(engine: Engine, monkeypatch):
-    """Whether it scores, divides or ranks: the request is served with all it has, and the next one is evicted."""
-    from cake_vllm.policies.cake import Cake
-
-    prompt = numbers(23, 900)
-
-    def cold(**params) -> list[list[int]]:
-        engine.forget_prefixes()
-        return engine.generate([prompt], 30, **params)
-
-    evicted = cold()
-    engine.stats()
-    unlimited = cold(extra_args={"kv_eviction": "none"})
-    assert evicted != unlimited
-    for method in ("score", "budgets", "rank"):
-
-        def fail(*args, **kwargs):
-            raise ArithmeticError("no")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Cake, method, fail)
-            assert cold() == unlimited
-        stats = engine.stats()
-        assert stats["failures"] == 1
-        assert stats["freed_blocks"] == 0
-        assert engine.is_idle()
-    assert cold() == evicted
 
 
 @pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
@@ -201,6 +201,19 @@ def test_sampling_features(smol: Engine, text_ids, same_on_both):
     assert smol.is_idle()
 
 
+def test_an_interruption_leaves_no_page_behind(smol: Engine, text_ids):
+    """As between training steps: what runs is aborted, the cache forgotten, and serving goes on."""
+    names = [smol.add(text_ids[300 * i : 300 * i + 400], 50) for i in range(3)]
+    for _ in range(6):
+        smol.step()
+    smol.abort(*names)
+    smol.run()
+    smol.forget_prefixes()
+    assert smol.is_idle()
+    assert len(smol.llm.generate({"prompt_token_ids": text_ids[:400]}, SamplingParams(max_tokens=5))) == 1
+    assert smol.is_idle()
+
+
 def test_prompt_logprobs_do_not_depend_on_eviction(smol: Engine, start_engine, text_ids, same_on_both):
     """They come from the whole prompt."""
     prompt = text_ids[2000:2400]
@@ -213,19 +226,6 @@ def test_prompt_logprobs_do_not_depend_on_eviction(smol: Engine, start_engine, t
 
     ours = logprobs(smol)
     assert ours == pytest.approx(logprobs(start_engine()), abs=1e-4)
-
-
-def test_an_interruption_leaves_no_page_behind(smol: Engine, text_ids):
-    """As between training steps: what runs is aborted, the cache forgotten, and serving goes on."""
-    names = [smol.add(text_ids[300 * i : 300 * i + 400], 50) for i in range(3)]
-    for _ in range(6):
-        smol.step()
-    smol.abort(*names)
-    smol.run()
-    smol.forget_prefixes()
-    assert smol.is_idle()
-    assert len(smol.llm.generate({"prompt_token_ids": text_ids[:400]}, SamplingParams(max_tokens=5))) == 1
-    assert smol.is_idle()
 
 
 def test_lora_beside_the_base_model(tiny, tmp_path, same_on_both):
