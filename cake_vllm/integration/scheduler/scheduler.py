@@ -252,7 +252,8 @@ class EvictionScheduler:
             prefill = max(tracked.request.num_tokens for tracked in self._tracked.values())
             if config.is_progressive:
                 prefill = min(prefill, 2 * self.limits.max_num_batched_tokens)
-            capacity = max(capacity - prefill, 0) // sharing
+            # A share is rounded up to columns, beside which there is a partial block.
+            capacity = max(max(capacity - prefill, 0) // sharing - 2 * self.block_size, 0)
         return config.tokens(prompt_len, capacity)
 
     def _observe_prompt(
