@@ -79,7 +79,7 @@ def samples(url: str, pattern: str) -> list[tuple[str, str, float]]:
 def metrics(url: str) -> dict[str, float]:
     """The plugin's series on ``/metrics``; a layer's gauge under its layer number."""
     found = {}
-    for name, labels, value in samples(url, r"vllm:kv_eviction_\w+"):
+    for name, labels, value in samples(url, r"vllm:kv_eviction_(?!head_)\w+"):
         layer = re.search(r'layer="(\d+)"', labels)
         found[layer.group(1) if layer else name.removeprefix("vllm:kv_eviction_").removesuffix("_total")] = value
     return found

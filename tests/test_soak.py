@@ -32,8 +32,8 @@ FLAGS = [
     "16",
 ]
 BUDGET = 128
-#: Prompts beyond this are evicted under CAKE: the budget and the window.
-EVICTED = BUDGET + 32
+#: Prompts beyond this fill more blocks than the columns that their eviction takes.
+EVICTED = BUDGET + 63
 
 
 @pytest.fixture(scope="module", autouse=True)
