@@ -54,7 +54,7 @@ def test_chat_completions_and_metrics(url):
     # Each layer's gauge is that of the last request; all of them together keep the budget and the rounding.
     kept = sum(after[layer] for layer in layers)
     assert 30 * 256 <= kept < 30 * (256 + 32)
-    # What is held is that, rounded up to whole blocks.
+    # What is held is that, rounded up to whole blocks; and each may have given back a block that its answer filled.
     assert after["evicted_tokens"] == 32 * after["freed_blocks"]
-    assert 0 <= sum(prompt_lens) - 2 * kept / 30 - after["evicted_tokens"] < 2 * 64
+    assert -2 * 32 <= sum(prompt_lens) - 2 * kept / 30 - after["evicted_tokens"] < 2 * 32
     assert after["in_place"] == 0
