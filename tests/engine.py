@@ -81,6 +81,9 @@ class Engine:
         for name, held in worker._held.items():
             if name not in half._tracked or half._tracked[name].by_head is None:
                 continue
+            if name not in half._managers[0].req_to_blocks:
+                # Preempted by a reset: the worker hears of it with the next plan.
+                continue
             cuts = [manager.cuts[name] for manager in half._managers]
             columns = [[block.block_id for block in cut.columns] for cut in cuts]
             assert {len(of_group) for of_group in columns} == {held.num_columns}

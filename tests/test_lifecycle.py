@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine import Engine
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from random_models import numbers
+from vllm import SamplingParams
 from vllm.v1.core.sched.interface import PauseState
 
 from cake_vllm.integration.scheduler.cache_manager import check_integrity
@@ -274,3 +276,57 @@ def test_a_prompt_that_is_cached_as_a_whole_computes_its_last_token(tiny, same_o
     name = engine.add(prompt, 5)
     assert engine.run()[name] == first[0]
     assert engine.num_cached(name) == 640 - 32
+
+
+def test_a_preempted_request_keeps_its_own_settings(tiny, same_on_both):
+    """It starts again, and is evicted again by the policy that it asked for."""
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=300)
+    prompt = numbers(126, 700)
+    wish = {"kv_eviction": "layer-defensivekv", "kv_eviction_budget": 100, "kv_eviction_report": 1}
+    engine.stats()
+    name = engine.add(prompt, 40, extra_args=wish)
+    for _ in range(6):
+        engine.step()
+    engine.core.reset_prefix_cache(reset_running_requests=True)
+    engine.run()
+    report = engine.outputs[name].kv_transfer_params["kv_eviction"]
+    assert (report["policy"], report["budget"]) == ("layer-defensivekv", 100)
+    assert np.shape(report["kept_tokens"]) == (4, 2)
+    assert engine.stats()["requests"] == 2
+    assert engine.is_idle()
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_server_that_slept_goes_on(tiny, level, same_on_both):
+    """Sleeping pauses what runs; deeper sleep forgets caches, so that it starts again."""
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=150, kv_eviction_config={"decode": "off"})
+    prompt = numbers(127, 700)
+    expected = engine.generate([prompt], 30)
+    engine.forget_prefixes()
+    name = engine.add(prompt, 30)
+    for _ in range(5):
+        engine.step()
+    engine.core.sleep(level, mode="keep")
+    engine.step()
+    engine.core.resume_scheduler()
+    done = engine.run()
+    assert len(done[name]) == 30
+    if not level:
+        assert done[name] == expected[0]
+    assert engine.is_idle()
+
+
+def test_embedded_prompts_are_evicted_alike(tiny, tiny_model, same_on_both):
+    """A prompt given as embeddings is that of its tokens."""
+    from transformers import AutoModelForCausalLM
+
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=150, enable_prompt_embeds=True)
+    prompt = numbers(128, 700)
+    expected = engine.generate([prompt], 20)
+    embeds = AutoModelForCausalLM.from_pretrained(tiny_model).get_input_embeddings()(torch.tensor(prompt)).detach()
+    engine.stats()
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
+    (output,) = engine.llm.generate({"prompt_embeds": embeds}, params, use_tqdm=False)
+    assert list(output.outputs[0].token_ids) == expected[0]
+    assert engine.stats()["requests"] == 1
+    assert engine.is_idle()
