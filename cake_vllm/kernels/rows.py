@@ -56,9 +56,6 @@ class EvictedRows:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def __contains__(self, req_id: str) -> bool:
-        return req_id in self._slots
-
     def store(
         self, req_id: str, pages: np.ndarray, counts: np.ndarray, start: int, tail: Sequence[Sequence[int]]
     ) -> None:

@@ -270,10 +270,10 @@ class EvictionScheduler:
             if config.decode != "off":
                 self._look_again(tracked, end)
             prompt_len = end
-        budget = self._budget(config, prompt_len)
-        is_rescored = config.num_rescoring > 0
         if self._ends_with(request, prompt_len) and (is_last or not config.is_progressive):
             return None
+        budget = self._budget(config, prompt_len)
+        is_rescored = config.num_rescoring > 0
         if not (is_rescored or policy.is_evicted(prompt_len, budget)):
             return None
         # Without the whole window the scores would be others: served in full.

@@ -148,7 +148,7 @@ def move(
             heads = [owner - layer * each for owner in owners] if new.by_head else range(grid.num_heads)
             pages = torch.cat([source.table[head][positions[head] // block_size] for head in heads])
             slots = torch.cat([positions[head] for head in heads]) % block_size
-            ids = [page for owner in owners for page in new.pages[owner, : new.used[owner]].tolist()]
-            target = to_device(ids, torch.int64, pages.device)
+            ids = [new.pages[owner, : new.used[owner]] for owner in owners]
+            target = to_device(np.concatenate(ids), torch.int64, pages.device)
             layout.move(grid.cache, pages, slots, target if new.by_head else grid.heads_of(target).flatten())
             yield owners
