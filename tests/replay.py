@@ -177,7 +177,7 @@ class Replay:
         layers, length = state.cache.layers, state.length
         frees = state.is_evicted or -(-(budget + block_size) // block_size) < length // block_size
         if not (policy.is_evicted(length, budget) and frees):
-            state.counts = [[budget - policy.protected]] * len(layers)
+            state.counts = [[budget - policy.protected] * layer.keys.shape[1] for layer in layers]
             return [[list(range(length))] * layer.keys.shape[1] for layer in layers]
         state.is_evicted = True
         scores = [policy.judge(self._inputs(state, index, policy.num_queries)) for index in range(len(layers))]
