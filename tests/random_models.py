@@ -15,9 +15,9 @@ def numbers(seed: int, length: int) -> list[int]:
     return [dice.randrange(250) for _ in range(length)]
 
 
-def save_random_model(path: Path, model_type: str, architecture: str, **fields) -> str:
+def save_random_model(path: Path, model_type: str, architecture: str, *, seed: int = 0, **fields) -> str:
     """A model that decodes something, and no tokenizer."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     common = {
         "vocab_size": 256,
         "hidden_size": 64,

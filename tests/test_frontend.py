@@ -205,6 +205,24 @@ def test_a_report_is_about_one_choice(url):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("max_tokens", [0, 8])
+def test_echoed_prompts_have_their_own_probabilities(url, max_tokens):
+    """They are those of the whole prompt, whatever is kept of it afterwards; also if nothing is generated."""
+    more = {"echo": True, "logprobs": 2, "max_tokens": max_tokens}
+    status, whole = ask(url, "completions", {"kv_eviction": "none"}, **more)
+    assert status == 200
+    evicted = ask(url, "completions", REPORT, **more)
+    told = report(evicted)
+    assert kept_as_many_as_asked(told) if max_tokens else told["kept_tokens"] is None
+    ours, stock = (answer["choices"][0]["logprobs"] for answer in (evicted[1], whole))
+    assert len(ours["tokens"]) == len(IDS) + max_tokens
+    # The first token that is generated comes from the whole prompt, too.
+    num_same = len(IDS) + min(max_tokens, 1)
+    for key in ("tokens", "token_logprobs", "top_logprobs"):
+        assert ours[key][:num_same] == stock[key][:num_same]
+
+
+@pytest.mark.slow
 def test_yes_and_no_as_people_write_them(url):
     for yes in (True, 1, "true", "True", "1", "yes", "on"):
         assert kept_as_many_as_asked(report(ask(url, "completions", {"kv_eviction_report": yes})))

@@ -5,17 +5,21 @@ is free or owned as often as it is referenced (``Engine.step``), and in the end 
 """
 
 import random
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from engine import Engine
+from engine import Engine, same_positions
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
-from random_models import numbers
+from random_models import numbers, save_random_model
 from vllm import SamplingParams
+from vllm.config import KVEventsConfig
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
+from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
 from vllm.v1.core.sched.interface import PauseState
 
 from cake_vllm.integration.scheduler.cache_manager import check_integrity
@@ -330,3 +334,55 @@ def test_embedded_prompts_are_evicted_alike(tiny, tiny_model, same_on_both):
     assert list(output.outputs[0].token_ids) == expected[0]
     assert engine.stats()["requests"] == 1
     assert engine.is_idle()
+
+
+@pytest.mark.parametrize("policy", ["criticalkv", "layer-defensivekv"])
+def test_reloaded_weights_weigh_values(tiny, start_engine, tmp_path, policy, same_on_both):
+    """Weights are reloaded in place, also those of the projections that these methods look through."""
+    other = save_random_model(tmp_path, "llama", "LlamaForCausalLM", seed=1, num_hidden_layers=4)
+    prompt = numbers(129, 700)
+    options = {"kv_eviction": policy, "kv_eviction_budget": 150}
+    engine: Engine = tiny(**options)
+    ((before, _),) = engine.trace([prompt], 10)
+    engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": other})
+    engine.forget_prefixes()
+    ((tokens, kept),) = engine.trace([prompt], 10)
+    engine.shutdown()
+    fresh: Engine = start_engine(other, skip_tokenizer_init=True, num_gpu_blocks_override=1500, **options)
+    ((expected, expected_kept),) = fresh.trace([prompt], 10)
+    assert tokens == expected != before
+    assert kept
+    assert same_positions(kept, expected_kept)
+
+
+def test_events_tell_what_the_prefix_cache_has(tiny, same_on_both):
+    """Routers follow the KV cache events of a server; columns that a request gave back are told as removed or stay."""
+    engine: Engine = tiny(
+        kv_eviction="cake",
+        kv_eviction_budget=150,
+        max_model_len=2048,
+        num_gpu_blocks_override=80,
+        kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
+    )
+    told: list = []
+    engine.scheduler.kv_event_publisher.publish = lambda batch: told.extend(batch.events)
+    # vLLM tells of each block; those of equal requests that ran together have the same name.
+    cached: Counter = Counter()
+    removed = 0
+    for seed in range(6):
+        engine.generate([numbers(seed, 900), numbers(seed // 2, 700)], 40)
+        for event in told:
+            if isinstance(event, BlockStored):
+                assert event.kv_cache_spec_kind == "full_attention"
+                cached.update(event.block_hashes)
+            else:
+                assert isinstance(event, BlockRemoved)
+                cached.subtract(event.block_hashes)
+                removed += len(event.block_hashes)
+        told.clear()
+        blocks = [block.block_hash for block in engine.pool.blocks if block.block_hash is not None]
+        assert +cached == Counter(maybe_convert_block_hash(get_block_hash(name)) for name in blocks)
+        assert min(cached.values()) >= 0
+    assert cached
+    assert removed
+    assert engine.stats()["requests"] == 12

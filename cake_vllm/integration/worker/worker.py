@@ -78,24 +78,35 @@ class EvictableLayer:
         self.block_size = block_size
         self.impl: EvictingImpl = module.impl
         self.soft_cap = float(getattr(self.impl, "logits_soft_cap", 0) or 0)
+        self._output_weight: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def layout(self) -> BlockLayout:
         """Order of the elements in a head page."""
         return self.impl.block_layout(self.module, self.block_size)
 
-    @cached_property
+    @property
     def output_weight(self) -> torch.Tensor:
-        """``[hidden, Hq * D]``, the weight of the projection behind the layer; kept once it was asked for.
+        """``[hidden, Hq * D]``, the weight of the projection behind the layer.
 
         Read off the projection's answer to the unit vectors, because kernels may have repacked or quantized the
-        weight itself.
+        weight itself, and kept until its answer to one mixed vector changes: vLLM reloads weights in place and tells
+        nobody.
         """
         projection = output_projection(self.module)
-        size = projection.input_size_per_partition
-        units = torch.eye(size, dtype=self.module.dtype, device=self.module.kv_cache.device)
-        # Its method and not itself: this rank's part alone, without bias.
-        return projection.quant_method.apply(projection, units, None).T.contiguous()
+        size, like = (
+            projection.input_size_per_partition,
+            {"dtype": self.module.dtype, "device": self.module.kv_cache.device},
+        )
+
+        def apply(inputs: torch.Tensor) -> torch.Tensor:
+            # Its method and not itself: this rank's part alone, without bias.
+            return projection.quant_method.apply(projection, inputs, None)
+
+        answer = apply(torch.arange(1, size + 1, device=like["device"]).cos()[None].to(self.module.dtype))
+        if self._output_weight is None or not torch.equal(answer, self._output_weight[0]):
+            self._output_weight = answer, apply(torch.eye(size, **like)).T.contiguous()
+        return self._output_weight[1]
 
 
 class EvictionWorker:
