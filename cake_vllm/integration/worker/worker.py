@@ -94,18 +94,15 @@ class EvictableLayer:
         nobody.
         """
         projection = output_projection(self.module)
-        size, like = (
-            projection.input_size_per_partition,
-            {"dtype": self.module.dtype, "device": self.module.kv_cache.device},
-        )
+        size, device = projection.input_size_per_partition, self.module.kv_cache.device
 
         def apply(inputs: torch.Tensor) -> torch.Tensor:
             # Its method and not itself: this rank's part alone, without bias.
             return projection.quant_method.apply(projection, inputs, None)
 
-        answer = apply(torch.arange(1, size + 1, device=like["device"]).cos()[None].to(self.module.dtype))
+        answer = apply(torch.arange(1, size + 1, device=device).cos()[None].to(self.module.dtype))
         if self._output_weight is None or not torch.equal(answer, self._output_weight[0]):
-            self._output_weight = answer, apply(torch.eye(size, **like)).T.contiguous()
+            self._output_weight = answer, apply(torch.eye(size, dtype=self.module.dtype, device=device)).T.contiguous()
         return self._output_weight[1]
 
 
