@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 #: vLLM releases that this version was tested with: ``MIN_VLLM <= version < BELOW_VLLM``.
 MIN_VLLM = "0.32"
-BELOW_VLLM = "0.33"
+BELOW_VLLM = "0.34"
 
 
 @functools.cache

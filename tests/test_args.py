@@ -242,7 +242,7 @@ def test_the_readme_names_tests_that_exist():
 
 
 @pytest.mark.parametrize(
-    ("version", "supported"), [("0.31.9", False), ("0.32.0+cpu", True), ("0.32.1.post1", True), ("0.33.0rc1", False)]
+    ("version", "supported"), [("0.31.9", False), ("0.32.0+cpu", True), ("0.32.1.post1", True), ("0.33.2", True), ("0.34.0rc1", False)]
 )
 def test_versions(version, supported):
     assert gate.is_supported(version) is supported

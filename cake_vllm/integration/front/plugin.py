@@ -68,10 +68,7 @@ def switch_on(
     vllm_config.additional_config = {**args.additional_config, **resolved.settings()}
     preset = resolved.options.get("preset", "none for this model")
     logger.info("KV eviction is on: budget %s, %s, tau preset: %s", resolved.budget, resolved.policy, preset)
-    logger.info(
-        "KV eviction gives every full-attention layer a KV cache group of its own and uses the KV connector %s",
-        CONNECTOR,
-    )
+    logger.info("KV eviction uses the KV connector %s", CONNECTOR)
     return vllm_config
 
 

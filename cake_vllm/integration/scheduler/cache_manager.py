@@ -143,15 +143,17 @@ def compute_at_least(request: Request, num_queries: int, never_evicted_len: int)
     setattr(request, _OWN_QUERIES, (num_queries, never_evicted_len))
 
 
-def _get_computed_blocks(original: Callable[..., Any], self: KVCacheManager, request: Request) -> Any:
+def _get_computed_blocks(
+    original: Callable[..., Any], self: KVCacheManager, request: Request, *args: Any, **kwargs: Any
+) -> Any:
     num_queries, never_evicted_len = getattr(request, _OWN_QUERIES, (0, 0))
     if not num_queries or request.num_tokens <= never_evicted_len:
-        return original(self, request)
+        return original(self, request, *args, **kwargs)
     # Lookup ends where there are no more hashes.
     hashes = request.block_hashes
     request.block_hashes = hashes[: max(request.num_tokens - num_queries, 0) // self.block_pool.hash_block_size]
     try:
-        return original(self, request)
+        return original(self, request, *args, **kwargs)
     finally:
         request.block_hashes = hashes
 

@@ -165,6 +165,8 @@ class EvictionScheduler:
             tracked = self._prefilling[request_id]
             assert tracked.config is not None
             observations.append(self._observe_prompt(tracked, tracked.config, output))
+            if request_id not in self._prefilling and tracked.config.decode != "off":
+                self._look_again(tracked, tracked.request.num_computed_tokens + scheduled[request_id])
         for tracked in self._due.pop(self._step, ()):
             if self._tracked.get(tracked.request.request_id) is tracked:
                 observations.append(self._observe_decoding(tracked, output))
@@ -267,8 +269,6 @@ class EvictionScheduler:
         is_last = end >= prompt_len
         if is_last:
             del self._prefilling[request.request_id]
-            if config.decode != "off":
-                self._look_again(tracked, end)
             prompt_len = end
         if self._ends_with(request, prompt_len) and (is_last or not config.is_progressive):
             return None
@@ -311,10 +311,16 @@ class EvictionScheduler:
         return num_output >= request.max_tokens or length + 1 >= self.max_model_len
 
     def _look_again(self, tracked: Tracked, end: int) -> None:
-        """Puts a decoding request down for the step in which it comes to the end of a block, a token at a time."""
-        assert tracked.config is not None
-        missing = -(end + 1) % self.block_size
-        self._due[self._step + 1 + max(missing - tracked.config.num_watched + 1, 0)].append(tracked)
+        """Puts a decoding request down for the step in which it may come to the end of a block that is to be given
+        back, a token at a time.
+        """
+        config, size = tracked.config, self.block_size
+        assert config is not None
+        num_blocks = end // size + 1
+        if tracked.by_head is None and config.budget != AUTO:
+            num_blocks = max(num_blocks, -(-self._budget(config, tracked.request.num_prompt_tokens) // size) + 1)
+        missing = num_blocks * size - (end + 1)
+        self._due[self._step + 1 + max(missing - config.num_watched + 1, 0)].append(tracked)
 
     def _observation(
         self, tracked: Tracked, end: int, output: SchedulerOutput, grant: Grant | None, is_last: bool
