@@ -1,6 +1,6 @@
 """Makes an environment in which another vLLM's Python files run over the compiled CPU library of this one.
 
-    python tests/contract.py 0.33.0        prints the path of its interpreter
+    python tests/contract.py [VERSION]        prints the path of its interpreter
 
 A plugin meets vLLM in its Python files. CPU builds come later than releases, so what is tested here before there is one
 is that part of the contract: scheduler, workers, model runners, front end. Kernels, and PyTorch, are the older build's.
@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+#: The newest release that has no CPU build yet.
+NEWEST = "0.33.0"
 #: What newer releases import and this environment may not have.
 EXTRAS = ["orjson"]
 
@@ -39,7 +41,9 @@ def make(version: str) -> Path:
         subprocess.run([*pip, "download", "--dest", downloads, *wanted], check=True)
         (wheel,) = Path(downloads).iterdir()
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(site, [name for name in archive.namelist() if re.match(r"vllm/.*\.(py|json|jinja)$", name)])
+            archive.extractall(
+                site, [name for name in archive.namelist() if re.match(r"vllm/.*\.(py|json|jinja)$", name)]
+            )
     for library in base.glob("vllm/**/*.so"):
         (site / library.relative_to(base)).symlink_to(library)
     # By "+cpu" vLLM knows which platform it was built for.
@@ -51,4 +55,4 @@ def make(version: str) -> Path:
 
 
 if __name__ == "__main__":
-    print(make(sys.argv[1]))
+    print(make(sys.argv[1] if len(sys.argv) > 1 else NEWEST))

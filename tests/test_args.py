@@ -242,7 +242,8 @@ def test_the_readme_names_tests_that_exist():
 
 
 @pytest.mark.parametrize(
-    ("version", "supported"), [("0.31.9", False), ("0.32.0+cpu", True), ("0.32.1.post1", True), ("0.33.2", True), ("0.34.0rc1", False)]
+    ("version", "supported"),
+    [("0.31.9", False), ("0.32.0+cpu", True), ("0.32.1.post1", True), ("0.33.2", True), ("0.34.0rc1", False)],
 )
 def test_versions(version, supported):
     assert gate.is_supported(version) is supported
@@ -270,7 +271,10 @@ def test_every_process_must_load_the_plugin(llama, monkeypatch, variable, value,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["serve", "run-batch", "bench throughput", "bench latency"])
+@pytest.mark.parametrize(
+    "command",
+    ["serve", *(pytest.param(of, marks=pytest.mark.full) for of in ("run-batch", "bench throughput", "bench latency"))],
+)
 def test_every_command_has_the_flags(command):
     run = subprocess.run(
         [*VLLM, *command.split(), "--help=KVEviction"],

@@ -105,6 +105,7 @@ def test_heads_are_served_as_published_in_every_way(tiny, replay, prefill, decod
 
 
 @pytest.mark.interpreted
+@pytest.mark.contract
 def test_rows_of_all_kinds_share_a_batch(tiny, is_v2):
     """Layer-wise, head-wise and whole rows, in prefill and decoding: everyone's tokens are those of its solo run."""
     engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=150, max_num_batched_tokens=300, max_num_seqs=8)

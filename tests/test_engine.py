@@ -80,11 +80,12 @@ def evicting(start_engine) -> Engine:
     return start_engine(kv_eviction="cake", kv_eviction_budget=0.2, max_num_batched_tokens=512)
 
 
-def test_pages_return_after_many_requests(evicting: Engine, text_ids):
-    names = [evicting.add(text_ids[7 * i : 7 * i + 100 + 60 * i], 4 + i) for i in range(20)]
-    done = evicting.run()
+def test_pages_return_after_many_requests(tiny):
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=0.2, max_num_batched_tokens=512)
+    names = [engine.add(numbers(i, 100 + 60 * i), 4 + i) for i in range(20)]
+    done = engine.run()
     assert {len(done[name]) for name in names} == {4 + i for i in range(20)}
-    assert evicting.is_idle()
+    assert engine.is_idle()
 
 
 def test_pages_return_after_abort(evicting: Engine, text_ids):

@@ -89,6 +89,7 @@ def refusal(answer: tuple[int, dict]) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.contract
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 def test_every_endpoint_reports(url, endpoint):
     told = report(ask(url, endpoint, REPORT))

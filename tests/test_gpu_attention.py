@@ -1,12 +1,20 @@
-"""The GPU backends: Triton's attention interpreted on the CPU, and everything on a GPU where there is one."""
+"""The GPU backends on the CPU, with Triton interpreted and FlashAttention's kernel in torch; and on a GPU, if any."""
 
 import pytest
 import torch
 from engine import Engine
-from random_models import save_random_model
+from flash_reference import flash_attn_varlen_func, reshape_and_cache_flash
+from random_models import numbers, save_random_model
 from ties import assert_same
+from vllm.v1.attention.backends import flash_attn
 
-from cake_vllm.integration.worker.gpu_attention import EvictingTritonBackend, EvictingTritonImpl, side_by_side
+from cake_vllm.integration.worker.gpu_attention import (
+    EvictingFlashBackend,
+    EvictingFlashImpl,
+    EvictingTritonBackend,
+    EvictingTritonImpl,
+    side_by_side,
+)
 
 
 class InterpretedTritonImpl(EvictingTritonImpl):
@@ -28,6 +36,14 @@ class InterpretedTritonBackend(EvictingTritonBackend):
         return "CPU_ATTN"
 
 
+class ReferenceFlashBackend(EvictingFlashBackend):
+    """FLASH_ATTN under the same name."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "CPU_ATTN"
+
+
 def test_side_by_side():
     layout = side_by_side(16, 8, torch.device("cpu"))
     cache = torch.arange(2 * 3 * 16 * 16.0).view(2, 3, 16, 16)
@@ -36,42 +52,80 @@ def test_side_by_side():
     assert torch.equal(flat[:, :, layout.value_index], cache[..., 8:])
 
 
+@pytest.fixture
+def same_elsewhere(start_engine, monkeypatch):
+    """Puts a backend in the place of the CPU's; its engine must keep and say the same, and its layers are returned."""
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import _ATTN_OVERRIDES, AttentionBackendEnum
+
+    def check(backend: type, model: str, prompts: list[list[int]], num_tokens: int, **kwargs) -> list:
+        kwargs = {"skip_tokenizer_init": True, "max_num_batched_tokens": 64, **kwargs}
+        expected = start_engine(model, **kwargs).runs(prompts, num_tokens)
+        assert any(run.kept for run in expected)
+        path = f"{__name__}.{backend.__qualname__}"
+        monkeypatch.setitem(_ATTN_OVERRIDES, AttentionBackendEnum.CPU_ATTN, path)
+        selector._cached_get_attn_backend.cache_clear()
+        engine: Engine = start_engine(model, **kwargs, seed=1)
+        got = engine.runs(prompts, num_tokens)
+        layers = list(engine.vllm_config.compilation_config.static_forward_context.values())
+        engine.shutdown()
+        selector._cached_get_attn_backend.cache_clear()
+        for run, reference in zip(got, expected, strict=True):
+            assert_same(run, reference)
+        return [type(layer.impl) for layer in layers]
+
+    return check
+
+
 @pytest.mark.engine
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
+@pytest.mark.parametrize("name", [pytest.param("cake", marks=pytest.mark.full), "layer-defensivekv"])
 @pytest.mark.interpreted
-def test_triton_attention_interpreted(start_engine, tmp_path, is_v2, monkeypatch, name):
+def test_triton_attention_interpreted(same_elsewhere, tmp_path, is_v2, name):
     """The same tokens and positions as the CPU backend, on a model small enough for an interpreter."""
     if not is_v2:
         pytest.skip("needs Triton's interpreter: --runner v2")
-    from vllm.v1.attention.backends.registry import _ATTN_OVERRIDES, AttentionBackendEnum
-
     model = save_random_model(tmp_path, "llama", "LlamaForCausalLM", num_hidden_layers=3)
-    kwargs = {
-        "kv_eviction": name,
-        "kv_eviction_budget": 40,
-        "kv_eviction_config": {"window": 8},
-        "max_num_batched_tokens": 64,
-        "max_model_len": 256,
-        "skip_tokenizer_init": True,
-    }
     prompts = [[(7 * i + j) % 250 for i in range(150 + 40 * j)] for j in range(2)]
-    on_cpu: Engine = start_engine(model, **kwargs)
-    expected = on_cpu.runs(prompts, 8)
-    assert all(run.kept for run in expected)
-    path = f"{__name__}.{InterpretedTritonBackend.__qualname__}"
-    monkeypatch.setitem(_ATTN_OVERRIDES, AttentionBackendEnum.CPU_ATTN, path)
-    from vllm.v1.attention import selector
+    settings = {"kv_eviction": name, "kv_eviction_budget": 40, "kv_eviction_config": {"window": 8}}
+    impls = same_elsewhere(InterpretedTritonBackend, model, prompts, 8, max_model_len=256, **settings)
+    assert impls == [InterpretedTritonImpl] * 3
 
-    selector._cached_get_attn_backend.cache_clear()
-    interpreted: Engine = start_engine(model, **kwargs, seed=1)
-    got = interpreted.runs(prompts, 8)
-    (layer, *_) = interpreted.vllm_config.compilation_config.static_forward_context.values()
-    interpreted.shutdown()
-    selector._cached_get_attn_backend.cache_clear()
-    assert type(layer.impl).__name__ == "InterpretedTritonImpl"
-    for run, reference in zip(got, expected, strict=True):
-        assert_same(run, reference)
+
+@pytest.fixture
+def flash_in_torch(monkeypatch):
+    """Lets vLLM find a FlashAttention."""
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **_: 2)
+    monkeypatch.setattr(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", flash_attn_varlen_func)
+    monkeypatch.setattr(flash_attn, "reshape_and_cache_flash", reshape_and_cache_flash, raising=False)
+
+
+@pytest.mark.engine
+@pytest.mark.interpreted
+@pytest.mark.parametrize("prefill", [pytest.param("exact", marks=pytest.mark.full), "progressive"])
+@pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
+def test_flash_attention_by_reference(same_elsewhere, tiny_model, flash_in_torch, is_v2, name, prefill):
+    """FLASH_ATTN's own code over a kernel in torch; prompts of all kinds, in batches that mix them."""
+    settings = {"kv_eviction": name, "kv_eviction_budget": 100}
+    settings["kv_eviction_config"] = {"window": 8, "prefill": prefill, "decode": "window"}
+    lengths = (40, 150, 260) if is_v2 else (40, 400, 150, 600)
+    prompts = [numbers(140 + length, length) for length in lengths]
+    num_tokens = 6 if is_v2 else 70
+    impls = same_elsewhere(ReferenceFlashBackend, tiny_model, prompts, num_tokens, max_model_len=1024, **settings)
+    assert impls == [EvictingFlashImpl] * 4
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", [pytest.param("cake", marks=pytest.mark.full), "defensivekv"])
+def test_flash_attention_beside_sliding_windows(same_elsewhere, tmp_path, flash_in_torch, same_on_both, name):
+    """With a soft cap on the logits, as Gemma 2 has both."""
+    model = save_random_model(
+        tmp_path, "gemma2", "Gemma2ForCausalLM", num_hidden_layers=4, sliding_window=64, attn_logit_softcapping=2.0
+    )
+    settings = {"kv_eviction": name, "kv_eviction_budget": 100}
+    prompts = [numbers(150, 300), numbers(151, 40), numbers(152, 500)]
+    impls = same_elsewhere(ReferenceFlashBackend, model, prompts, 40, max_model_len=1024, **settings)
+    assert impls == [EvictingFlashImpl] * 4
 
 
 @pytest.mark.gpu

@@ -34,6 +34,8 @@ WISHES: list[dict[str, Any]] = [
     {"kv_eviction": "snapkv", "kv_eviction_budget": 70},
     {"kv_eviction": "layer-defensivekv", "kv_eviction_budget": 80},
 ]
+#: Prompts that are evicted as they come, and tokens as they are generated.
+PROGRESSIVE = {"prefill": "progressive", "decode": "window"}
 
 
 class Late:
@@ -151,8 +153,15 @@ class Lifecycle(RuleBasedStateMachine):
         assert self.engine.is_idle()
 
 
-@pytest.mark.parametrize("when", ["at once", "a step late"])
-@pytest.mark.parametrize("options", [{}, {"prefill": "progressive", "decode": "window"}], ids=["exact", "progressive"])
+@pytest.mark.parametrize(
+    ("options", "when"),
+    [
+        ({}, "at once"),
+        pytest.param(PROGRESSIVE, "a step late", marks=pytest.mark.contract),
+        pytest.param({}, "a step late", marks=pytest.mark.full),
+        pytest.param(PROGRESSIVE, "at once", marks=pytest.mark.full),
+    ],
+)
 def test_any_history(tiny, options, when, monkeypatch, same_on_both):
     """In a pool that holds two and a half prompts of the longest kind, so that vLLM preempts, too."""
     engine: Engine = tiny(
@@ -231,6 +240,7 @@ def test_a_request_that_ends_with_its_first_token_is_not_evicted(tiny, same_on_b
     assert engine.num_cached(name) == 640 - 32
 
 
+@pytest.mark.contract
 def test_wishes_keep_the_prefix_hits(tiny, same_on_both):
     """But for the last queries that a request's own settings ask for."""
     engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=300)

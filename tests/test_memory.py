@@ -126,7 +126,7 @@ def test_hit_rate_under_pressure_is_that_of_stock(tiny):
     assert hits[1] >= 0.95 * hits[0]
 
 
-@pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
+@pytest.mark.parametrize("name", [pytest.param("cake", marks=pytest.mark.full), "layer-defensivekv"])
 def test_progressive_prefill_equals_its_replay(start_engine, model_dir, prompts, name):
     options = {"prefill": "progressive", "decode": "window"}
     engine: Engine = start_engine(

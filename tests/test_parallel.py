@@ -50,7 +50,7 @@ def compare(answers: list[dict], engine: Engine, prompts: list[list[int]]) -> No
     "workers",
     [
         # CAKE's preferences are sums over heads, and ranks add theirs.
-        {"tensor_parallel_size": 2},
+        pytest.param({"tensor_parallel_size": 2}, marks=pytest.mark.full),
         # All that a worker needs reaches it in its config and in the steps' messages, whatever carries them.
         {"distributed_executor_backend": "bare_worker.BareExecutor"},
     ],

@@ -35,8 +35,10 @@ def evicting(start_engine) -> Engine:
 
 #: Policy, budget and lengths of the prompts, which are served together; what is enough for a short run comes first.
 CASES = [
-    ("cake", 256, (1000, 2049, 4000)),
-    ("layer-defensivekv", 0.2, (1000, 2049, 4000)),
+    ("cake", 256, (1000, 2049)),
+    ("layer-defensivekv", 0.2, (1000, 2049)),
+    pytest.param("cake", 256, (1000, 4000), marks=pytest.mark.full),
+    pytest.param("layer-defensivekv", 0.2, (1000, 4000), marks=pytest.mark.full),
     *(
         pytest.param(name, budget, (1000,), marks=pytest.mark.full)
         for name, budget in [
@@ -99,7 +101,11 @@ def test_eviction_changes_the_output(evicting: Engine, prompts):
 
 @pytest.mark.parametrize(
     ("name", "decode", "prompt_len"),
-    [("cake", "cake", 100), ("cake", "window", 300), ("criticalkv", "window", 100)],
+    [
+        ("cake", "cake", 100),
+        pytest.param("cake", "window", 300, marks=pytest.mark.full),
+        pytest.param("criticalkv", "window", 100, marks=pytest.mark.full),
+    ],
 )
 def test_long_output_stays_in_its_budget(start_engine, replay: Replay, text_ids, name, decode, prompt_len, is_v2):
     """Generated tokens are evicted block by block; no layer holds more than its budget and two blocks."""
@@ -117,13 +123,14 @@ def test_long_output_stays_in_its_budget(start_engine, replay: Replay, text_ids,
     expected, _ = replay.generate(prompt, num_tokens, create_policy(name, {}), budget, block_size=32, decode=decode)
     # What is kept of generated tokens is not traced: a tie may have been decided otherwise.
     assert same_tokens(done[request], (expected, replay.gaps), SWAPPED_GAP_BOUND)
-    assert engine.stats()["trims"] >= num_tokens // 32 - 4
+    # A block back for each that was filled, but for one that its prompt's own eviction may delay.
+    assert engine.stats()["trims"] >= (prompt_len + num_tokens) // 32 - max(prompt_len, budget) // 32 - 1
     assert most <= budget // 32 + 2
     assert engine.is_idle()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decode", ["cake", "window"])
+@pytest.mark.parametrize("decode", ["cake", pytest.param("window", marks=pytest.mark.full)])
 def test_steady_state(tiny, decode, same_on_both):
     """4,000 generated tokens on a budget of 256: no layer ever holds more than it was given, and nothing grows."""
     engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=256, kv_eviction_config={"decode": decode})

@@ -1,0 +1,108 @@
+"""FlashAttention's paged kernel in plain torch, where there is no GPU: what ``FLASH_ATTN`` calls, and nothing else.
+
+It asks of its arguments what the kernels ask (shapes, types, strides), so that they would accept what passes here.
+Formula: Dao, "FlashAttention-2" (https://arxiv.org/abs/2307.08691), section 3; the mask is aligned at the end.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_seqlen_q: int,
+    seqused_k: torch.Tensor,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    window_size: Sequence[int],
+    block_table: torch.Tensor,
+    softcap: float,
+    scheduler_metadata: torch.Tensor | None,
+    num_splits: int,
+    **rest: Any,
+) -> None:
+    """Attention of ``q`` ``[T, Hq, D]`` over pages ``k``, ``v`` ``[num_blocks, B, Hkv, D]``, written to ``out``.
+
+    Args:
+        q: all sequences' queries, one after the other.
+        k: keys; ``block_table`` ``[R, C]`` int32 names each sequence's pages.
+        v: values.
+        out: as ``q``.
+        cu_seqlens_q: ``[R + 1]`` int32, where each sequence's queries begin.
+        max_seqlen_q: at least as many as any sequence has.
+        seqused_k: ``[R]`` int32, keys of each sequence.
+        max_seqlen_k: at least as many as any sequence has.
+        softmax_scale: of the logits.
+        causal: must be true.
+        window_size: keys to the left and right that a query sees; -1: all.
+        block_table: see ``k``.
+        softcap: bound of the logits, 0: none.
+        scheduler_metadata: must be left to the kernel.
+        num_splits: ignored, it changes rounding only.
+        rest: what none of these tests uses; must be empty.
+    """
+    num_sequences = len(cu_seqlens_q) - 1
+    assert {cu_seqlens_q.dtype, seqused_k.dtype, block_table.dtype} == {torch.int32}
+    assert len(seqused_k) == len(block_table) == num_sequences
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == out.stride(-1) == block_table.stride(-1) == 1
+    assert k.shape == v.shape
+    assert k.stride() == v.stride()
+    assert k.shape[1] % 16 == 0
+    assert q.shape[1] % k.shape[2] == 0
+    assert causal
+    assert scheduler_metadata is None
+    for name in ("alibi_slopes", "dynamic_causal", "s_aux", "mask_mod", "aux_tensors"):
+        assert rest.get(name) is None, name
+    for name in ("q_descale", "k_descale", "v_descale"):
+        assert rest[name].shape == (num_sequences, k.shape[2])
+        assert (rest[name] == 1).all()
+    starts, lengths = cu_seqlens_q.tolist(), seqused_k.tolist()
+    assert starts[-1] <= len(q)
+    for index, length in enumerate(lengths):
+        rows = slice(starts[index], starts[index + 1])
+        num_queries = rows.stop - rows.start
+        if not num_queries:
+            continue
+        assert num_queries <= max_seqlen_q
+        assert num_queries <= length <= max_seqlen_k
+        pages = block_table[index, : -(-length // k.shape[1])].long()
+        # [Hq, N, D]
+        keys, values = (
+            cache[pages]
+            .flatten(0, 1)[:length]
+            .float()
+            .repeat_interleave(q.shape[1] // k.shape[2], dim=1)
+            .transpose(0, 1)
+            for cache in (k, v)
+        )
+        logits = q[rows].float().transpose(0, 1) @ keys.mT * softmax_scale
+        if softcap:
+            logits = softcap * (logits / softcap).tanh()
+        distance = torch.arange(length - num_queries, length).unsqueeze(1) - torch.arange(length)
+        hidden = distance < 0
+        if window_size[0] >= 0:
+            hidden |= distance > window_size[0]
+        weights = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        out[rows] = (weights @ values).transpose(0, 1).to(out.dtype)
+
+
+def reshape_and_cache_flash(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *rest: Any,
+) -> None:
+    """Writes ``[T, Hkv, D]`` keys and values into caches ``[num_blocks, B, Hkv, D]``; slots below 0 are padding."""
+    used = slot_mapping >= 0
+    slots, size = slot_mapping[used], key_cache.shape[1]
+    for new, cache in ((key, key_cache), (value, value_cache)):
+        cache[slots // size, slots % size] = new[: len(slot_mapping)][used].to(cache.dtype)
