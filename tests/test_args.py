@@ -46,6 +46,18 @@ def test_registering_twice_wraps_once():
     assert EngineArgs.create_engine_config is before
 
 
+@pytest.mark.parametrize(
+    ("family", "asked", "chosen"), [(100, None, "FLASH_ATTN"), (100, "TRITON_ATTN", "TRITON_ATTN"), (90, None, None)]
+)
+def test_the_backend_that_vllm_would_choose_is_never_refused(llama, monkeypatch, family, asked, chosen):
+    """On Blackwell that is FlashInfer."""
+    monkeypatch.setattr(plugin.current_platform, "is_device_capability_family", lambda asked_for: asked_for == family)
+    attention = {"backend": asked} if asked else {}
+    for policy, expected in (("cake", chosen), ("none", asked)):
+        backend = configure(llama, kv_eviction=policy, attention_config=attention).attention_config.backend
+        assert (backend and backend.name) == expected
+
+
 @pytest.mark.parametrize("cls", [EngineArgs, AsyncEngineArgs])
 def test_command_line(cls, llama):
     parser = cls.add_cli_args(FlexibleArgumentParser())
