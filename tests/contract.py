@@ -50,6 +50,11 @@ def make(version: str) -> Path:
     info = site / f"vllm-{version}+cpu.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+    command = python.with_name("vllm")
+    # Spawned processes import it.
+    text = "from vllm.entrypoints.cli.main import main\n\nif __name__ == '__main__':\n    main()\n"
+    command.write_text(f"#!{python}\n{text}")
+    command.chmod(0o755)
     done.touch()
     return python
 
