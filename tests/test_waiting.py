@@ -42,6 +42,9 @@ def test_the_worker_waits_once_for_each_prompt(tiny, monkeypatch, same_on_both, 
         monkeypatch.setattr(EvictionWorker, name, counting)
     options = {"kv_eviction_config": {"decode": decode}, "kv_eviction_budget": 100}
     engine: Engine = tiny(kv_eviction="cake", max_num_batched_tokens=256, **options)
+    # What is made once for a model is made.
+    engine.generate([numbers(49, 600)], 2)
+    engine.stats()
     engine.forget_prefixes()
     for seed in range(3):
         engine.add(numbers(50 + seed, 600), 80)
