@@ -252,13 +252,14 @@ def test_lora_beside_the_base_model(tiny, tmp_path, same_on_both):
 
 
 @pytest.mark.contract
-@pytest.mark.interpreted
 def test_rejected_drafts_leave_no_trace(tiny, is_v2):
     """Drafts fill blocks and are taken back, in rows of all kinds; a real model accepts some (``test_parallel.py``)."""
+    if is_v2:
+        pytest.skip("vLLM's n-gram kernels do not run under Triton's interpreter: its masks have another type there")
     options = {"kv_eviction": "cake", "kv_eviction_budget": 100, "kv_eviction_config": {"decode": "off"}}
     prompts = [numbers(1, 300), numbers(2, 50), numbers(3, 400)]
     wishes = [{}, {"kv_eviction": "layer-defensivekv"}, {"kv_eviction": "none"}]
-    num_tokens = 12 if is_v2 else 60
+    num_tokens = 60
 
     def serve(engine: Engine) -> list[Run]:
         names = [
