@@ -15,6 +15,7 @@ from cake_vllm.integration.front import gate, plugin
 
 cake_vllm.register()
 
+from vllm import envs  # noqa: E402
 from vllm.config import KVTransferConfig  # noqa: E402
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
@@ -264,7 +265,7 @@ def test_versions(version, supported):
 def test_other_vllm_versions_are_refused_when_eviction_is_used(llama, monkeypatch):
     monkeypatch.setattr(gate, "vllm", SimpleNamespace(__version__="0.40.0"))
     configure(llama)
-    with pytest.raises(ValueError, match=r"--kv-eviction needs vLLM >= 0\.32 and < 0\.33, and this is 0\.40\.0"):
+    with pytest.raises(ValueError, match=r"--kv-eviction needs vLLM >= 0\.32 and < 0\.34, and this is 0\.40\.0"):
         configure(llama, kv_eviction="cake")
 
 
@@ -277,6 +278,7 @@ def test_other_vllm_versions_are_refused_when_eviction_is_used(llama, monkeypatc
 )
 def test_every_process_must_load_the_plugin(llama, monkeypatch, variable, value, message):
     monkeypatch.setenv(variable, value)
+    envs.disable_envs_cache()
     configure(llama)
     with pytest.raises(ValueError, match=message):
         configure(llama, kv_eviction="cake")

@@ -252,8 +252,12 @@ def test_lora_beside_the_base_model(tiny, tmp_path, same_on_both):
 
 
 @pytest.mark.contract
+@pytest.mark.alone
 def test_rejected_drafts_leave_no_trace(tiny, is_v2):
-    """Drafts fill blocks and are taken back, in rows of all kinds; a real model accepts some (``test_parallel.py``)."""
+    """Drafts fill blocks and are taken back, in rows of all kinds; a real model accepts some (``test_parallel.py``).
+
+    Alone, since n-gram drafts import Numba, and vLLM's search for kernels in all modules fails over llvmlite's.
+    """
     if is_v2:
         pytest.skip("vLLM's n-gram kernels do not run under Triton's interpreter: its masks have another type there")
     options = {"kv_eviction": "cake", "kv_eviction_budget": 100, "kv_eviction_config": {"decode": "off"}}
