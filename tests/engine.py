@@ -1,11 +1,12 @@
 """A real vLLM engine in this process, with its insides at hand."""
 
 import itertools
+from collections import defaultdict
 from typing import Any
 
 import torch
 from stock import DEFAULTS, gaps
-from ties import Run
+from ties import Run, Served
 from vllm import RequestOutput, SamplingParams
 
 from cake_vllm import LLM
@@ -32,6 +33,8 @@ class Engine:
         self._stats = EvictionStats.empty()
         if self.evicts:
             self.connector.worker.trace = {}
+            self._choices: defaultdict[str, list[list[list[torch.Tensor]]]] = defaultdict(list)
+            self._follow(self.connector.worker)
             self._take_stats = self.scheduler.connector.get_kv_connector_stats
             self.scheduler.connector.get_kv_connector_stats = self._pass_stats
 
@@ -54,6 +57,8 @@ class Engine:
         self, prompt: list[int], max_tokens: int = 16, priority: int = 0, lora_request: Any = None, **params: Any
     ) -> str:
         """Adds a greedy request and returns its id."""
+        if self.evicts and not self.scheduler.requests:
+            self._choices.clear()
         name = f"r{next(self._ids)}"
         sampling = SamplingParams(**({"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True} | params))
         self.llm.llm_engine.add_request(
@@ -142,6 +147,30 @@ class Engine:
         traces = self.connector.worker.trace_ranks
         ranks = next((ranks for key, ranks in traces.items() if key.rsplit("-", 1)[0] == name), {})
         return Run(tokens, distances, self.positions(name), ranks)
+
+    def served(self, prompts: list[list[int]], max_tokens: int, **params: Any) -> list[Served]:
+        """Prompts that run together, with all that a replay follows."""
+        names = [self.add(prompt, max_tokens, **params) for prompt in prompts]
+        done = self.run()
+        return [self.served_as(name, done[name]) for name in names]
+
+    def served_as(self, name: str, tokens: list[int]) -> Served:
+        """A request of the last batch."""
+        return Served(tokens, next((c for key, c in self._choices.items() if key.rsplit("-", 1)[0] == name), []))
+
+    def _follow(self, worker) -> None:
+        """Remembers what every eviction keeps."""
+        evict, deal = worker._evict, worker._deal
+
+        def evicting(what, *args):
+            def dealing(config, num_blocks, grant, held, chosen, counts):
+                self._choices[what.req_id].append([list(layer) for layer in chosen])
+                return deal(config, num_blocks, grant, held, chosen, counts)
+
+            worker._deal = dealing
+            return evict(what, *args)
+
+        worker._evict = evicting
 
     def num_cached(self, name: str) -> int:
         """Prompt tokens of a finished request that came from the prefix cache, as vLLM reports them."""

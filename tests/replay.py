@@ -3,12 +3,17 @@
 Uses ``cake_vllm.policies`` and nothing else of the plugin. The prompt is computed in full, or in chunks with eviction
 after each; each layer's cache is pruned to the positions that the policy chose (rounded up to whole blocks as the
 paged engine does), and greedy decoding goes on over the pruned cache.
+
+A replay can follow what was served: wherever the engine decided otherwise it shows that this was a tie, and goes on as
+the engine did. So one tie does not hide what comes after it.
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from ties import GAP_BOUND, Served, assert_tie
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -42,7 +47,7 @@ class State:
     """A request's cache, the last queries of each layer and, after an eviction, the heads' counts by layer.
 
     Heads that hold different numbers of tokens are aligned at the end; ``valid`` says where they have something.
-    ``gaps`` are the distances of the two best log probabilities at each forward.
+    ``gap`` is the distance of the two best log probabilities at the last forward.
     """
 
     cache: DynamicCache
@@ -51,7 +56,7 @@ class State:
     valid: dict[int, torch.Tensor] = field(default_factory=dict)
     is_evicted: bool = False
     length: int = 0
-    gaps: list[float] = field(default_factory=list)
+    gap: float = 0.0
 
 
 class Replay:
@@ -62,14 +67,23 @@ class Replay:
             model_dir, dtype=torch.float32, attn_implementation="right_aligned"
         )
         self.model.eval()
-        #: What the positions of the last prompt were worth, by layer.
-        self.ranks: list[torch.Tensor] = []
-        #: Distances of the two best log probabilities at the last tokens.
-        self.gaps: list[float] = []
+        # What is still to be followed: evictions, each by layer and KV head; none if nothing is.
+        self._choices: Iterator[list[list[torch.Tensor]]] | None = None
         self._prefilled: dict[tuple[int, ...], tuple[State, int]] = {}
         self._state = State(DynamicCache())
         for index, layer in enumerate(self.model.model.layers):
             layer.self_attn.register_forward_pre_hook(self._capture(index), with_kwargs=True)
+
+    def verify(self, prompt: list[int], served: Served, policy: Policy, budget: int, block_size: int, **ways) -> None:
+        """Follows what was served; ``ways`` are those of :meth:`generate`.
+
+        Raises:
+            AssertionError: if a token or a kept position is another one, and it was not a tie.
+        """
+        self._choices = iter(served.choices)
+        self.generate(prompt, len(served.tokens), policy, budget, block_size, follow=served.tokens, **ways)
+        assert next(self._choices, None) is None, "an eviction that the replay knows nothing of"
+        self._choices = None
 
     @torch.inference_mode()
     def generate(
@@ -81,6 +95,7 @@ class Replay:
         block_size: int,
         decode: str | None = None,
         chunk: int | None = None,
+        follow: list[int] | None = None,
     ) -> tuple[list[int], list[list[list[int]]]]:
         """Greedy tokens, and what was kept per layer and KV head: indices into the cache before the last chunk's end.
 
@@ -95,14 +110,24 @@ class Replay:
             for start in range(0, len(prompt), chunk):
                 token = self._forward(state, prompt[start : start + chunk])
                 kept = self._prune(state, policy, budget, block_size)
-        tokens = [token]
-        while len(tokens) < num_tokens:
-            tokens.append(self._forward(state, tokens[-1:]))
+        tokens: list[int] = []
+        while True:
+            if follow is not None and token != follow[len(tokens)]:
+                assert state.gap < GAP_BOUND, f"token {len(tokens)} is {follow[len(tokens)]} instead of {token}"
+                token = follow[len(tokens)]
+            tokens.append(token)
+            if len(tokens) == num_tokens:
+                return tokens, kept
+            token = self._forward(state, [token])
             num_blocks, is_full = state.length // block_size, state.length % block_size == 0
-            if decode != "off" and is_full and (state.is_evicted or num_blocks > -(-budget // block_size)):
+            is_last = len(tokens) + 1 == num_tokens
+            if (
+                decode != "off"
+                and is_full
+                and not is_last
+                and (state.is_evicted or num_blocks > -(-budget // block_size))
+            ):
                 self._trim(state, policy, block_size, decode)
-        self.gaps = state.gaps[-num_tokens:]
-        return tokens, kept
 
     def _forward(self, state: State, tokens: list[int]) -> int:
         """Computes tokens and returns the next one."""
@@ -116,12 +141,13 @@ class Replay:
         ).logits
         state.valid = dict(_valid)
         best = logits[0, -1].topk(2)
-        state.gaps.append(float(best.values[0] - best.values[1]))
+        state.gap = float(best.values[0] - best.values[1])
         return int(best.indices[0])
 
     def _trim(self, state: State, policy: Policy, block_size: int, decode: str) -> None:
         """Eviction while decoding, once per block: of heads that hold more blocks than their count needs."""
         state.is_evicted = True
+        choice = next(self._choices) if self._choices else None
         for index, counts in enumerate(state.counts):
             inputs = self._inputs(state, index, 1 if decode == "cake" else policy.num_queries)
             targets = [-(-(count + policy.protected) // block_size) * block_size for count in counts]
@@ -130,10 +156,13 @@ class Replay:
                 continue
             if decode == "cake":
                 keep = list(policy.trim(inputs, targets[0] - policy.protected).sort(dim=-1).values)
+                ranks = policy.trim_ranks(inputs)
             else:
                 kept = [min(length, target) for length, target in zip(lengths, targets, strict=True)]
-                keep = policy.rescore(inputs, [count - policy.protected for count in kept])
-            _gather(state, index, keep)
+                counts, num_cached = [count - policy.protected for count in kept], inputs.keys.shape[1]
+                keep = policy.rescore(inputs, counts)
+                ranks = policy.ranks(policy.judge(inputs), num_cached, max(kept) / num_cached, counts)
+            _gather(state, index, keep if choice is None else _follow(keep, choice[index], ranks))
 
     def _lengths(self, state: State, index: int) -> list[int]:
         """Tokens that each head of a layer holds."""
@@ -182,7 +211,8 @@ class Replay:
         state.is_evicted = True
         scores = [policy.judge(self._inputs(state, index, policy.num_queries)) for index in range(len(layers))]
         given = policy.head_budgets(scores, length, budget)
-        kept, self.ranks, state.counts = [], [], []
+        choice = next(self._choices) if self._choices else None
+        kept, state.counts = [], []
         for index, (score, counts) in enumerate(zip(scores, given, strict=True)):
             num_cached, lengths = layers[index].keys.shape[2], self._lengths(state, index)
             paged = PagedPrompt(num_cached, policy.protected, block_size)
@@ -190,11 +220,11 @@ class Replay:
             ratio = min(1.0, budget / num_cached)
             ranks = policy.ranks(score, num_cached, ratio, counts)
             state.counts.append(counts)
-            self.ranks.append(ranks)
             tail = torch.arange(paged.full_len, num_cached)
-            positions = [
-                torch.cat([head, tail]) for head in paged.positions(ranks, [paged.pages(count) for count in counts])
-            ]
+            positions = paged.positions(ranks, [paged.pages(count) for count in counts])
+            if choice is not None:
+                positions = _follow(positions, choice[index], ranks)
+            positions = [torch.cat([head, tail]) for head in positions]
             chosen = policy.keep(score, counts, num_cached, ratio)
             for rank, ours, head in zip(ranks, chosen, map(torch.Tensor.tolist, positions), strict=True):
                 lost = sorted(set(ours.tolist()) - set(head))
@@ -205,6 +235,14 @@ class Replay:
             _gather(state, index, positions)
             kept.append([head.tolist() for head in positions])
         return kept
+
+
+def _follow(ours: list[torch.Tensor], theirs: list[torch.Tensor], ranks: torch.Tensor) -> list[torch.Tensor]:
+    """What the engine kept in a layer's KV heads, after showing that it is what the replay keeps or as good."""
+    for head, (own, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert len(own) == len(other), f"KV head {head} keeps {len(other)} tokens instead of {len(own)}"
+        assert_tie(own, other, ranks[head])
+    return theirs
 
 
 def _gather(state: State, index: int, positions: list[torch.Tensor]) -> None:

@@ -1,11 +1,8 @@
 """Served tokens against a plain Hugging Face model whose cache is pruned to what the policy chose."""
 
 import pytest
-import torch
 from engine import Engine
 from replay import Replay
-from stock import same_tokens
-from ties import SWAPPED_GAP_BOUND, Run, assert_same
 
 from cake_vllm.policies import create_policy, policy_names
 from cake_vllm.policies.cake import Cake
@@ -18,13 +15,6 @@ NUM_TOKENS = 16
 @pytest.fixture(scope="module")
 def replay(model_dir: str) -> Replay:
     return Replay(model_dir)
-
-
-def replayed(replay: Replay, tokens: list[int], kept: list[list[list[int]]], full_len: int) -> Run:
-    """What the replay did last, as the engine tells it: of the full blocks, and of layers that gave something back."""
-    moved = [[torch.tensor([p for p in head if p < full_len]) for head in layer] for layer in kept]
-    positions = [None if all(len(head) == full_len for head in layer) else layer for layer in moved]
-    return Run(tokens, replay.gaps, positions, dict(enumerate(replay.ranks)))
 
 
 @pytest.fixture
@@ -59,22 +49,20 @@ def test_served_tokens_equal_replay(evicting: Engine, replay: Replay, prompts, n
     """The interpreted runner is content with the shortest prompt."""
     chosen = [prompts[length] for length in (lengths[:1] if is_v2 else lengths)]
     wish = {"kv_eviction": name, "kv_eviction_budget": budget}
-    served = evicting.runs(chosen, NUM_TOKENS, extra_args=wish)
-    for prompt, run in zip(chosen, served, strict=True):
+    for prompt, served in zip(chosen, evicting.served(chosen, NUM_TOKENS, extra_args=wish), strict=True):
         tokens = budget if isinstance(budget, int) else len(prompt) // 5
-        expected = replay.generate(prompt, NUM_TOKENS, create_policy(name, {}), tokens, block_size=32)
-        assert_same(run, replayed(replay, *expected, len(prompt) // 32 * 32))
+        replay.verify(prompt, served, create_policy(name, {}), tokens, block_size=32)
 
 
 @pytest.mark.interpreted
 def test_both_kinds_of_owners_share_a_batch(evicting: Engine, replay: Replay, text_ids):
     """One whose heads are alike and one whose heads compete, in one batch."""
     prompt, names = text_ids[3000:3300], ("cake", "layer-defensivekv")
-    requests = [evicting.add(prompt, 6, logprobs=2, detokenize=False, extra_args={"kv_eviction": n}) for n in names]
-    evicting.run()
+    requests = [evicting.add(prompt, 6, extra_args={"kv_eviction": name}) for name in names]
+    done = evicting.run()
     for request, name in zip(requests, names, strict=True):
-        expected = replay.generate(prompt, 6, create_policy(name, {}), 128, block_size=32)
-        assert_same(evicting.run_of(request), replayed(replay, *expected, 288))
+        served = evicting.served_as(request, done[request])
+        replay.verify(prompt, served, create_policy(name, {}), 128, block_size=32)
 
 
 @pytest.mark.parametrize("name", policy_names())
@@ -82,9 +70,8 @@ def test_every_policy_is_served(evicting: Engine, replay: Replay, text_ids, name
     """Each method on the real engine: the tokens of its replay, and every page back."""
     prompt = text_ids[3000:3500]
     evicting.stats()
-    (served,) = evicting.runs([prompt], 8, extra_args={"kv_eviction": name, "kv_eviction_budget": 150})
-    expected = replay.generate(prompt, 8, create_policy(name, {}), 150, block_size=32)
-    assert_same(served, replayed(replay, *expected, 480))
+    (served,) = evicting.served([prompt], 8, extra_args={"kv_eviction": name, "kv_eviction_budget": 150})
+    replay.verify(prompt, served, create_policy(name, {}), 150, block_size=32)
     stats = evicting.stats()
     assert stats["requests"] == 1
     # The last 20 tokens lie in a partial block and stay in any case.
@@ -120,9 +107,8 @@ def test_long_output_stays_in_its_budget(start_engine, replay: Replay, text_ids,
     while engine.llm.llm_engine.has_unfinished_requests():
         done |= engine.step()
         most = max(most, engine.num_free - engine.pool.get_num_free_blocks() if engine.decoding else 0)
-    expected, _ = replay.generate(prompt, num_tokens, create_policy(name, {}), budget, block_size=32, decode=decode)
-    # What is kept of generated tokens is not traced: a tie may have been decided otherwise.
-    assert same_tokens(done[request], (expected, replay.gaps), SWAPPED_GAP_BOUND)
+    served = engine.served_as(request, done[request])
+    replay.verify(prompt, served, create_policy(name, {}), budget, block_size=32, decode=decode)
     # A block back for each that was filled, but for one that its prompt's own eviction may delay.
     assert engine.stats()["trims"] >= (prompt_len + num_tokens) // 32 - max(prompt_len, budget) // 32 - 1
     assert most <= budget // 32 + 2
@@ -156,8 +142,7 @@ def test_layers_may_keep_their_last_block_only(start_engine, replay: Replay, tex
     options = {"window": 8, "tau1": 0.2, "tau2": 0.2}
     engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=10, kv_eviction_config=options)
     prompt = text_ids[7000:7340]
-    (served,) = engine.runs([prompt], 30)
-    expected = replay.generate(prompt, 30, Cake(**options), 10, block_size=32)
-    assert_same(served, replayed(replay, *expected, 320))
-    assert any(len(positions[0]) == 0 for positions in served.kept)
+    (served,) = engine.served([prompt], 30)
+    replay.verify(prompt, served, Cake(**options), 10, block_size=32)
+    assert any(len(heads[0]) == 0 for heads in served.choices[0])
     assert engine.is_idle()

@@ -34,23 +34,41 @@ class Run:
     ranks: dict[int, torch.Tensor]
 
 
-def num_swapped(run: Run, reference: Run) -> int:
-    """How many positions one of the runs kept and the other did not, all heads together.
+@dataclass(frozen=True)
+class Served:
+    """What a replay can follow.
+
+    Attributes:
+        tokens: greedy tokens.
+        choices: by eviction, layer and KV head, the kept indices into what it read, ascending.
+    """
+
+    tokens: list[int]
+    choices: list[list[list[torch.Tensor]]]
+
+
+def assert_tie(ours: torch.Tensor, theirs: torch.Tensor, *ranks: torch.Tensor) -> int:
+    """How many positions only one of two choices of a KV head has.
 
     Raises:
-        AssertionError: if their ranks differ by more than :data:`RANK_BOUND`, between positions or between runs.
+        AssertionError: if their ranks differ by more than :data:`RANK_BOUND`, among themselves or between runs.
     """
+    swapped = sorted(set(ours.tolist()) ^ set(theirs.tolist()))
+    if swapped:
+        worth = torch.cat([of[swapped] for of in ranks])
+        spread = float((worth.max() - worth.min()) / worth.abs().max())
+        assert spread <= RANK_BOUND, f"{swapped} differ by {spread:.1e}"
+    return len(swapped)
+
+
+def num_swapped(run: Run, reference: Run) -> int:
+    """How many positions one of the runs kept and the other did not, all heads together; see :func:`assert_tie`."""
     assert [layer is None for layer in run.kept] == [layer is None for layer in reference.kept]
-    count = 0
-    for index, (ours, theirs) in enumerate(zip(run.kept, reference.kept, strict=True)):
-        for head in range(len(ours)) if ours is not None else ():
-            swapped = sorted(set(ours[head].tolist()) ^ set(theirs[head].tolist()))
-            if swapped:
-                worth = torch.cat([of[index][head][swapped] for of in (run.ranks, reference.ranks)])
-                spread = float((worth.max() - worth.min()) / worth.abs().max())
-                assert spread <= RANK_BOUND, f"layer {index}, head {head}: {swapped} differ by {spread:.1e}"
-            count += len(swapped)
-    return count
+    return sum(
+        assert_tie(ours[head], theirs[head], run.ranks[index][head], reference.ranks[index][head])
+        for index, (ours, theirs) in enumerate(zip(run.kept, reference.kept, strict=True))
+        for head in range(len(ours) if ours is not None else 0)
+    )
 
 
 def assert_same(run: Run, reference: Run) -> None:

@@ -118,14 +118,17 @@ class Cake(Policy):
         In the paged engine this runs once per block instead of once per token: when a layer holds one full block
         more than its budget needs, it gives one back; and the cache stays in ascending order.
         """
-        keys, num_cached = inputs.keys, inputs.keys.shape[1]
-        queries = inputs.queries.unflatten(0, (len(keys), -1))
-        logits = attention_logits(queries, keys, inputs.scale, inputs.logits_soft_cap)
-        attention = logits.softmax(dim=-1)[:, :, 0, : num_cached - self.window]
-        scores = average_pool(attention, self.pool_kernel).mean(dim=1)
-        best = finite(scores).topk(count, dim=-1).indices
-        last = torch.arange(num_cached - self.window, num_cached, device=keys.device)
-        return torch.cat([best, last.expand(len(keys), -1)], dim=1)
+        best = self.trim_ranks(inputs).topk(count, dim=-1).indices
+        num_heads, num_cached, _ = inputs.keys.shape
+        last = torch.arange(num_cached - self.window, num_cached, device=best.device)
+        return torch.cat([best, last.expand(num_heads, -1)], dim=1)
+
+    def trim_ranks(self, inputs: LayerInputs) -> torch.Tensor:
+        """``[Hkv, N - w]`` float32 by which :meth:`trim` chooses among the ``N`` cached entries."""
+        queries = inputs.queries.unflatten(0, (len(inputs.keys), -1))
+        logits = attention_logits(queries, inputs.keys, inputs.scale, inputs.logits_soft_cap)
+        attention = logits.softmax(dim=-1)[:, :, 0, : -self.window]
+        return finite(average_pool(attention, self.pool_kernel).mean(dim=1))
 
 
 @dataclass(frozen=True)
