@@ -27,7 +27,7 @@ setup(
         "reference": ["flash-attn", "xformers"],
         "ray": ["ray[serve]"],
         "bench": ["pandas", "datasets", "matplotlib"],
-        "test": ["pytest", "hypothesis", "ruff", "mypy", "accelerate", "gguf", "openai"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "accelerate", "gguf", "openai"],
     },
     entry_points={"vllm.general_plugins": ["cake_vllm = cake_vllm:register"]},
 )
