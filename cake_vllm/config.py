@@ -33,8 +33,9 @@ COSTLY_KNOBS = ("window", "pool_kernel")
 OFF = "none"
 AUTO = "auto"
 DEFAULT_BUDGET = 1024
-#: What a layer keeps of a request at least under the budget ``auto``, in tokens.
-AUTO_FLOOR = 256
+#: Options of the budget ``auto``: what a layer keeps of a request however short memory is, and however ample.
+FLOOR_KEY, CEILING_KEY = "min_tokens", "max_tokens"
+DEFAULT_FLOOR = 256
 #: Ways to compute a prompt, the default first: whole and then evicted, or evicted after every chunk.
 PREFILLS = ("exact", "progressive")
 
@@ -46,9 +47,9 @@ class KVEvictionConfig:
     Attributes:
         policy_name: a registered policy.
         budget: an int is the mean number of tokens per layer and request, window included (CAKE's ``cache_size``);
-            a float in (0, 1] is a fraction of the prompt; ``"auto"`` is a share of the pool.
+            a float in (0, 1] is a fraction of the prompt; ``"auto"`` keeps prompts whole until memory is short.
         options: the policy's knobs as the user gave them, and beside them ``preset`` (see :meth:`resolve`),
-            ``decode`` and ``prefill``.
+            ``decode``, ``prefill`` and, with the budget ``"auto"``, ``min_tokens`` and ``max_tokens``.
     """
 
     policy_name: str
@@ -80,6 +81,7 @@ class KVEvictionConfig:
                     f"{flag(CONFIG_KEY)}: {option} {config.options[option]!r} is unknown to {name}: "
                     f"choose {', '.join(choices)}"
                 )
+        config._check_elastic()
         if isinstance(config.budget, int) and config.budget <= window:
             raise ValueError(
                 f"{flag(BUDGET_KEY)} {config.budget} leaves nothing beside the window of {window} tokens: "
@@ -91,6 +93,28 @@ class KVEvictionConfig:
                 f"give {config.policy.floor} or more, or a fraction of the prompt such as 0.2"
             )
         return config
+
+    def _check_elastic(self) -> None:
+        for key in (FLOOR_KEY, CEILING_KEY):
+            if key not in self.options:
+                continue
+            if not self.is_elastic:
+                raise ValueError(f"{flag(CONFIG_KEY)}: {key} has no effect without {flag(BUDGET_KEY)} auto: drop it")
+            try:
+                is_auto = parse_budget(self.options[key]) == AUTO
+            except ValueError:
+                is_auto = True
+            if is_auto:
+                raise ValueError(
+                    f"{flag(CONFIG_KEY)}: {key} {self.options[key]!r} is not an amount: give a positive whole number "
+                    "of tokens, or a fraction of the prompt above 0 and up to 1.0"
+                )
+        for option, only in (("decode", "off"), ("prefill", "exact")):
+            if self.is_elastic and self.options.get(option, only) != only:
+                raise ValueError(
+                    f"{flag(CONFIG_KEY)}: {option} {self.options[option]} needs a budget that is known beforehand: "
+                    f"drop it, or give {flag(BUDGET_KEY)} a number"
+                )
 
     def for_request(self, asked: Mapping[str, Any] | None, max_model_len: int) -> "KVEvictionConfig | None":
         """What a request gets that asks for settings of its own; ``None`` if it asks for no eviction.
@@ -121,7 +145,8 @@ class KVEvictionConfig:
         Raises:
             ValueError: for an unknown or bad knob, naming the flag.
         """
-        beside = ("decode", "prefill", *(("preset",) if _has_presets(self.policy_name) else ()))
+        preset_key = ("preset",) if _has_presets(self.policy_name) else ()
+        beside = ("decode", "prefill", FLOOR_KEY, CEILING_KEY, *preset_key)
         options = {key: value for key, value in self.options.items() if key not in beside}
         preset = self.options.get("preset") if _has_presets(self.policy_name) else None
         if preset is not None:
@@ -136,7 +161,12 @@ class KVEvictionConfig:
     @cached_property
     def decode(self) -> str:
         """How generated tokens are evicted; one of :attr:`Policy.decodes`."""
-        return self.options.get("decode", self.policy.decodes[0])
+        return self.options.get("decode", "off" if self.is_elastic else self.policy.decodes[0])
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether requests are cut when memory is short, and not before."""
+        return self.budget == AUTO
 
     @cached_property
     def num_rescoring(self) -> int:
@@ -160,10 +190,11 @@ class KVEvictionConfig:
 
     def never_evicted_len(self) -> int:
         """Prompts up to this length are kept whole, and nothing asks for their last queries; in tokens."""
-        if not isinstance(self.budget, int) or self.decode == "window":
+        least = self._amount(FLOOR_KEY, DEFAULT_FLOOR) if self.is_elastic else self.budget
+        if not isinstance(least, int) or self.decode == "window":
             return 0
-        lengths = range(self.budget, self.budget + 4096)
-        return next((length for length in lengths if self.policy.is_evicted(length + 1, self.budget)), 0)
+        least = max(least, self.policy.floor)
+        return next(length for length in range(least, least + 4096) if self.policy.is_evicted(length + 1, least))
 
     def max_request_tokens(self, max_model_len: int, max_in_flight: int) -> int | None:
         """What a layer holds of a request at most, in the mean over layers; ``None`` where nothing bounds it.
@@ -174,20 +205,28 @@ class KVEvictionConfig:
         """
         if not self.is_progressive or self.decode == "off":
             return None
-        return self.tokens(max_model_len, 0) + self.policy.window_size + max_in_flight
+        return self.tokens(max_model_len) + self.policy.window_size + max_in_flight
 
-    def tokens(self, prompt_len: int, share: int) -> int:
-        """The budget for a request, in tokens per layer, at least the policy's floor.
+    def tokens(self, prompt_len: int) -> int:
+        """The budget for a request whose prompt has ``prompt_len`` tokens, in tokens per layer.
 
-        Args:
-            prompt_len: tokens of its prompt.
-            share: tokens per layer of the pool that fall to it; read only if the budget is ``"auto"``.
+        At least the policy's floor. Where budgets are elastic, what it keeps while memory is ample.
         """
-        if isinstance(self.budget, int):
-            return self.budget
-        if isinstance(self.budget, str):
-            return max(share, AUTO_FLOOR, self.policy.floor)
-        return max(int(Fraction(str(self.budget)) * prompt_len), self.policy.floor)
+        if self.is_elastic:
+            return max(_of_prompt(self._amount(CEILING_KEY, 1.0), prompt_len), self.least_tokens(prompt_len))
+        assert not isinstance(self.budget, str)
+        return (
+            self.budget if isinstance(self.budget, int) else max(_of_prompt(self.budget, prompt_len), self.policy.floor)
+        )
+
+    def least_tokens(self, prompt_len: int) -> int:
+        """Where budgets are elastic, what it keeps of its prompt however short memory is; in tokens per layer."""
+        return max(_of_prompt(self._amount(FLOOR_KEY, DEFAULT_FLOOR), prompt_len), self.policy.floor)
+
+    def _amount(self, key: str, default: int | float) -> int | float:
+        amount = parse_budget(self.options.get(key, default))
+        assert not isinstance(amount, str)
+        return amount
 
     def resolve(self, model: Any) -> "KVEvictionConfig":
         """Chooses the tau preset for ``model`` where the user chose neither a preset nor taus.
@@ -204,6 +243,10 @@ class KVEvictionConfig:
         small = isinstance(self.budget, int) and self.budget < math.sqrt(128 * 1024)
         preset = f"{family}@{128 if small else 1024}"
         return KVEvictionConfig(self.policy_name, self.budget, {**self.options, "preset": preset})
+
+
+def _of_prompt(amount: int | float, prompt_len: int) -> int:
+    return amount if isinstance(amount, int) else int(Fraction(str(amount)) * prompt_len)
 
 
 def _has_presets(name: str) -> bool:
@@ -240,20 +283,25 @@ def _merge_wishes(server: KVEvictionConfig, wishes: Mapping[str, Any]) -> dict[s
     if name == OFF:
         return dict(wishes)
     own = parse_options(wishes.get(CONFIG_KEY))
+    elastic = (FLOOR_KEY, CEILING_KEY) if settings[BUDGET_KEY] == AUTO else ()
     if name in policy_names():
-        known = {*knobs(name), *(("preset",) if _has_presets(name) else ())}
+        known = {*knobs(name), *(("preset",) if _has_presets(name) else ()), *elastic}
         for key in own.keys() - known:
             why = "is for the server to choose" if key in ("decode", "prefill") else f"is unknown to {name}"
             raise ValueError(f"{CONFIG_KEY}: {key} {why}; a request may give {', '.join(sorted(known))}")
     if name == server.policy_name:
         # A preset stands for both taus.
-        options = {key: value for key, value in server.options.items() if not ("preset" in own and key in TAUS)}
-    elif name in policy_names():
+        replaced = (FLOOR_KEY, CEILING_KEY, *(TAUS if "preset" in own else ()))
+        options = {key: value for key, value in server.options.items() if key not in replaced}
+    elif name in policy_names() and not server.is_elastic:
         options = {"prefill": server.prefill}
         if server.decode in policy_class(name).decodes:
             options["decode"] = server.decode
     else:
         options = {}
+    if elastic:
+        options = {key: value for key, value in options.items() if key not in ("decode", "prefill")}
+        options |= {key: server.options[key] for key in elastic if key in server.options}
     return settings | {CONFIG_KEY: options | own}
 
 

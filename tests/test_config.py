@@ -39,21 +39,47 @@ def test_budget(text, value):
 
 def test_a_fraction_is_exact_and_never_below_the_window():
     config = parse(**{"": "cake", "_budget": 0.29})
-    assert config.tokens(1000, 0) == 290
-    assert config.tokens(50, 0) == config.policy.floor == config.policy.window + 1
-    assert parse(**{"": "knorm", "_budget": 0.01}).tokens(64, 0) == 32
+    assert config.tokens(1000) == 290
+    assert config.tokens(50) == config.policy.floor == config.policy.window + 1
+    assert parse(**{"": "knorm", "_budget": 0.01}).tokens(64) == 32
 
 
-def test_an_automatic_budget_is_the_share_and_has_a_floor():
+def test_an_elastic_budget_lies_between_its_floor_and_its_ceiling():
     config = parse(**{"": "cake", "_budget": "auto"})
-    assert config.tokens(1000, 700) == 700
-    assert config.tokens(1000, 7) == 256
+    assert (config.least_tokens(1000), config.tokens(1000)) == (256, 1000)
+    assert config.decode == "off"
+    assert config.never_evicted_len() == 256 + 32
+    options = {"min_tokens": 0.1, "max_tokens": 500}
+    config = parse(**{"": "cake", "_budget": "auto", "_config": options})
+    assert (config.least_tokens(1000), config.tokens(1000)) == (100, 500)
+    assert (config.least_tokens(10), config.tokens(10)) == (33, 500)
+    assert config.never_evicted_len() == 0
     wide = parse(**{"": "cake", "_budget": "auto", "_config": {"window": 400}})
-    assert wide.tokens(1000, 7) == 401
+    assert wide.least_tokens(1000) == 401
+
+
+def test_a_request_sets_its_own_floor():
+    server = parse(**{"": "cake", "_budget": "auto", "_config": {"min_tokens": 100, "gamma": 5}})
+    own = server.for_request({"kv_eviction_config": {"min_tokens": 0.5}}, 4096)
+    assert (own.least_tokens(1000), own.policy.gamma) == (500, 5)
+    other = server.for_request({"kv_eviction": "snapkv"}, 4096)
+    assert (other.budget, other.least_tokens(1000)) == ("auto", 100)
+    fixed = server.for_request({"kv_eviction_budget": 300}, 4096)
+    assert (fixed.tokens(1000), fixed.policy.gamma, fixed.decode) == (300, 5, "cake")
+    elastic = parse(**{"": "cake", "_config": {"decode": "window"}}).for_request({"kv_eviction_budget": "auto"}, 4096)
+    assert (elastic.tokens(1000), elastic.decode) == (1000, "off")
 
 
 BAD = [
     ({"": "cade"}, "--kv-eviction 'cade' is unknown: choose none, .*cake"),
+    (
+        {"": "cake", "_config": {"min_tokens": 64}},
+        "min_tokens has no effect without --kv-eviction-budget auto: drop it",
+    ),
+    ({"": "cake", "_budget": "auto", "_config": {"min_tokens": 0}}, "min_tokens 0 is not an amount: give a positive"),
+    ({"": "cake", "_budget": "auto", "_config": {"max_tokens": "auto"}}, "max_tokens 'auto' is not an amount"),
+    ({"": "cake", "_budget": "auto", "_config": {"decode": "cake"}}, "decode cake needs a budget that is known before"),
+    ({"": "cake", "_budget": "auto", "_config": {"prefill": "progressive"}}, "prefill progressive needs a budget"),
     ({"": "cake", "_budget": 0}, "--kv-eviction-budget 0 is not a budget: give a positive whole number"),
     ({"": "cake", "_budget": -5}, "--kv-eviction-budget -5 is not a budget"),
     ({"": "cake", "_budget": "-5"}, "--kv-eviction-budget '-5' is not a budget"),

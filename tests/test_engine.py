@@ -190,25 +190,6 @@ def test_sixteen_requests_run_in_a_pool_for_three(tiny, tiny_ids, same_on_both):
     assert most_running(engine, prompts, 60) == concurrent
 
 
-def test_an_automatic_budget_fits_the_load(tiny, tiny_ids, same_on_both):
-    """One request keeps everything; many share a pool that holds three of them."""
-    length, concurrent = 1600, 8
-    blocks = 3 * -(-(length + 30) // 32) + 1
-    engine: Engine = tiny(
-        kv_eviction="cake",
-        kv_eviction_budget="auto",
-        max_model_len=length + 100,
-        max_num_batched_tokens=length,
-        num_gpu_blocks_override=blocks,
-    )
-    engine.stats()
-    engine.generate([tiny_ids[:length]], 4)
-    assert not engine.stats()
-    prompts = [tiny_ids[200 * i : 200 * i + length] for i in range(concurrent)]
-    assert most_running(engine, prompts, 20) == concurrent
-    assert engine.stats()["requests"] >= concurrent - 1
-
-
 def most_running(engine: Engine, prompts: list[list[int]], num_tokens: int) -> int:
     """vLLM's own count of running requests, at its highest."""
     for prompt in prompts:

@@ -117,10 +117,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         """What was evicted since the last call; counted on the scheduler's side only."""
-        if self.role != KVConnectorRole.SCHEDULER or self.scheduler.stats.is_empty():
-            return None
-        stats, self.scheduler.stats = self.scheduler.stats, EvictionStats.empty()
-        return stats
+        return self.scheduler.take_stats() if self.role == KVConnectorRole.SCHEDULER else None
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:

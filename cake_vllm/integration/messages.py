@@ -21,6 +21,8 @@ class Grant:
         budget: mean tokens per layer, window included.
         divides: whether the budget is divided anew, as for a prompt; a decoding request's owners go back to what they
             were given, all of them to ``budget`` if its prompt was not evicted.
+        prompt_len: length at which the prompt ended, tokens; what was generated since then stays. ``None`` while the
+            prompt is computed, and where the budget is not divided.
         by_head: whether its owners are KV heads; the same for all grants of a request.
         columns: ``[groups][P]``, all private columns that the request may use from now on. Some may still be blocks of
             its row, which are then rewritten in place.
@@ -33,6 +35,7 @@ class Grant:
     by_head: bool
     columns: Blocks
     tail: Blocks
+    prompt_len: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,24 @@ class Observation:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A request that is to be evicted at the end of the step because memory is short, whether it is scheduled or not.
+
+    Attributes:
+        end: logical length after this step.
+        row: ``[groups][C]``, all blocks of its row up to there; 0 where they were given back.
+        grant: see :class:`Grant`.
+        config: its own settings, if they are not the engine's.
+    """
+
+    req_id: str
+    end: int
+    row: Blocks
+    grant: Grant
+    config: KVEvictionConfig | None = None
+
+
+@dataclass(frozen=True)
 class Redirected:
     """Rows of this step that were evicted in an earlier one and have owners of one kind.
 
@@ -80,12 +101,14 @@ class StepPlan(KVConnectorMetadata):
     Attributes:
         released: requests that finished or were preempted; what the worker knows of them is void.
         observations: requests to look at in this step.
+        cuts: requests to evict because memory is short.
         grown: blocks that evicted requests got for this step.
         redirected: by whether the owners are KV heads.
     """
 
     released: tuple[str, ...] = ()
     observations: tuple[Observation, ...] = ()
+    cuts: tuple[Cut, ...] = ()
     grown: Mapping[str, Blocks] = field(default_factory=dict)
     redirected: Mapping[bool, Redirected] = field(default_factory=dict)
 

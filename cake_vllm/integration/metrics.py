@@ -16,6 +16,9 @@ _COUNTERS = {
     "rounding_tokens": "Tokens of memory held beyond the policy's choice, because it is dealt out in whole pages and "
     "blocks; mean over layers and KV heads.",
     "trims": "Times that a request gave blocks back before the end of its prompt or while decoding.",
+    "cuts": "Times that a request was cut because memory was short.",
+    "cut_blocks": "Blocks that cuts gave back.",
+    "preemptions_avoided": "Steps for which the running requests would have found too few blocks without cuts.",
     "in_place": "Evictions that reused the prompt's own blocks because the pool had none to spare.",
     "postponed": "Evictions put off because neither the pool nor the request had blocks to write to.",
     "failures": "Evictions given up because the policy raised; the request keeps what it holds.",
@@ -27,20 +30,30 @@ class EvictionStats(KVConnectorStats):
 
     ``data`` holds the counters by name; ``kept_tokens``, the tokens kept by layer, mean over its heads, summed over the
     requests; and of the ``head_requests`` among them whose heads keep different numbers ``kept_by_head``, the tokens
-    by layer and head.
+    by layer and head. ``in_force`` is how things stand at its end: the smallest budget to which a running request was
+    cut (the longest possible request if none was), and how many are at their floors; empty while nobody asked.
     """
 
     @classmethod
     def empty(cls) -> "EvictionStats":
         """Statistics of nothing."""
-        return cls({**dict.fromkeys(_COUNTERS, 0), "kept_tokens": [], "head_requests": 0, "kept_by_head": []})
+        return cls(
+            {**dict.fromkeys(_COUNTERS, 0), "kept_tokens": [], "head_requests": 0, "kept_by_head": [], "in_force": []}
+        )
 
     def record(
-        self, eviction: Eviction, num_blocks: int, block_size: int, in_place: bool, prompt_len: int | None
+        self,
+        eviction: Eviction,
+        num_blocks: int,
+        block_size: int,
+        in_place: bool,
+        prompt_len: int | None,
+        is_cut: bool = False,
     ) -> None:
         """Adds an eviction, by which a request came to hold ``num_blocks`` blocks fewer.
 
-        ``prompt_len`` is the length at which its prompt ended, if it ended with this eviction.
+        ``prompt_len`` is the length at which its prompt ended, if it ended with this eviction; ``is_cut``, whether it
+        was because memory was short.
         """
         self.data["freed_blocks"] += num_blocks
         self.data["evicted_tokens"] += num_blocks * block_size
@@ -54,6 +67,9 @@ class EvictionStats(KVConnectorStats):
             self._add_kept([mean(heads) for heads in eviction.kept])
             if eviction.by_head:
                 self._add_heads(1, eviction.kept)
+        elif is_cut:
+            self.data["cuts"] += 1
+            self.data["cut_blocks"] += num_blocks
         elif num_blocks:
             self.data["trims"] += 1
 
@@ -63,6 +79,7 @@ class EvictionStats(KVConnectorStats):
             self.data[name] += other.data[name]
         self._add_kept(other.data["kept_tokens"])
         self._add_heads(other.data["head_requests"], other.data["kept_by_head"])
+        self.data["in_force"] = other.data["in_force"] or self.data["in_force"]
         return self
 
     def reduce(self) -> dict[str, int | float]:
@@ -75,6 +92,8 @@ class EvictionStats(KVConnectorStats):
         if self.data["head_requests"]:
             heads = [tokens / self.data["head_requests"] for layer in self.data["kept_by_head"] for tokens in layer]
             line |= {"least of a KV head": round(min(heads), 1), "most of a KV head": round(max(heads), 1)}
+        if self.data["in_force"]:
+            line["budget in force"], line["requests at their floor"] = self.data["in_force"]
         return line
 
     def reset(self) -> None:
@@ -130,6 +149,18 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
             multiprocess_mode="mostrecent",
         )
 
+        self._in_force = [
+            gauge_cls(f"vllm:kv_eviction_{name}", text, labelnames=labelnames, multiprocess_mode="mostrecent")
+            for name, text in (
+                (
+                    "budget_in_force",
+                    "Smallest budget to which a running request was cut, tokens per layer; if none "
+                    "was, the longest possible request.",
+                ),
+                ("requests_at_floor", "Running requests that cannot be cut any further."),
+            )
+        ]
+
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Adds one interval."""
         for name, counter in self._counters.items():
@@ -138,6 +169,8 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
         if requests:
             for layer, tokens in enumerate(transfer_stats_data["kept_tokens"]):
                 self._kept.labels(*labels, str(layer)).set(tokens / requests)
+        for gauge, value in zip(self._in_force, transfer_stats_data["in_force"], strict=False):
+            gauge.labels(*labels).set(value)
         by_head = transfer_stats_data["head_requests"]
         for layer, heads in enumerate(transfer_stats_data["kept_by_head"] if by_head else ()):
             for head, tokens in enumerate(heads):

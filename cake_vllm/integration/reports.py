@@ -9,7 +9,7 @@ the output of the step in which it was made, and the front end keeps the last on
 Requests that ask for no report are not looked at.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.v1.engine.output_processor import RequestState
@@ -18,15 +18,23 @@ from cake_vllm.config import OFF, REPORT_KEY, KVEvictionConfig
 from cake_vllm.integration.front.patching import wrap
 
 
-def report(config: KVEvictionConfig | None, kept: list[int | list[int]] | None) -> dict[str, Any]:
+def report(
+    config: KVEvictionConfig | None, kept: list[int | list[int]] | None, cut_to: Sequence[int] = ()
+) -> dict[str, Any]:
     """The entry of ``kv_transfer_params`` for a request.
 
     Args:
         config: its settings; ``None`` if it is not to be evicted.
         kept: tokens that each layer held after the last eviction, or each KV head of it where heads compete; ``None``
             before the first.
+        cut_to: where budgets are elastic, tokens per layer that it was cut to when memory was short, each time.
     """
-    settings = {"policy": config.policy_name if config else OFF, "budget": config.budget if config else None}
+    settings: dict[str, Any] = {
+        "policy": config.policy_name if config else OFF,
+        "budget": config.budget if config else None,
+    }
+    if config is not None and config.is_elastic:
+        settings["cut_to"] = list(cut_to)
     return {"kv_eviction": {**settings, "kept_tokens": kept}}
 
 

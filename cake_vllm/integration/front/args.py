@@ -65,7 +65,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         metavar="N|F|auto",
         help="A whole number is the mean number of tokens that a layer keeps of a request, the window included; a "
-        "fraction in (0, 1] is a share of the prompt; auto divides the pool among the requests. "
+        "fraction in (0, 1] is a share of the prompt; auto keeps prompts whole until memory is short. "
         f"Default {DEFAULT_BUDGET}.",
     )
     group.add_argument(

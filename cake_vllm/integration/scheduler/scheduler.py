@@ -6,7 +6,7 @@ Runs in the scheduler's process and touches no KV tensor.
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.config import SchedulerConfig
@@ -17,8 +17,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
-from cake_vllm.config import AUTO, REPORT_KEY, KVEvictionConfig
+from cake_vllm.config import REPORT_KEY, KVEvictionConfig
 from cake_vllm.integration.messages import Blocks, Counts, Eviction, Grant, Observation, Redirected, StepPlan
+from cake_vllm.integration.messages import Cut as CutRequest
 from cake_vllm.integration.metrics import EvictionStats
 from cake_vllm.integration.reports import report
 from cake_vllm.integration.scheduler.cache_manager import (
@@ -28,6 +29,7 @@ from cake_vllm.integration.scheduler.cache_manager import (
     compute_at_least,
     num_shared,
 )
+from cake_vllm.integration.scheduler.elastic import Holding, highest_cap
 from cake_vllm.integration.scheduler.spec import evictable_groups
 
 logger = init_logger("vllm.cake_vllm.scheduler")
@@ -44,6 +46,8 @@ class Tracked:
         num_pending: evictions that the worker has not reported yet.
         kept: tokens that each owner held after the last eviction.
         failed: whether the policy raised; the request keeps what it has from then on.
+        prompt_len: length at which its prompt ended, tokens, if it can be cut when memory is short.
+        cut_to: budgets of the cuts so far, tokens per layer, the last one last.
     """
 
     request: Request
@@ -53,6 +57,13 @@ class Tracked:
     num_pending: int = 0
     kept: Counts | None = None
     failed: bool = False
+    prompt_len: int | None = None
+    cut_to: list[int] = field(default_factory=list)
+
+    @property
+    def budget(self) -> int | None:
+        """Of the last cut."""
+        return self.cut_to[-1] if self.cut_to else None
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class Pending:
         tracked: the request as it was when the eviction was granted; if it was preempted since, it is another object.
         length: logical length of the request after the step, tokens.
         is_prompt_end: whether its prompt ended with the step.
+        is_cut: whether it is because memory is short.
         columns: by group, what the grant names.
         num_lent: how many of these, over all groups, came from the pool with this grant.
         in_place: whether some of them are blocks of its row.
@@ -72,6 +84,7 @@ class Pending:
     tracked: Tracked
     length: int
     is_prompt_end: bool
+    is_cut: bool
     columns: list[list[KVCacheBlock]]
     num_lent: int
     in_place: bool
@@ -85,6 +98,10 @@ class EvictionScheduler:
     after every chunk that leaves more than the budget; if that would free nothing, it is left alone. While it decodes
     it may have to give back a block whenever it has filled one. Preemption puts it back to the start: it will compute
     its prompt and its tokens again and be evicted at that length.
+
+    Where budgets are elastic nothing is evicted as long as the pool has what the next step takes, for running requests
+    and for the one that is admitted next. If it has not, requests that decode are cut (:mod:`.elastic`), with enough
+    for some steps more; a prompt for which all of them would have to go to their floors waits instead.
 
     In a step that evicts nothing, requests are not gone through one by one: those in prefill are in a set of their own,
     and one that decodes is in the list of the step that fills its block.
@@ -103,6 +120,11 @@ class EvictionScheduler:
         self.news: dict[str, dict[str, Any]] = {}
         self._tracked: dict[str, Tracked] = {}
         self._prefilling: dict[str, Tracked] = {}
+        # Requests that run no step yet, in the order in which vLLM will take them (by priority it looks itself).
+        self._waiting: dict[str, Tracked] = {}
+        # Requests that can be cut when memory is short.
+        self._cuttable: dict[str, Tracked] = {}
+        self._in_force = max_model_len, 0
         # Requests whose rows the worker redirects, by whether their owners are KV heads.
         self._redirected: dict[bool, set[str]] = {False: set(), True: set()}
         # By number of the step, decoding requests to look at.
@@ -117,7 +139,7 @@ class EvictionScheduler:
         every = manager.coordinator.single_type_managers
         self._managers: list[EvictingManager] = [every[group] for group in self.groups]  # type: ignore[misc]
         self._exact: list[ExactPrefixManager] = [group for group in every if isinstance(group, ExactPrefixManager)]
-        self._pool = manager.block_pool
+        self._pool, self._every = manager.block_pool, manager.coordinator
 
     def add(self, request: Request) -> None:
         """A request has arrived. What it asks for was checked in the front end."""
@@ -150,6 +172,9 @@ class EvictionScheduler:
             if tracked := self._forget(request_id):
                 self._pending = {epoch: of for epoch, of in self._pending.items() if of.tracked is not tracked}
                 self._track(Tracked(tracked.request, tracked.config))
+                self._waiting = {request_id: self._waiting.pop(request_id), **self._waiting}
+        for request_id in self._started(output):
+            self._waiting.pop(request_id, None)
         if self.news:
             # What was not picked up by the last outputs of a request will not be.
             self.news = {name: news for name, news in self.news.items() if name in self._tracked}
@@ -171,7 +196,11 @@ class EvictionScheduler:
             if self._tracked.get(tracked.request.request_id) is tracked:
                 observations.append(self._observe_decoding(tracked, output))
         return StepPlan(
-            tuple(output.finished_req_ids | set(preempted)), tuple(filter(None, observations)), grown, redirected
+            tuple(output.finished_req_ids | set(preempted)),
+            tuple(filter(None, observations)),
+            tuple(self._cuts(output)) if self._cuttable and scheduled else (),
+            grown,
+            redirected,
         )
 
     def finish(self, evictions: Mapping[str, Eviction]) -> None:
@@ -192,6 +221,7 @@ class EvictionScheduler:
             if eviction.failed:
                 tracked.failed = True
                 self._prefilling.pop(request_id, None)
+                self._cuttable.pop(request_id, None)
             num_freed = self._trade(request_id, pending, eviction) if eviction.is_traded and is_held else 0
             self.stats.record(
                 eviction,
@@ -199,6 +229,7 @@ class EvictionScheduler:
                 self.block_size,
                 pending.in_place,
                 pending.length if pending.is_prompt_end else None,
+                pending.is_cut,
             )
             logger.debug(
                 "evicted request %s at %d tokens%s: layers keep %s tokens, %d columns",
@@ -211,13 +242,14 @@ class EvictionScheduler:
 
     def _track(self, tracked: Tracked) -> None:
         request_id = tracked.request.request_id
-        self._tracked[request_id] = tracked
+        self._tracked[request_id] = self._waiting[request_id] = tracked
         if tracked.config is not None:
             self._prefilling[request_id] = tracked
 
     def _forget(self, request_id: str) -> Tracked | None:
         tracked = self._tracked.pop(request_id, None)
-        self._prefilling.pop(request_id, None)
+        for some in (self._prefilling, self._waiting, self._cuttable):
+            some.pop(request_id, None)
         if tracked is not None and tracked.by_head is not None:
             self._redirected[tracked.by_head].discard(request_id)
         return tracked
@@ -243,21 +275,6 @@ class EvictionScheduler:
         num_tokens = min(num_tokens, self.limits.max_num_batched_tokens)
         return (num_tokens // self.block_size + len(output.num_scheduled_tokens)) * len(self._managers)
 
-    def _budget(self, config: KVEvictionConfig, prompt_len: int) -> int:
-        """Tokens per layer for a request with a prompt of this length."""
-        if config.budget != AUTO:
-            return config.tokens(prompt_len, 0)
-        capacity = self._pool.num_gpu_blocks // len(self._managers) * self.block_size
-        sharing = min(len(self._tracked), self.limits.max_num_seqs)
-        if sharing > 1 or config.is_progressive:
-            # Room for one prompt in prefill, whoever's it is; the rest is divided.
-            prefill = max(tracked.request.num_tokens for tracked in self._tracked.values())
-            if config.is_progressive:
-                prefill = min(prefill, 2 * self.limits.max_num_batched_tokens)
-            # A share is rounded up to columns, beside which there is a partial block.
-            capacity = max(max(capacity - prefill, 0) // sharing - 2 * self.block_size, 0)
-        return config.tokens(prompt_len, capacity)
-
     def _observe_prompt(
         self, tracked: Tracked, config: KVEvictionConfig, output: SchedulerOutput
     ) -> Observation | None:
@@ -272,18 +289,23 @@ class EvictionScheduler:
             prompt_len = end
         if self._ends_with(request, prompt_len) and (is_last or not config.is_progressive):
             return None
-        budget = self._budget(config, prompt_len)
+        budget = config.tokens(prompt_len)
+        least = config.least_tokens(prompt_len) if config.is_elastic else budget
         is_rescored = config.num_rescoring > 0
-        if not (is_rescored or policy.is_evicted(prompt_len, budget)):
+        if not (is_rescored or policy.is_evicted(prompt_len, least)):
             return None
         # Without the whole window the scores would be others: served in full.
         is_whole = end - tracked.first_computed >= policy.num_queries
         grant = None
         if is_whole and (is_last or config.is_progressive) and policy.is_evicted(end, budget):
             grant = self._grant(tracked, end, budget, output, is_prompt_end=is_last)
+        is_cuttable = config.is_elastic and is_whole
+        if is_last and is_cuttable:
+            tracked.prompt_len = end
+            self._cuttable[request.request_id] = tracked
         if grant is None and end <= prompt_len - policy.num_queries and not config.is_progressive:
             return None
-        return self._observation(tracked, end, output, grant, is_last and not is_rescored)
+        return self._observation(tracked, end, output, grant, is_last and not (is_rescored or is_cuttable))
 
     def _observe_decoding(self, tracked: Tracked, output: SchedulerOutput) -> Observation | None:
         request, config = tracked.request, tracked.config
@@ -297,7 +319,7 @@ class EvictionScheduler:
         self._look_again(tracked, end)
         if -end % self.block_size >= config.num_watched:
             return None
-        budget = self._budget(config, request.num_prompt_tokens)
+        budget = config.tokens(request.num_prompt_tokens)
         if tracked.by_head is None and -(-end // self.block_size) <= -(-budget // self.block_size):
             return None
         # Right after its prompt an eviction may not be reported yet: the next block will do.
@@ -317,8 +339,8 @@ class EvictionScheduler:
         config, size = tracked.config, self.block_size
         assert config is not None
         num_blocks = end // size + 1
-        if tracked.by_head is None and config.budget != AUTO:
-            num_blocks = max(num_blocks, -(-self._budget(config, tracked.request.num_prompt_tokens) // size) + 1)
+        if tracked.by_head is None:
+            num_blocks = max(num_blocks, -(-config.tokens(tracked.request.num_prompt_tokens) // size) + 1)
         missing = num_blocks * size - (end + 1)
         self._due[self._step + 1 + max(missing - config.num_watched + 1, 0)].append(tracked)
 
@@ -330,8 +352,100 @@ class EvictionScheduler:
         tail = self._managers[0].req_to_blocks[request_id][(end - 1) // self.block_size].block_id
         return Observation(request_id, end, output.num_scheduled_tokens[request_id], tail, grant, is_last, own)
 
+    def _started(self, output: SchedulerOutput) -> Iterable[str]:
+        """Requests that run again or for the first time."""
+        return [*(new.req_id for new in output.scheduled_new_reqs), *output.scheduled_cached_reqs.resumed_req_ids]
+
+    def _cuts(self, output: SchedulerOutput) -> list[CutRequest]:
+        """The cuts that the next steps need; none as long as the pool has what the very next one takes."""
+        size, scheduled = self.block_size, output.num_scheduled_tokens
+        ends = {
+            name: tracked.request.num_computed_tokens + scheduled.get(name, 0)
+            for name, tracked in self._tracked.items()
+            if name not in self._waiting
+        }
+        steps, soon, later = 2 if self.limits.async_scheduling else 1, 0, 0
+        for name, end in ends.items():
+            # Beside the prompt, what it may still generate.
+            request = self._tracked[name].request
+            rest, left = request.num_tokens - end, request.max_tokens - request.num_output_tokens
+            near, far = (min(rest, self.limits.max_num_batched_tokens), rest) if rest > 0 else (steps, 2 * size)
+            soon += -(-(end + near) // size) - -(-end // size)
+            later += -(-(end + min(far, max(rest, 0) + left)) // size) - -(-end // size)
+        soon, later = (blocks * len(self._every.single_type_managers) for blocks in (soon, max(soon, later)))
+        head = self._head_blocks(len(ends))
+        free = self._pool.get_num_free_blocks()
+        if soon + head <= free:
+            return []
+        givers = {
+            name: self._holding(tracked, ends[name])
+            for name, tracked in self._cuttable.items()
+            if tracked.prompt_len != ends[name]
+            and not tracked.num_pending
+            and not self._ends_with(tracked.request, ends[name])
+        }
+        holdings, cap = list(givers.values()), None
+        if head:
+            caps = (highest_cap(holdings, short + head - free) for short in (later, soon))
+            cap = next((cap for cap in caps if cap is not None), None)
+            if cap is not None and all(cap <= holding.least for holding in holdings):
+                cap = None
+        if cap is None:
+            if soon <= free:
+                return []
+            caps = (highest_cap(holdings, short - free) for short in (later, soon))
+            cap = next((cap for cap in caps if cap is not None), 0)
+        self.stats.data["preemptions_avoided"] += soon > free and highest_cap(holdings, soon - free) is not None
+        return list(filter(None, (self._cut(name, ends[name], of, cap, output) for name, of in givers.items())))
+
+    def _head_blocks(self, num_running: int) -> int:
+        """Blocks that have to be free for the request that vLLM admits next; 0 if there is none."""
+        if not self._waiting or num_running >= self.limits.max_num_seqs:
+            return 0
+        waiting = (tracked.request for tracked in self._waiting.values())
+        if self.limits.policy == "priority":
+            request = min(waiting, key=lambda request: (request.priority, request.arrival_time))
+        else:
+            request = next(waiting)
+        hits, *_ = self._every.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)
+        in_use = sum(block.ref_cnt > 0 for row in hits for block in row)
+        return -(-request.num_tokens // self.block_size) * len(self._every.single_type_managers) - in_use
+
+    def _holding(self, tracked: Tracked, end: int) -> Holding:
+        """What a request could give; in blocks of all groups of evictable layers."""
+        assert tracked.config is not None
+        assert tracked.prompt_len is not None
+        least = tracked.config.least_tokens(tracked.prompt_len) + end - tracked.prompt_len
+        manager, request_id = self._managers[0], tracked.request.request_id
+        row, cut = manager.req_to_blocks[request_id], manager.cuts.get(request_id) or Cut()
+        held = len(row) - max(num_shared(row), cut.num_traded) + len(cut.columns)
+        return Holding(held * len(self._managers), self._cut_blocks(least) * len(self._managers))
+
+    def _cut_blocks(self, budget: int) -> int:
+        """Blocks that a request holds at most once it is cut to ``budget`` tokens: columns and a partial block."""
+        return -(-(budget + self.block_size) // self.block_size) + 1
+
+    def _cut(self, request_id: str, end: int, holding: Holding, cap: int, output: SchedulerOutput) -> CutRequest | None:
+        if not holding.given(cap):
+            return None
+        tracked = self._cuttable[request_id]
+        budget = (max(cap, holding.least) // len(self._managers) - 2) * self.block_size
+        grant = self._grant(tracked, end, budget, output, is_prompt_end=False, prompt_len=tracked.prompt_len)
+        if grant is None:
+            return None
+        tracked.cut_to.append(grant.budget)
+        own = tracked.config if tracked.config is not self.config else None
+        row = _ids(manager.req_to_blocks[request_id][: -(-end // self.block_size)] for manager in self._managers)
+        return CutRequest(request_id, end, row, grant, own)
+
     def _grant(
-        self, tracked: Tracked, end: int, budget: int, output: SchedulerOutput, is_prompt_end: bool | None = None
+        self,
+        tracked: Tracked,
+        end: int,
+        budget: int,
+        output: SchedulerOutput,
+        is_prompt_end: bool | None = None,
+        prompt_len: int | None = None,
     ) -> Grant | None:
         """Leave to evict a request, and the columns for it.
 
@@ -340,7 +454,8 @@ class EvictionScheduler:
             end: its logical length after the step.
             budget: mean tokens per layer.
             output: the step.
-            is_prompt_end: ``None`` while it decodes.
+            is_prompt_end: ``None`` while it decodes, unless it is cut.
+            prompt_len: of a request that is cut, see :class:`Grant`.
 
         Returns:
             ``None`` if nothing would be freed, or if neither the pool nor the request has blocks to write to.
@@ -362,10 +477,12 @@ class EvictionScheduler:
             for group in self._exact:
                 group.exact_len[request_id] = end
         tail = _ids(manager.req_to_blocks[request_id][num_blocks:] for manager in self._managers)
-        grant = Grant(next(self._epochs), budget, divides, tracked.by_head, _ids(columns), tail)
+        grant = Grant(next(self._epochs), budget, divides, tracked.by_head, _ids(columns), tail, prompt_len)
         tracked.num_pending += 1
         cut = self._managers[0].cuts[request_id]
-        self._pending[grant.epoch] = Pending(tracked, end, bool(is_prompt_end), columns, num_lent, in_place, cut)
+        self._pending[grant.epoch] = Pending(
+            tracked, end, bool(is_prompt_end), prompt_len is not None, columns, num_lent, in_place, cut
+        )
         return grant
 
     def _columns(
@@ -394,7 +511,8 @@ class EvictionScheduler:
         if missing * len(cuts) + (missing and self._next_blocks(output)) > self._pool.get_num_free_blocks():
             for blocks, manager, cut in zip(own, self._managers, cuts, strict=True):
                 row = manager.req_to_blocks[request_id][:num_blocks]
-                blocks += row[max(num_shared(row), cut.num_traded) :][:missing]
+                # The last of them: the beginning of a prefix can be hit as long as nobody else needs its blocks.
+                blocks += row[max(num_shared(row), cut.num_traded) :][-missing:]
         counts = [missing - len(blocks) for blocks in own]
         if sum(counts) > self._pool.get_num_free_blocks():
             self.stats.data["postponed"] += 1
@@ -409,6 +527,18 @@ class EvictionScheduler:
             cut.columns = cut.columns + new
             manager.cuts[request_id] = cut
         return columns, sum(counts), any(own)
+
+    def take_stats(self) -> EvictionStats | None:
+        """What happened since the last call; ``None`` if nothing did."""
+        budgets = [of.budget for of in self._cuttable.values() if of.budget is not None]
+        at_floor = sum(_is_at_floor(tracked) for tracked in self._cuttable.values())
+        in_force = min(budgets, default=self.max_model_len), at_floor
+        if self.stats.is_empty() and in_force == self._in_force:
+            return None
+        stats, self.stats, self._in_force = self.stats, EvictionStats.empty(), in_force
+        if self.config.is_elastic:
+            stats.data["in_force"] = list(in_force)
+        return stats
 
     def _trade(self, request_id: str, pending: Pending, eviction: Eviction) -> int:
         """Frees what the request gave up; returns by how many blocks fewer it holds now than before the grant, if any.
@@ -425,6 +555,13 @@ class EvictionScheduler:
         return max(len(freed) - pending.num_lent, 0)
 
 
+def _is_at_floor(tracked: Tracked) -> bool:
+    assert tracked.config is not None
+    assert tracked.prompt_len is not None
+    num_output = tracked.request.num_tokens - tracked.prompt_len
+    return tracked.budget is not None and tracked.budget - num_output <= tracked.config.least_tokens(tracked.prompt_len)
+
+
 def kept_tokens(kept: Counts | None) -> list[int | list[int]] | None:
     """As people read it: a number for each layer, or one for each KV head where heads may differ."""
     return None if kept is None else [layer[0] if len(layer) == 1 else list(layer) for layer in kept]
@@ -438,7 +575,7 @@ def _report(tracked: Tracked) -> dict[str, Any] | None:
     """What a request gets to hear, if it asked."""
     if not (_asked(tracked.request) or {}).get(REPORT_KEY):
         return None
-    return report(tracked.config, kept_tokens(tracked.kept))
+    return report(tracked.config, kept_tokens(tracked.kept), tracked.cut_to)
 
 
 def _asked(request: Request) -> dict[str, Any] | None:

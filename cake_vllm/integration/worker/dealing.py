@@ -59,6 +59,10 @@ class Reads:
     length: int
     missing: list[int]
 
+    def missing_tokens(self, block_size: int) -> list[int]:
+        """For each head, tokens by which it has fewer."""
+        return [pages * block_size for pages in self.missing]
+
     def valid(self, block_size: int) -> torch.Tensor | None:
         """``[Hkv, length]`` bool, where there is something; ``None`` if it is everywhere."""
         if not any(self.missing):

@@ -17,7 +17,16 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from cake_vllm.config import KVEvictionConfig
-from cake_vllm.integration.messages import Counts, Eviction, EvictionReport, Grant, Observation, Redirected, StepPlan
+from cake_vllm.integration.messages import (
+    Counts,
+    Cut,
+    Eviction,
+    EvictionReport,
+    Grant,
+    Observation,
+    Redirected,
+    StepPlan,
+)
 from cake_vllm.integration.scheduler.spec import evictable_groups
 from cake_vllm.integration.worker.attention import STEP, EvictingImpl, Rows, StepWork
 from cake_vllm.integration.worker.dealing import Held, Reads, move, read, redeal
@@ -28,9 +37,52 @@ from cake_vllm.policies import LayerInputs, LayerScore, PagedPrompt, Policy
 logger = init_logger("vllm.cake_vllm.worker")
 
 
+class Worth:
+    """What the positions of a prompt are worth, kept for whenever memory is short; in half precision.
+
+    Every cut chooses among all positions by the same scores, as far as they are still there: cut in several steps, a
+    request keeps what it would keep if it were cut at once.
+
+    Attributes:
+        places: by layer, for each KV head the ``[n]`` ascending positions of the candidates that it holds; none before
+            the first cut, when it holds them all.
+    """
+
+    def __init__(self, scores: Sequence[LayerScore]):
+        self._scores = [_cast(score, torch.bfloat16) for score in scores]
+        self.places: dict[int, list[torch.Tensor]] = {}
+
+    @property
+    def scores(self) -> list[LayerScore]:
+        """Of all layers, over the whole prompt."""
+        return [_cast(score, torch.float32) for score in self._scores]
+
+    def in_cache(self, layer: int, ranks: torch.Tensor, missing: Sequence[int]) -> torch.Tensor:
+        """``[Hkv, C]`` ranks of positions as ranks of what a layer holds, where ``missing`` entries are not there."""
+        if layer not in self.places:
+            return ranks
+        rows = [row[place] for row, place in zip(ranks, self.places[layer], strict=True)]
+        return torch.stack(
+            [torch.nn.functional.pad(row, (n, 0), value=float("-inf")) for row, n in zip(rows, missing, strict=True)]
+        )
+
+    def keep(self, layer: int, chosen: Sequence[torch.Tensor], cached: PagedPrompt, missing: Sequence[int]) -> None:
+        """What a layer holds from now on: of what it held, for each head the ``chosen`` entries of full blocks."""
+        num_candidates = cached.prompt_len - cached.window
+        rest = torch.arange(cached.full_len, max(num_candidates, cached.full_len), device=chosen[0].device)
+        places = [torch.cat([head[head < num_candidates], rest]) - n for head, n in zip(chosen, missing, strict=True)]
+        if layer in self.places:
+            places = [before[head] for before, head in zip(self.places[layer], places, strict=True)]
+        self.places[layer] = places
+
+
+def _cast(score: LayerScore, dtype: torch.dtype) -> LayerScore:
+    return replace(score, indicator=score.indicator.to(dtype), extra=tuple(tensor.to(dtype) for tensor in score.extra))
+
+
 @dataclass
 class Watched:
-    """What is remembered of a request between its steps or, beside the queries, between the layers of one.
+    """What is remembered of a request between its steps or, beside queries and worth, between the layers of one.
 
     Attributes:
         queries: by layer, the last queries computed so far, as many as the policy needs: ``[n, Hq, D]``.
@@ -40,6 +92,7 @@ class Watched:
         chosen: by layer, for each KV head the positions to keep, whole pages of them.
         ranks: by layer, what they were chosen by, if that is traced.
         error: what the policy raised.
+        worth: of its prompt, once it was cut; in place of the queries.
     """
 
     queries: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -49,6 +102,7 @@ class Watched:
     chosen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     ranks: dict[int, torch.Tensor] = field(default_factory=dict)
     error: Exception | None = None
+    worth: Worth | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +176,7 @@ class EvictionWorker:
         self.group, self.stage = get_tp_group(), get_pp_group().rank_in_group
         self._watched: dict[str, Watched] = {}
         self._observations: list[Observation] = []
+        self._cuts: tuple[Cut, ...] = ()
         self._held: dict[str, Held] = {}
         #: What evicted prompts keep of their full blocks, for tests: by request id and layer, the positions of each
         #: head; ``None`` for a layer that keeps everything.
@@ -151,6 +206,7 @@ class EvictionWorker:
             self._held.pop(req_id, None)
             for rows in self._rows.values():
                 rows.discard(req_id)
+        self._cuts = plan.cuts
         if plan.grown:
             for rows in self._rows.values():
                 rows.append(plan.grown)
@@ -186,6 +242,9 @@ class EvictionWorker:
             for what in observations
             if what.grant is not None
         }
+        for cut in self._cuts:
+            evictions[cut.req_id] = self._evict(cut, cut.grant, self._recall(cut))
+        self._cuts = ()
         for what in observations:
             if what.is_last:
                 del self._watched[what.req_id]
@@ -329,11 +388,35 @@ class EvictionWorker:
             valid,
         )
 
-    def _evict(self, what: Observation, grant: Grant, watched: Watched) -> Eviction:
+    def _recall(self, cut: Cut) -> Watched:
+        """What a request that is cut reads, and what its prompt is worth: judged at the first time."""
+        watched, held, grid = self._watched.setdefault(cut.req_id, Watched()), self._held.get(cut.req_id), self.grid
+        policy = (cut.config or self.config).policy
+        watched.rows = [to_device(blocks, torch.int64, grid.pages.device) for blocks in cut.row]
+        try:
+            for index in range(len(self.layers)):
+                watched.reads[index] = read(grid, index, held, watched.rows, cut.end, self.block_size)
+            if watched.worth is None:
+                assert cut.grant.prompt_len is not None
+                scores, heads = [], self.layers[0].impl.num_heads
+                none = torch.empty(0, heads, self.layers[0].impl.head_size, device=grid.pages.device)
+                for index, reads in watched.reads.items():
+                    prompt = replace(reads, length=cut.grant.prompt_len)
+                    queries = watched.queries.get(index, none)
+                    scores.append(policy.judge(self._inputs(policy, index, queries, prompt)))
+                watched.worth = Worth(scores)
+                watched.queries.clear()
+        except Exception as error:
+            watched.error = error
+        return watched
+
+    def _evict(self, what: Observation | Cut, grant: Grant, watched: Watched) -> Eviction:
         """Moves what a request keeps, or leaves it with what it reads if its policy raises."""
         config, held, num_blocks = what.config or self.config, self._held.get(what.req_id), what.end // self.block_size
         each = self.grid.num_heads if grant.by_head else 1
         protected, indices = config.policy.protected, range(len(self.layers))
+        if grant.prompt_len is not None:
+            protected += what.end - grant.prompt_len
         counts = held.counts if held else ((grant.budget - protected,) * each,) * len(self.layers)
         new, moved = None, []
         self._share_failures(watched)
@@ -341,7 +424,7 @@ class EvictionWorker:
             if watched.error is not None:
                 raise watched.error
             if grant.divides:
-                counts = self._divide(config.policy, what.end, grant.budget, watched)
+                counts = self._divide(config, what.end, grant, watched)
             if len(watched.chosen) == len(self.layers):
                 chosen = [watched.chosen[index] for index in indices]
                 new, last = self._deal(config, num_blocks, grant, held, chosen, counts)
@@ -384,27 +467,43 @@ class EvictionWorker:
             failed=watched.error is not None,
         )
 
-    def _divide(self, policy: Policy, end: int, budget: int, watched: Watched) -> Counts:
+    def _divide(self, config: KVEvictionConfig, end: int, grant: Grant, watched: Watched) -> Counts:
         """Divides the budget among the owners and chooses what each keeps.
 
         Layers compete over all tensor-parallel ranks, which add up their heads' statistics; heads inside a rank.
         """
-        by_head = policy.selection != "layer"
-        scores = [watched.scores[index] for index in range(len(self.layers))]
+        policy, by_head = config.policy, config.policy.selection != "layer"
+        # What was generated since the prompt's end stays.
+        num_new = end - grant.prompt_len if grant.prompt_len is not None else 0
+        budget, protected = grant.budget - num_new, policy.protected + num_new
+        if config.is_elastic and watched.worth is None:
+            watched.worth = Worth([watched.scores[index] for index in range(len(self.layers))])
+        worth = watched.worth
+        scores = worth.scores if worth else [watched.scores[index] for index in range(len(self.layers))]
         if not by_head and self.group.world_size > 1 and scores[0].terms.numel():
             terms = self.group.all_reduce(torch.stack([score.terms for score in scores]))
             scores = [replace(score, terms=of_layer) for score, of_layer in zip(scores, terms, strict=True)]
-        given = policy.head_budgets(scores, end, budget)
+        given = policy.head_budgets(scores, end - num_new, budget)
         counts = []
         for index, (score, of_layer) in enumerate(zip(scores, given, strict=True)):
             reads = watched.reads[index]
-            cached = PagedPrompt(reads.length, policy.protected, self.block_size)
-            lengths = [reads.length - missing * self.block_size for missing in reads.missing]
-            of_layer = [min(count, has - policy.protected) for count, has in zip(of_layer, lengths, strict=True)]
-            ranks = policy.ranks(score, reads.length, min(1.0, budget / reads.length), of_layer)
+            cached, missing = (
+                PagedPrompt(reads.length, protected, self.block_size),
+                reads.missing_tokens(self.block_size),
+            )
+            of_layer = [
+                min(count, reads.length - absent - protected) for count, absent in zip(of_layer, missing, strict=True)
+            ]
+            judged = end - num_new if worth else reads.length
+            ranks = policy.ranks(score, judged, min(1.0, budget / judged), of_layer)
+            if worth:
+                ranks = worth.in_cache(index, ranks, missing)
             if self.trace is not None:
                 watched.ranks[index] = ranks
-            watched.chosen[index] = cached.positions(ranks, [cached.pages(count) for count in of_layer])
+            chosen = cached.positions(ranks, [cached.pages(count) for count in of_layer])
+            if worth:
+                worth.keep(index, chosen, cached, missing)
+            watched.chosen[index] = chosen
             counts.append(tuple(of_layer) if by_head else (of_layer[0],))
         return tuple(counts)
 
@@ -430,7 +529,7 @@ class EvictionWorker:
         return Held(grant.by_head, num_blocks, pages, needs, used, num_columns, counts), last
 
     def _as_it_is(
-        self, what: Observation, grant: Grant, watched: Watched, new: Held | None, moved: Sequence[int]
+        self, what: Observation | Cut, grant: Grant, watched: Watched, new: Held | None, moved: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
         """What a request reads whose eviction did not come to its end: some owners may have moved, the others have not.
 

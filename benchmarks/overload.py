@@ -1,0 +1,222 @@
+"""More requests than the memory holds: stock vLLM, fixed budgets, and budgets that shrink when memory is short.
+
+Requests arrive at random (Poisson) at multiples of the rate that the stock server can carry, which is measured first by
+sending everything at once. Prompts are pieces of real text of mixed length; a third of them asks for a hidden number,
+a third for the continuation of a passage that stands earlier in the text, and the last third for nothing that has an
+answer. ``good/s``: requests per second whose first token and whose time per token keep the limits. ``copy``: share of
+the passage's continuation before the first error. ``needle``: share of numbers found.
+
+    python benchmarks/overload.py MODEL --out benchmarks/results/overload.json
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "deploy"))
+
+from common import speeches, write
+from demo import samples, server
+
+QUESTION = (
+    "\n\nWhat is the special magic number for the harbour mentioned in the text? The special magic number for the "
+)
+QUESTION += "harbour mentioned in the text is"
+GIVEN, ASKED = 12, 24
+SERIES = ("vllm:num_preemptions_total", "vllm:kv_eviction_cuts_total", "vllm:kv_eviction_requests_total")
+
+
+def make_requests(tokenizer: Any, args: argparse.Namespace, seed: int) -> list[dict[str, str]]:
+    """Prompts with their task and what to expect; other pieces of text for every seed."""
+    dice = random.Random(seed)
+    ids = list(itertools.chain.from_iterable(tokenizer(text)["input_ids"] for text in speeches()[:20]))
+    requests = []
+    for index in range(args.requests):
+        length = dice.randint(*args.lengths)
+        start = dice.randrange(len(ids) - length)
+        piece, place = ids[start : start + length], dice.randrange(length // 10, length * 3 // 4)
+        task = ("copy", "needle", "text")[index % 3]
+        prompt, expected = tokenizer.decode(piece), ""
+        if task == "copy":
+            prompt += "\n\n" + tokenizer.decode(piece[place : place + GIVEN])
+            expected = tokenizer.decode(piece[place + GIVEN : place + GIVEN + ASKED])
+        elif task == "needle":
+            expected = str(dice.randrange(10000, 99999))
+            fact = f" The special magic number for the harbour is {expected}. "
+            prompt = tokenizer.decode(piece[:place]) + fact + tokenizer.decode(piece[place:]) + QUESTION
+        requests.append({"task": task, "prompt": prompt, "expected": expected})
+    return requests
+
+
+def score(request: dict[str, str], answer: str) -> float:
+    """How right an answer is, from 0 to 1."""
+    expected = request["expected"]
+    if request["task"] == "needle":
+        return float(expected in answer)
+    pairs = enumerate(zip(answer, expected, strict=False))
+    right = next((index for index, (a, b) in pairs if a != b), min(len(answer), len(expected)))
+    return right / len(expected)
+
+
+def counters(url: str) -> dict[str, float]:
+    """Current values of :data:`SERIES`."""
+    found = dict.fromkeys(SERIES, 0.0)
+    for series, _, value in samples(url, "|".join(SERIES)):
+        found[series] += value
+    return found
+
+
+def load(url: str, requests: list[dict[str, str]], rate: float, args: argparse.Namespace) -> dict[str, Any]:
+    """Sends the requests at ``rate`` per second, and returns the figures of the run."""
+    before = counters(url)
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.jsonl"
+        prompts.write_text("".join(json.dumps({"prompt": request["prompt"]}) + "\n" for request in requests))
+        command = [str(Path(sys.executable).parent / "vllm"), "bench", "serve", "--backend", "openai"]
+        command += [
+            "--base-url",
+            url,
+            "--model",
+            "demo",
+            "--tokenizer",
+            args.model,
+            "--num-prompts",
+            str(len(requests)),
+        ]
+        command += ["--dataset-name", "custom", "--dataset-path", str(prompts), "--skip-chat-template"]
+        command += ["--custom-output-len", str(args.output_len), "--disable-shuffle", "--seed", "0"]
+        command += ["--request-rate", str(rate), "--ignore-eos", "--temperature", "0", "--disable-tqdm"]
+        command += ["--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", "result.json"]
+        env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+        done = subprocess.run(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError("vllm bench serve failed:\n" + done.stdout[-3000:])
+        client = json.loads((Path(folder) / "result.json").read_text())
+    counted = {series: value - before[series] for series, value in counters(url).items()}
+    ttft, tpot = np.array(client["ttfts"]), np.array([float(np.mean(itls)) for itls in client["itls"]])
+    is_good = (ttft <= args.ttft) & (tpot <= args.tpot)
+    tasks: dict[str, list[float]] = {"copy": [], "needle": []}
+    for request, answer in zip(requests, client["generated_texts"], strict=True):
+        if request["expected"]:
+            tasks[request["task"]].append(score(request, answer))
+    return {
+        "rate": rate,
+        "completed": client["completed"],
+        "seconds": client["duration"],
+        "requests/s": client["completed"] / client["duration"],
+        "good/s": float(is_good.sum()) / client["duration"],
+        "within limits": float(is_good.mean()),
+        "TTFT p50 s": float(np.percentile(ttft, 50)),
+        "TTFT p99 s": float(np.percentile(ttft, 99)),
+        "TPOT p50 s": float(np.percentile(tpot, 50)),
+        "TPOT p99 s": float(np.percentile(tpot, 99)),
+        "tokens/s": client["output_throughput"],
+        "preemptions": counted["vllm:num_preemptions_total"],
+        "cuts": counted["vllm:kv_eviction_cuts_total"],
+        **{task: float(np.mean(scores)) for task, scores in tasks.items()},
+        "raw": {"ttft": ttft.round(3).tolist(), "tpot": tpot.round(4).tolist(), **tasks},
+    }
+
+
+def draw(results: dict[str, Any], file: Path) -> None:
+    """Goodput and accuracy over load."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {"good/s": "requests per second within the limits", "copy": "copy", "needle": "needle"}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 3.6), layout="constrained")
+    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+        for name, runs in results["servers"].items():
+            axis.plot([float(load) for load in runs], [run[key] for run in runs.values()], marker="o", label=name)
+        axis.set(title=title, xlabel="load, multiples of what stock carries", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a model directory")
+    parser.add_argument("--requests", type=int, default=36, help="of each run, a multiple of three")
+    parser.add_argument("--lengths", type=int, nargs=2, default=[300, 1500], help="shortest and longest text, tokens")
+    parser.add_argument("--output-len", type=int, default=192)
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 1, 2, 4], help="multiples of stock's capacity")
+    parser.add_argument("--pool-tokens", type=int, default=6000, help="tokens that the pool holds")
+    parser.add_argument("--policy", default="layer-defensivekv")
+    parser.add_argument("--floor", type=float, default=0.1, help="of the elastic budget, a share of the prompt")
+    parser.add_argument("--ttft", type=float, default=10.0, help="limit of the first token, seconds")
+    parser.add_argument("--tpot", type=float, default=0.3, help="limit of the time per token, seconds")
+    parser.add_argument("--servers", nargs="+", help="some of them only")
+    parser.add_argument("--out", type=Path, help="where to write the JSON, and a PNG beside it")
+    args = parser.parse_args()
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    longest = args.lengths[1] + args.output_len + 200
+    common = [
+        "--block-size",
+        "32",
+        "--enforce-eager",
+        "--max-model-len",
+        str(longest),
+        "--max-num-batched-tokens",
+        "512",
+    ]
+    common += ["--num-gpu-blocks-override", str(args.pool_tokens // 32 + 1)]
+    policy = ["--kv-eviction", args.policy, "--kv-eviction-budget"]
+    servers = {
+        "stock": [],
+        # Admits only what it can carry to its end.
+        "stock, cautious": [
+            "--max-num-seqs",
+            str(max(args.pool_tokens // (sum(args.lengths) // 2 + args.output_len), 1)),
+        ],
+        "10%": [*policy, "0.1"],
+        "20%": [*policy, "0.2"],
+        "auto": [*policy, "auto", "--kv-eviction-config", json.dumps({"min_tokens": args.floor})],
+    }
+    results: dict[str, Any] = {"limits": {"ttft": args.ttft, "tpot": args.tpot}, "servers": {}}
+    for name, flags in servers.items():
+        if args.servers and name not in args.servers:
+            continue
+        with server(args.model, *common, *flags) as url:
+            load(url, make_requests(tokenizer, args, 99)[:3], float("inf"), args)
+            if "capacity" not in results:
+                results["capacity"] = load(url, make_requests(tokenizer, args, 0), float("inf"), args)["requests/s"]
+            runs = results["servers"][name] = {}
+            for seed, times in enumerate(args.loads, start=1):
+                # Fresh prompts for each load: none is in the prefix cache.
+                runs[str(times)] = load(url, make_requests(tokenizer, args, seed), times * results["capacity"], args)
+                figures = {key: value for key, value in runs[str(times)].items() if key != "raw"}
+                print(name, times, json.dumps({key: round(value, 3) for key, value in figures.items()}), flush=True)
+    columns = ("good/s", "within limits", "TTFT p50 s", "TTFT p99 s", "TPOT p50 s", "tokens/s", "preemptions", "cuts")
+    print(
+        "\n| server | load | " + " | ".join((*columns, "copy", "needle")) + " |\n" + "|---" * (len(columns) + 4) + "|"
+    )
+    for name, runs in results["servers"].items():
+        for times, run in runs.items():
+            print(
+                f"| {name} | {times} | " + " | ".join(f"{run[key]:,.2f}" for key in (*columns, "copy", "needle")) + " |"
+            )
+    write(args.out, results)
+    if args.out:
+        draw(results, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
