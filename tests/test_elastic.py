@@ -149,13 +149,13 @@ def cut_once(engine: Engine, request_id: str, budget: int) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", ["cake", "layer-defensivekv", "criticaladakv", "pyramidkv", "knorm"])
+@pytest.mark.parametrize("name", ["cake", "layer-defensivekv", "criticaladakv", "knorm"])
 def test_cut_in_steps_or_at_once(tiny, name, same_on_both):
     """What is kept after several cuts is what one cut to the last budget keeps; and generated tokens all stay."""
     prompt = numbers(100, 1000)
     engine = elastic(tiny, 1500, kv_eviction=name, kv_eviction_config={"min_tokens": 64})
 
-    def run(budgets: list[int | None]) -> tuple[list, list[int]]:
+    def run(budgets: list[int | None]) -> tuple[list, list]:
         engine.forget_prefixes()
         request = engine.add(prompt, 60)
         for _ in range(2):
@@ -166,21 +166,22 @@ def test_cut_in_steps_or_at_once(tiny, name, same_on_both):
             else:
                 cut_once(engine, request, budget)
                 lengths = [len(head) for layer in held(engine, request) for head in layer]
-                assert np.mean(lengths) <= budget
-        kept = held(engine, request)
-        done = engine.run()
-        return kept, done[request]
+                # Rounded up to blocks once for all, and to pages in each head; beside a partial block.
+                assert np.mean(lengths) <= budget + 3 * 32
+        (watched,) = engine.connector.worker._watched.values()
+        kept, scores = held(engine, request), watched.worth.scores
+        engine.run()
+        return kept, scores
 
     # The same number of tokens is generated before the last cut, so that what is left for the prompt is the same.
-    at_once, _ = run([None, None, None, None, 300])
+    at_once, scores = run([None, None, None, None, 300])
     in_steps, _ = run([800, None, 500, None, 300])
-    differ = sum(
-        len(set(a) ^ set(b)) for one, two in zip(at_once, in_steps, strict=True) for a, b in zip(one, two, strict=True)
-    )
-    total = sum(len(head) for layer in at_once for head in layer)
-    # Pages are filled with the next best of what is there.
-    assert differ <= 0.02 * total
-    assert 4 * 2 * 200 < total < 4 * 2 * 330
+    for score, *layers in zip(scores, at_once, in_steps, strict=True):
+        for worth, one, two in zip(score.indicator, *layers, strict=True):
+            swapped = sorted(set(one) ^ set(two))
+            # Of positions whose scores are equal in half precision, any may stay.
+            assert not swapped or worth[swapped].min() == worth[swapped].max(), name
+    assert 4 * 2 * 200 < sum(len(head) for layer in at_once for head in layer) < 4 * 2 * (300 + 3 * 32)
 
 
 @pytest.mark.engine

@@ -14,6 +14,9 @@ COUNTED = (
     "freed_blocks",
     "rounding_tokens",
     "trims",
+    "cuts",
+    "cut_blocks",
+    "preemptions_avoided",
     "in_place",
     "postponed",
     "failures",
@@ -60,6 +63,21 @@ def test_while_a_request_decodes():
     # Rewritten, and nothing given back.
     assert counters(count(BY_LAYER, freed=0, prompt_len=None)) == {}
     assert count(BY_LAYER, prompt_len=None).data["kept_tokens"] == []
+
+
+def test_cuts_are_counted_apart():
+    stats = EvictionStats.empty()
+    stats.record(BY_LAYER, 5, BLOCK, False, None, is_cut=True)
+    assert counters(stats) == {"freed_blocks": 5, "evicted_tokens": 5 * 32, "cuts": 1, "cut_blocks": 5}
+
+
+def test_how_things_stand_is_of_the_last_interval():
+    stats, quiet, late = count(BY_LAYER), EvictionStats.empty(), EvictionStats.empty()
+    stats.data["in_force"], late.data["in_force"] = [300, 0], [200, 4]
+    assert stats.aggregate(quiet).data["in_force"] == [300, 0]
+    assert stats.aggregate(late).data["in_force"] == [200, 4]
+    assert stats.reduce()["budget in force"] == 200
+    assert stats.reduce()["requests at their floor"] == 4
 
 
 def test_in_place_and_failed():
@@ -124,6 +142,9 @@ def test_what_is_on_metrics():
     assert read() == {(f"{name}_total", engine): 0 for name in COUNTED for engine in "01"}
     for stats in (count(BY_LAYER, BY_HEAD), count(BY_LAYER), count(BY_LAYER, freed=1, prompt_len=None)):
         metrics.observe(stats.data, 1)
+    elastic = EvictionStats.empty()
+    elastic.data["in_force"] = [300, 2]
+    metrics.observe(elastic.data, 0)
     seen = {key: number for key, number in read().items() if number}
     assert seen == {
         ("requests_total", "1"): 3,
@@ -131,6 +152,8 @@ def test_what_is_on_metrics():
         ("evicted_tokens_total", "1"): 28 * 32,
         ("rounding_tokens_total", "1"): 44 + 52 + 44,
         ("trims_total", "1"): 1,
+        ("budget_in_force", "0"): 300,
+        ("requests_at_floor", "0"): 2,
         # Of the last interval that had any.
         ("kept_tokens", "1", "0"): 115,
         ("kept_tokens", "1", "1"): 179,

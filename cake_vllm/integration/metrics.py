@@ -68,7 +68,7 @@ class EvictionStats(KVConnectorStats):
             if eviction.by_head:
                 self._add_heads(1, eviction.kept)
         elif is_cut:
-            self.data["cuts"] += 1
+            self.data["cuts"] += eviction.is_traded
             self.data["cut_blocks"] += num_blocks
         elif num_blocks:
             self.data["trims"] += 1
