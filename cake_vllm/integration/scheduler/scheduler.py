@@ -191,7 +191,7 @@ class EvictionScheduler:
             assert tracked.config is not None
             observations.append(self._observe_prompt(tracked, tracked.config, output))
             if request_id not in self._prefilling and tracked.config.decode != "off":
-                self._look_again(tracked, tracked.request.num_computed_tokens + scheduled[request_id])
+                self._look_again(tracked, _end(tracked.request, output))
         for tracked in self._due.pop(self._step, ()):
             if self._tracked.get(tracked.request.request_id) is tracked:
                 observations.append(self._observe_decoding(tracked, output))
@@ -269,7 +269,7 @@ class EvictionScheduler:
         if not self.limits.async_scheduling:
             return 0
         num_tokens = sum(
-            max(request.num_tokens - request.num_computed_tokens - output.num_scheduled_tokens[request.request_id], 1)
+            max(request.num_tokens - _end(request, output), 1)
             for request in (self._tracked[request_id].request for request_id in output.num_scheduled_tokens)
         )
         num_tokens = min(num_tokens, self.limits.max_num_batched_tokens)
@@ -279,7 +279,7 @@ class EvictionScheduler:
         self, tracked: Tracked, config: KVEvictionConfig, output: SchedulerOutput
     ) -> Observation | None:
         request, policy = tracked.request, config.policy
-        end = request.num_computed_tokens + output.num_scheduled_tokens[request.request_id]
+        end = _end(request, output)
         if tracked.first_computed is None:
             tracked.first_computed = request.num_computed_tokens
         prompt_len = request.num_tokens
@@ -311,11 +311,10 @@ class EvictionScheduler:
         request, config = tracked.request, tracked.config
         if config is None or tracked.failed:
             return None
-        num_tokens = output.num_scheduled_tokens.get(request.request_id)
-        if num_tokens is None:
+        if request.request_id not in output.num_scheduled_tokens:
             self._due[self._step + 1].append(tracked)
             return None
-        end = request.num_computed_tokens + num_tokens
+        end = _end(request, output)
         self._look_again(tracked, end)
         if -end % self.block_size >= config.num_watched:
             return None
@@ -358,11 +357,9 @@ class EvictionScheduler:
 
     def _cuts(self, output: SchedulerOutput) -> list[CutRequest]:
         """The cuts that the next steps need; none as long as the pool has what the very next one takes."""
-        size, scheduled = self.block_size, output.num_scheduled_tokens
+        size = self.block_size
         ends = {
-            name: tracked.request.num_computed_tokens + scheduled.get(name, 0)
-            for name, tracked in self._tracked.items()
-            if name not in self._waiting
+            name: _end(tracked.request, output) for name, tracked in self._tracked.items() if name not in self._waiting
         }
         steps, soon, later = 2 if self.limits.async_scheduling else 1, 0, 0
         for name, end in ends.items():
@@ -553,6 +550,11 @@ class EvictionScheduler:
             freed += manager.trade(request_id, num_blocks, columns[:num_columns])
         self._pool.free_blocks(freed)
         return max(len(freed) - pending.num_lent, 0)
+
+
+def _end(request: Request, output: SchedulerOutput) -> int:
+    """The logical length of a request after a step."""
+    return request.num_computed_tokens + output.num_scheduled_tokens.get(request.request_id, 0)
 
 
 def _is_at_floor(tracked: Tracked) -> bool:
