@@ -158,6 +158,7 @@ def test_pages_are_dealt_so_that_nobody_overwrites_what_is_still_read(dealing):
     width = max(map(len, held))
     table = np.array([[*pages, *[-1] * (width - len(pages))] for pages in held], dtype=np.int64)
     dealt, last = deal(table.reshape(len(held), width), np.array(needs), num_columns)
+    assert all(set(pages[need:]) <= {-1} for pages, need in zip(dealt.tolist(), needs, strict=True))
     dealt = [pages[:need] for pages, need in zip(dealt.tolist(), needs, strict=True)]
     everything = [page for pages in dealt for page in pages]
     assert len(set(everything)) == len(everything) == sum(needs)
@@ -203,7 +204,9 @@ def test_rows_are_what_lists_would_be(by_head):
         action = dice.random()
         if name in model.stored and action < 0.3:
             rows.discard(name)
-            del model.stored[name]
+            (*_, tail) = model.stored.pop(name)
+            # Others may have their blocks now.
+            assert not rows.find(torch.tensor([block for block, _ in tail], dtype=torch.int64)).any()
         elif name in model.stored and action < 0.7:
             new = [(free.pop(), free.pop()) for _ in range(dice.randrange(3))]
             rows.append({name: list(zip(*new, strict=True)) or [(), ()], "unknown": [(7,), (8,)]})
