@@ -73,22 +73,23 @@ class KVEvictionConfig:
         if name not in policy_names():
             raise ValueError(f"{flag(POLICY_KEY)} {name!r} is unknown: choose {', '.join((OFF, *policy_names()))}")
         config = cls(name, parse_budget(DEFAULT_BUDGET if budget is None else budget), parse_options(options))
-        window = config.policy.window_size
+        window, first = config.policy.window_size, config.policy.protect.first
         for option, choices in (("decode", config.policy.decodes), ("prefill", PREFILLS)):
             if config.options.get(option, choices[0]) not in choices:
                 raise ValueError(
                     f"{flag(CONFIG_KEY)}: {option} {config.options[option]!r} is unknown to {name}: "
                     f"choose {', '.join(choices)}"
                 )
-        if isinstance(config.budget, int) and config.budget <= window:
+        if isinstance(config.budget, int) and config.budget <= window + first:
+            protected = f" and the {first} protected first ones" if first else ""
             raise ValueError(
-                f"{flag(BUDGET_KEY)} {config.budget} leaves nothing beside the window of {window} tokens: "
-                f"give more than {window}, or a fraction of the prompt such as 0.2"
+                f"{flag(BUDGET_KEY)} {config.budget} leaves nothing beside the window of {window} tokens{protected}: "
+                f"give more than {window + first}, or a fraction of the prompt such as 0.2"
             )
-        if isinstance(config.budget, int) and config.budget < config.policy.floor:
+        if isinstance(config.budget, int) and config.budget < config.policy.least_budget:
             raise ValueError(
                 f"{flag(BUDGET_KEY)} {config.budget} is too little for {name}, which keeps no window: "
-                f"give {config.policy.floor} or more, or a fraction of the prompt such as 0.2"
+                f"give {config.policy.least_budget} or more, or a fraction of the prompt such as 0.2"
             )
         return config
 
@@ -177,7 +178,7 @@ class KVEvictionConfig:
         return self.tokens(max_model_len, 0) + self.policy.window_size + max_in_flight
 
     def tokens(self, prompt_len: int, share: int) -> int:
-        """The budget for a request, in tokens per layer, at least the policy's floor.
+        """The budget for a request, in tokens per layer, at least the policy's least.
 
         Args:
             prompt_len: tokens of its prompt.
@@ -186,8 +187,8 @@ class KVEvictionConfig:
         if isinstance(self.budget, int):
             return self.budget
         if isinstance(self.budget, str):
-            return max(share, AUTO_FLOOR, self.policy.floor)
-        return max(int(Fraction(str(self.budget)) * prompt_len), self.policy.floor)
+            return max(share, AUTO_FLOOR, self.policy.least_budget)
+        return max(int(Fraction(str(self.budget)) * prompt_len), self.policy.least_budget)
 
     def resolve(self, model: Any) -> "KVEvictionConfig":
         """Chooses the tau preset for ``model`` where the user chose neither a preset nor taus.

@@ -10,7 +10,7 @@ the engine did. So one tie does not hide what comes after it.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from ties import GAP_BOUND, Served, assert_tie
@@ -161,7 +161,8 @@ class Replay:
                 kept = [min(length, target) for length, target in zip(lengths, targets, strict=True)]
                 counts, num_cached = [count - policy.protected for count in kept], inputs.keys.shape[1]
                 keep = policy.rescore(inputs, counts)
-                ranks = policy.ranks(policy.judge(inputs), num_cached, max(kept) / num_cached, counts)
+                (score,) = policy.settle([policy.judge(replace(inputs, budget=max(kept)))], max(kept))
+                ranks = policy.ranks(score, num_cached, max(kept) / num_cached, counts)
             _gather(state, index, keep if choice is None else _follow(keep, choice[index], ranks))
 
     def _lengths(self, state: State, index: int) -> list[int]:
@@ -209,7 +210,11 @@ class Replay:
             state.counts = [[budget - policy.protected] * layer.keys.shape[1] for layer in layers]
             return [[list(range(length))] * layer.keys.shape[1] for layer in layers]
         state.is_evicted = True
-        scores = [policy.judge(self._inputs(state, index, policy.num_queries)) for index in range(len(layers))]
+        inputs = [
+            replace(self._inputs(state, index, policy.num_queries), budget=budget) for index in range(len(layers))
+        ]
+        judged = [policy.judge(of_layer) for of_layer in inputs]
+        scores = policy.settle(judged, budget)
         given = policy.head_budgets(scores, length, budget)
         choice = next(self._choices) if self._choices else None
         kept, state.counts = [], []

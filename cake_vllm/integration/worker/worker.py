@@ -289,7 +289,8 @@ class EvictionWorker:
         reads = read(self.grid, layer_index, held, watched.rows, what.end, self.block_size)
         watched.reads[layer_index] = reads
         if grant.divides:
-            watched.scores[layer_index] = policy.judge(self._inputs(policy, layer_index, recent, reads))
+            inputs = replace(self._inputs(policy, layer_index, recent, reads), budget=grant.budget)
+            watched.scores[layer_index] = policy.judge(inputs)
             return
         most = -(-grant.budget // self.block_size)
         heads = range(self.grid.num_heads)
@@ -394,6 +395,7 @@ class EvictionWorker:
         if not by_head and self.group.world_size > 1 and scores[0].terms.numel():
             terms = self.group.all_reduce(torch.stack([score.terms for score in scores]))
             scores = [replace(score, terms=of_layer) for score, of_layer in zip(scores, terms, strict=True)]
+        scores = list(policy.settle(scores, budget))
         given = policy.head_budgets(scores, end, budget)
         counts = []
         for index, (score, of_layer) in enumerate(zip(scores, given, strict=True)):
