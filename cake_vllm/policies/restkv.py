@@ -73,14 +73,16 @@ class ReSTKV(Policy):
         return LayerScore(finite(self._smooth(worth, torch.cat(drifts)).mean(dim=1)), torch.empty(0))
 
     def _drift(self, attention: torch.Tensor, budget: float | None) -> torch.Tensor:
-        """``[n, G]`` float32, by how many positions attention moves to the front within the window."""
+        """``[n, G]`` float64, by how many positions attention moves to the front within the window."""
         num_heads, group, _, prompt_len = attention.shape
         if budget is None or prompt_len <= self.scale:
-            return torch.zeros(num_heads, group, device=attention.device)
+            return torch.zeros(num_heads, group, dtype=torch.float64, device=attention.device)
         count = min(max(int(budget) - self.window, 1), prompt_len)
-        places = attention.topk(count, dim=-1, sorted=False).indices.float().mean(dim=-1)
-        half = self.window // 2
-        return places[..., :half].mean(dim=-1) - places[..., half:].mean(dim=-1)
+        places = attention.topk(count, dim=-1, sorted=False).indices.sum(dim=-1)
+        half, rest = self.window // 2, self.window - self.window // 2
+        # In whole numbers up to the division: next to a multiple of the scale rounding would decide.
+        drift = places[..., :half].sum(dim=-1) * rest - places[..., half:].sum(dim=-1) * half
+        return drift.double() / (count * half * rest)
 
     def _smooth(self, worth: torch.Tensor, drifts: torch.Tensor) -> torch.Tensor:
         """``[Hkv, G, N]``, each query head's averaged over its own range."""
