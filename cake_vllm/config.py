@@ -266,6 +266,11 @@ def _refuse_costly(server: KVEvictionConfig, config: KVEvictionConfig) -> None:
         most = max(getattr(policy, knob, 0) for policy in (server.policy, default))
         if value > most:
             raise ValueError(f"{CONFIG_KEY}: {knob} of a request may be {most} at most, not {value}: ask for less")
+    observed = getattr(config.policy, "observe", 0)
+    densest = getattr(server.policy, "observe", 0)
+    if observed and not 0 < densest <= observed:
+        allowed = f"0, or at least the server's {densest}" if densest else "0, as the server's is"
+        raise ValueError(f"{CONFIG_KEY}: observe of a request may be {allowed}, not {observed}")
 
 
 def flag(key: str) -> str:

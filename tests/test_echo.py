@@ -9,8 +9,8 @@ import torch
 from test_formulas import KERNEL, WINDOW, Layer, defended, defensive_score, pool, snapkv_score
 from test_policies import HEADS_COMPETE, Shape, cut_short, small
 
-from cake_vllm.policies import create_policy, knobs, policy_names
-from cake_vllm.policies.scores import better_ranks, echoed
+from cake_vllm.policies import LayerInputs, create_policy, knobs, policy_names
+from cake_vllm.policies.scores import better_ranks, echoed, prefix_attention
 
 SINKS, REACH = 4, 63
 OPTIONS = {"window": WINDOW, "pool_kernel": KERNEL}
@@ -170,6 +170,45 @@ def test_echo_under_heads_of_different_lengths():
             )
             # A head alone has the whole of its layer.
             torch.testing.assert_close(worth[head, 90 - length :], policy.score(alone).indicator[0])
+
+
+@pytest.mark.parametrize("chunks", [[150], [64, 1, 2, 83], [0, 90, 60]])
+def test_notes_of_echo(chunks):
+    """The most that any seventh query pays what lies further behind it than 64, whatever the chunks."""
+    every, generator = 7, torch.Generator().manual_seed(11)
+    keys, queries = torch.randn(2, 150, 8, generator=generator), 2 * torch.randn(6, 150, 8, generator=generator)
+    policy, notes, end = create_policy("echo", {"observe": every}), None, 0
+    for length in chunks:
+        end += length
+        places = policy.noted(end - length, end)
+        inputs = LayerInputs(queries[:, list(places)], keys[:, :end], 8**-0.5)
+        notes = policy.note(inputs, places, notes)
+    expected = np.zeros((2, 150))
+    for head, place in itertools.product(range(6), range(0, 150, every)):
+        weights = np.exp(
+            keys[head // 3, : place + 1].double().numpy() @ queries[head, place].double().numpy() * 8**-0.5
+        )
+        far = (weights / weights.sum())[: max(place - 64, 0)]
+        expected[head // 3, : len(far)] = np.maximum(expected[head // 3, : len(far)], far)
+    np.testing.assert_allclose(notes, expected, rtol=1e-4)
+    assert (expected > 0).sum() == 2 * (147 - 64)
+
+
+def test_notes_are_a_third_ranking():
+    """They judge as the window's attention does: passed on, at least their mean, times the head's share."""
+    layer, policy = Layer.random(3, 150, 4.0), create_policy("echo", {**OPTIONS, "observe": 9})
+    inputs = layer.inputs()
+    peak = torch.cat(list(prefix_attention(inputs))).amax(dim=(1, 2))
+    window = policy.score(inputs)
+    same = policy.score(replace(inputs, notes=torch.nn.functional.pad(peak, (0, WINDOW), value=9.0)))
+    torch.testing.assert_close(same.extra[3], window.indicator)
+    notes = torch.rand(2, 150, generator=torch.Generator().manual_seed(1))
+    score = policy.score(replace(inputs, notes=notes))
+    (joined,) = policy.settle([score], 30)
+    published = policy._published.rank(replace(score, indicator=score.extra[0], extra=score.extra[1:3]), 150, 0.2)
+    (expected,) = better_ranks([published[:, :-WINDOW]], [window.indicator], [score.extra[3]])
+    assert torch.equal(joined.indicator, expected)
+    assert not torch.equal(joined.indicator, policy.settle([window], 30)[0].indicator)
 
 
 @pytest.mark.parametrize("first", [1, 6])

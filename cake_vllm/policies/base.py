@@ -3,6 +3,7 @@
 Pure steps. They take and return plain tensors and numbers, know no model and no engine, and never change their
 inputs:
 
+    note    queries of a chunk, where the policy asks for some, and keys  ->  notes, one for each key
     score   one layer's queries, keys and what else the policy asks for   ->  LayerScore
     settle  the scores of all layers, where one cannot be had alone       ->  the scores of all layers
     budget  the scores of all layers                                      ->  tokens to keep per layer and per KV head
@@ -38,6 +39,8 @@ class LayerInputs:
             :attr:`Policy.needs_output_weight`.
         layer_index: rank of the layer in model order.
         budget: mean number of tokens that a layer may keep, protected ones included; ``None`` if that is not known.
+        notes: ``[Hkv, S, ...]``, what :meth:`Policy.note` made of the prompt; ``None`` if it saw none of it, and when a
+            cache is scored again.
         valid: ``[Hkv, S]`` bool, or ``None`` if everything is there. Once heads have kept different numbers of tokens
             their keys are aligned at the end, and a head with fewer has nothing where this is false: zeros as keys and
             values, no attention (:func:`cake_vllm.policies.scores.prefix_attention` sees to that). Such positions are
@@ -52,6 +55,7 @@ class LayerInputs:
     output_weight: torch.Tensor | None = None
     layer_index: int = 0
     budget: float | None = None
+    notes: torch.Tensor | None = None
     valid: torch.Tensor | None = None
 
 
@@ -143,6 +147,32 @@ class Policy(ABC):
     def is_evicted(self, prompt_len: int, budget: int) -> bool:
         """Whether a prompt of ``prompt_len`` tokens loses any under ``budget``."""
         return prompt_len > max(budget, self.window_size)
+
+    @property
+    def takes_notes(self) -> bool:
+        """Whether :meth:`note` is to see the prompt while it is computed; if not, that costs nothing."""
+        return False
+
+    def noted(self, start: int, end: int) -> range:
+        """Positions in ``[start, end)``, a chunk of the prompt, whose queries :meth:`note` is to see."""
+        return range(0)
+
+    def note(self, inputs: LayerInputs, places: range, notes: torch.Tensor | None) -> torch.Tensor:
+        """Takes note of a chunk in one layer, once it has been computed.
+
+        Chunks come in order, without those that the prefix cache has. What is evicted between them is gone from the
+        keys and the notes; what is left is in order, aligned at the end like the keys.
+
+        Args:
+            inputs: keys so far, ``[Hkv, S, D]``, and the queries of :meth:`noted`, ``[Hq, n, D]``, which may be none;
+                neither values nor the output projection.
+            places: of the ``n`` queries' own keys among the ``S``, causal.
+            notes: what was noted so far, ``[Hkv, S - new, ...]``; ``None`` at first, whatever ``S`` is.
+
+        Returns:
+            ``[Hkv, S, ...]``, which the request keeps until its prompt ends.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def score(self, inputs: LayerInputs) -> LayerScore:

@@ -22,36 +22,55 @@ def prefix_attention(inputs: LayerInputs) -> Iterator[torch.Tensor]:
         ``[n, G, w, S - w]`` float32 for the next ``n`` KV heads, the caller's to overwrite.
     """
     prefix_len = inputs.keys.shape[1] - inputs.queries.shape[1]
-    return (attention[..., :prefix_len] for attention in window_attention(inputs))
+    return (weights[..., :prefix_len] for weights in window_attention(inputs))
 
 
 def window_attention(inputs: LayerInputs) -> Iterator[torch.Tensor]:
-    """Attention weights of the last ``w`` queries on all positions, some KV heads at a time.
-
-    The softmax runs in float32 over all ``S`` keys, causal among the last ``w``. What is not there
-    (:attr:`LayerInputs.valid`) gets none. The peak does not grow with the model's width; see :func:`heads_at_once`.
+    """:func:`attention` of the last ``w`` queries.
 
     Yields:
         ``[n, G, w, S]`` float32 for the next ``n`` KV heads, the caller's to overwrite.
 
     Raises:
-        ValueError: if the prompt is not longer than the window or the heads do not divide.
+        ValueError: if the prompt is not longer than the window.
     """
-    num_heads, window, _ = inputs.queries.shape
-    num_kv_heads, prompt_len, _ = inputs.keys.shape
+    window, prompt_len = inputs.queries.shape[1], inputs.keys.shape[1]
     if prompt_len <= window:
         raise ValueError(f"a prompt of {prompt_len} tokens has no prefix before a window of {window}")
+    return attention(inputs, range(prompt_len - window, prompt_len))
+
+
+def attention(inputs: LayerInputs, places: range) -> Iterator[torch.Tensor]:
+    """Attention weights of some queries on all positions, some KV heads at a time.
+
+    The softmax runs in float32 over all ``S`` keys up to each query's own. What is not there
+    (:attr:`LayerInputs.valid`) gets none. The peak does not grow with the model's width; see :func:`heads_at_once`.
+
+    Args:
+        inputs: with ``q`` queries.
+        places: of their own keys.
+
+    Yields:
+        ``[n, G, q, S]`` float32 for the next ``n`` KV heads, the caller's to overwrite.
+
+    Raises:
+        ValueError: if the heads do not divide.
+    """
+    num_heads, num_queries, _ = inputs.queries.shape
+    num_kv_heads, prompt_len, _ = inputs.keys.shape
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
-    future = torch.ones(window, window, dtype=torch.bool, device=inputs.queries.device).triu(1)
-    at_once = heads_at_once(inputs.queries.device, num_heads // num_kv_heads * window * prompt_len)
+    device = inputs.queries.device
+    own = torch.arange(places.start, places.stop, places.step, device=device).unsqueeze(1)
+    future = torch.arange(places.start, prompt_len, device=device) > own
+    at_once = heads_at_once(device, num_heads // num_kv_heads * num_queries * prompt_len)
     heads = inputs.queries.unflatten(0, (num_kv_heads, -1)).split(at_once), inputs.keys.split(at_once)
     missing = [None] * len(heads[1]) if inputs.valid is None else (~inputs.valid).split(at_once)
     for queries, keys, absent in zip(*heads, missing, strict=True):
         logits = attention_logits(queries, keys, inputs.scale, inputs.logits_soft_cap)
         if absent is not None:
             logits.masked_fill_(absent[:, None, None], float("-inf"))
-        logits[..., prompt_len - window :].masked_fill_(future, float("-inf"))
+        logits[..., places.start :].masked_fill_(future, float("-inf"))
         yield logits.softmax(dim=-1)
 
 

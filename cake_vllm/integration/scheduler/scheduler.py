@@ -6,7 +6,7 @@ Runs in the scheduler's process and touches no KV tensor.
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.config import SchedulerConfig
@@ -281,9 +281,11 @@ class EvictionScheduler:
         grant = None
         if is_whole and (is_last or config.is_progressive) and policy.is_evicted(end, budget):
             grant = self._grant(tracked, end, budget, output, is_prompt_end=is_last)
-        if grant is None and end <= prompt_len - policy.num_queries and not config.is_progressive:
+        is_seen = config.is_progressive or policy.takes_notes or end > prompt_len - policy.num_queries
+        if grant is None and not is_seen:
             return None
-        return self._observation(tracked, end, output, grant, is_last and not is_rescored)
+        observation = self._observation(tracked, end, output, grant, is_last and not is_rescored)
+        return replace(observation, is_noted=policy.takes_notes)
 
     def _observe_decoding(self, tracked: Tracked, output: SchedulerOutput) -> Observation | None:
         request, config = tracked.request, tracked.config

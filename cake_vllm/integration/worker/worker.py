@@ -34,6 +34,7 @@ class Watched:
 
     Attributes:
         queries: by layer, the last queries computed so far, as many as the policy needs: ``[n, Hq, D]``.
+        notes: by layer, the policy's notes on its prompt, one for each token that it holds: ``[Hkv, S, ...]``.
         rows: ``[groups][C]`` block ids, its logical row in this step.
         reads: by layer, what it reads, if the request is to be evicted.
         scores: by layer, if the budget is to be divided.
@@ -43,6 +44,7 @@ class Watched:
     """
 
     queries: dict[int, torch.Tensor] = field(default_factory=dict)
+    notes: dict[int, torch.Tensor] = field(default_factory=dict)
     rows: list[torch.Tensor] = field(default_factory=list)
     reads: dict[int, Reads] = field(default_factory=dict)
     scores: dict[int, LayerScore] = field(default_factory=dict)
@@ -65,7 +67,12 @@ class Batched:
     def recent(self, query: torch.Tensor, count: int) -> torch.Tensor:
         """Its last ``count`` queries of a step's ``[num_tokens, Hq, D]``, or all if there are fewer."""
         count = min(count, self.what.num_tokens)
-        return query.index_select(0, self.end - count + torch.arange(count, device=query.device))
+        return self.at(query, range(self.what.end - count, self.what.end))
+
+    def at(self, query: torch.Tensor, positions: range) -> torch.Tensor:
+        """Its queries at some positions that are computed in this step."""
+        back = torch.arange(positions.start, positions.stop, positions.step, device=query.device) - self.what.end
+        return query.index_select(0, self.end + back)
 
 
 class EvictableLayer:
@@ -283,13 +290,20 @@ class EvictionWorker:
             recent = recent[max(len(recent) - num_queries, 0) :]
         if not what.is_last:
             watched.queries[layer_index] = recent
-        if grant is None:
+        if grant is None and not what.is_noted:
             return
         held = self._held.get(what.req_id)
         reads = read(self.grid, layer_index, held, watched.rows, what.end, self.block_size)
+        if what.is_noted:
+            self._note(policy, layer_index, place, watched, query, reads)
+        else:
+            watched.notes.pop(layer_index, None)
+        if grant is None:
+            return
         watched.reads[layer_index] = reads
         if grant.divides:
-            inputs = replace(self._inputs(policy, layer_index, recent, reads), budget=grant.budget)
+            inputs = self._inputs(policy, layer_index, recent, reads)
+            inputs = replace(inputs, budget=grant.budget, notes=watched.notes.get(layer_index))
             watched.scores[layer_index] = policy.judge(inputs)
             return
         most = -(-grant.budget // self.block_size)
@@ -312,7 +326,18 @@ class EvictionWorker:
             chosen = policy.rescore(self._inputs(policy, layer_index, recent, reads), counts)
         watched.chosen[layer_index] = chosen
 
-    def _inputs(self, policy: Policy, layer_index: int, queries: torch.Tensor, reads: Reads) -> LayerInputs:
+    def _note(
+        self, policy: Policy, layer_index: int, place: Batched, watched: Watched, query: torch.Tensor, reads: Reads
+    ) -> None:
+        what = place.what
+        positions = policy.noted(what.end - what.num_tokens, what.end)
+        back = reads.length - what.end
+        places = range(positions.start + back, positions.stop + back, positions.step)
+        inputs = self._inputs(None, layer_index, place.at(query, positions), reads)
+        watched.notes[layer_index] = policy.note(inputs, places, watched.notes.get(layer_index))
+
+    def _inputs(self, policy: Policy | None, layer_index: int, queries: torch.Tensor, reads: Reads) -> LayerInputs:
+        """What a policy may look at; without one, queries and keys."""
         layer, valid = self.layers[layer_index], reads.valid(self.block_size)
 
         def there(tensor: torch.Tensor) -> torch.Tensor:
@@ -324,10 +349,10 @@ class EvictionWorker:
             there(layer.layout.read_keys(cache, table, length)),
             layer.impl.scale,
             layer.soft_cap,
-            there(layer.layout.read_values(cache, table, length)) if policy.needs_values else None,
-            layer.output_weight if policy.needs_output_weight else None,
+            there(layer.layout.read_values(cache, table, length)) if policy and policy.needs_values else None,
+            layer.output_weight if policy and policy.needs_output_weight else None,
             layer_index,
-            valid,
+            valid=valid,
         )
 
     def _evict(self, what: Observation, grant: Grant, watched: Watched) -> Eviction:
@@ -362,6 +387,8 @@ class EvictionWorker:
             assert new is not None
             self._held[what.req_id] = new
             pages, used = new.pages, new.used
+            for index, notes in watched.notes.items():
+                watched.notes[index] = _gather(notes, chosen[index], reads[index].length, self.block_size)
             if self.trace is not None and grant.divides:
                 self.trace[what.req_id] = [
                     _unless_all(chosen[index], reads[index], self.block_size) for index in indices
@@ -461,6 +488,23 @@ class EvictionWorker:
             failed = torch.tensor([float(watched.error is not None)], device=self.grid.pages.device)
             if self.group.all_reduce(failed).item():
                 watched.error = watched.error or RuntimeError("it raised on another rank")
+
+
+def _gather(tokens: torch.Tensor, chosen: Sequence[torch.Tensor], length: int, block_size: int) -> torch.Tensor:
+    """What is left of ``[Hkv, length, ...]``, aligned at the end, zeros before shorter heads.
+
+    Args:
+        tokens: of what the heads of a layer read.
+        chosen: for each head, what it keeps of its full blocks.
+        length: of what they read.
+        block_size: of which the last may be partial and stays.
+    """
+    tail = tokens[:, length // block_size * block_size :]
+    longest = max(map(len, chosen))
+    left = tokens.new_zeros(len(tokens), longest, *tokens.shape[2:])
+    for head, positions in enumerate(chosen):
+        left[head, longest - len(positions) :] = tokens[head, positions]
+    return torch.cat([left, tail], dim=1)
 
 
 def _unless_all(chosen: list[torch.Tensor], reads: Reads, block_size: int) -> list[torch.Tensor] | None:
