@@ -71,8 +71,8 @@ class Batched:
 
     def at(self, query: torch.Tensor, positions: range) -> torch.Tensor:
         """Its queries at some positions that are computed in this step."""
-        back = torch.arange(positions.start, positions.stop, positions.step, device=query.device) - self.what.end
-        return query.index_select(0, self.end + back)
+        ahead = positions.step * torch.arange(len(positions), device=query.device)
+        return query.index_select(0, self.end - (self.what.end - positions.start) + ahead)
 
 
 class EvictableLayer:
