@@ -124,6 +124,7 @@ class Replay:
                 token = self._forward(state, prompt[start : start + chunk])
                 self._note(state, policy, start)
                 kept = self._prune(state, policy, budget, block_size)
+        state.notes.clear()
         tokens: list[int] = []
         while True:
             if follow is not None and token != follow[len(tokens)]:

@@ -77,7 +77,7 @@ def policy_class(name: str) -> type[Policy]:
 
 def knobs(name: str) -> dict[str, dataclasses.Field]:
     """The knobs of policy ``name``: its dataclass fields by name."""
-    return {field.name: field for field in dataclasses.fields(policy_class(name))}  # type: ignore[arg-type]
+    return {field.name: field for field in dataclasses.fields(policy_class(name))}
 
 
 def create_policy(name: str, options: Mapping[str, Any], beside: Sequence[str] = ()) -> Policy:
@@ -106,7 +106,7 @@ def _parse(key: str, value: Any, wanted: Any) -> Any:
     Raises:
         ValueError: if it is of another type or has an unknown part.
     """
-    if dataclasses.is_dataclass(wanted) and isinstance(value, Mapping):
+    if isinstance(wanted, type) and dataclasses.is_dataclass(wanted) and isinstance(value, Mapping):
         parts = {part.name: part.type for part in dataclasses.fields(wanted)}
         for name in value:
             if name not in parts:

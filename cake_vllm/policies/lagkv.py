@@ -51,8 +51,8 @@ class LagKV(Policy):
         num_chunks = max(prompt_len - self.n_sink, 0) // self.lag
         if num_chunks > 1:
             behind = self.n_sink + num_chunks * self.lag
-            deviation = sum(self._deviation(part[:, self.n_sink : behind]) for part in (inputs.keys, inputs.values))
-            ranks = deviation.argsort(dim=-1).argsort(dim=-1) / self.lag
+            keys, values = (self._deviation(part[:, self.n_sink : behind]) for part in (inputs.keys, inputs.values))
+            ranks = (keys + values).argsort(dim=-1).argsort(dim=-1) / self.lag
             worth[:, self.n_sink : behind - self.lag] = ranks.flatten(1)
         return LayerScore(finite(worth), torch.empty(0))
 

@@ -290,14 +290,14 @@ class EvictionWorker:
             recent = recent[max(len(recent) - num_queries, 0) :]
         if not what.is_last:
             watched.queries[layer_index] = recent
-        if grant is None and not what.is_noted:
-            return
+        if not what.is_noted:
+            watched.notes.pop(layer_index, None)
+            if grant is None:
+                return
         held = self._held.get(what.req_id)
         reads = read(self.grid, layer_index, held, watched.rows, what.end, self.block_size)
         if what.is_noted:
             self._note(policy, layer_index, place, watched, query, reads)
-        else:
-            watched.notes.pop(layer_index, None)
         if grant is None:
             return
         watched.reads[layer_index] = reads
