@@ -22,6 +22,8 @@ from cake_vllm.policies.scores import (
 
 #: Positions just before a query that every query looks at.
 NEAR = 64
+#: Queries of a chunk that are looked at together.
+AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,21 @@ class Echo(Policy):
         peak = torch.zeros(num_kv_heads, length, device=inputs.keys.device)
         if notes is not None:
             peak[:, : notes.shape[1]] = notes
-        if not places:
-            return peak
-        own = torch.arange(places.start, places.stop, places.step, device=inputs.keys.device).unsqueeze(1)
-        is_near = torch.arange(length, device=inputs.keys.device) >= own - NEAR
-        new = [weights.masked_fill_(is_near, 0).amax(dim=(1, 2)) for weights in attention(inputs, places)]
-        return peak.maximum(torch.cat(new))
+        # A few at a time, with what they can see: half of it in the mean.
+        for first in range(0, len(places), AT_ONCE):
+            part = places[first : first + AT_ONCE]
+            end = part[-1] + 1
+            seen = replace(
+                inputs,
+                queries=inputs.queries[:, first : first + AT_ONCE],
+                keys=inputs.keys[:, :end],
+                valid=None if inputs.valid is None else inputs.valid[:, :end],
+            )
+            own = part.start + part.step * torch.arange(len(part), device=peak.device).unsqueeze(1)
+            is_near = torch.arange(end, device=peak.device) >= own - NEAR
+            new = [weights.masked_fill_(is_near, 0).amax(dim=(1, 2)) for weights in attention(seen, part)]
+            peak[:, :end] = peak[:, :end].maximum(torch.cat(new))
+        return peak
 
     def score(self, inputs: LayerInputs) -> LayerScore:
         """See :meth:`Policy.score`; ``extra`` are Layer-DefensiveKV's indicator and extra, and the notes' worth."""

@@ -61,7 +61,7 @@ def attention(inputs: LayerInputs, places: range) -> Iterator[torch.Tensor]:
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
     device = inputs.queries.device
-    own = torch.arange(places.start, places.stop, places.step, device=device).unsqueeze(1)
+    own = places.start + places.step * torch.arange(len(places), device=device).unsqueeze(1)
     future = torch.arange(places.start, prompt_len, device=device) > own
     at_once = heads_at_once(device, num_heads // num_kv_heads * num_queries * prompt_len)
     heads = inputs.queries.unflatten(0, (num_kv_heads, -1)).split(at_once), inputs.keys.split(at_once)
