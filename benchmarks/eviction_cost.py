@@ -10,6 +10,7 @@ any time beside the KV cache, by torch's profiler, in a run of its own.
 
 import argparse
 import bisect
+import json
 import os
 import statistics
 import time
@@ -79,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--policies", nargs="+", default=list(policy_names()))
+    parser.add_argument("--knobs", type=json.loads, default={}, help="of the first policy, as JSON")
     parser.add_argument("--budget", type=int, default=512)
     parser.add_argument("--length", type=int, default=4000, help="of the prompts, tokens")
     parser.add_argument("--repeats", type=int, default=3)
@@ -95,8 +97,9 @@ def main() -> None:
         enable_prefix_caching=False,
         max_model_len=args.length + 100,
         kv_cache_memory_bytes=2**30,
-        kv_eviction="cake",
+        kv_eviction=args.policies[0],
         kv_eviction_budget=args.budget,
+        kv_eviction_config=args.knobs,
     )
     text = llm.get_tokenizer()(speeches()[0])["input_ids"][: args.length]
 

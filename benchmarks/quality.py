@@ -95,7 +95,9 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--policies", nargs="+", default=["cake", "snapkv", "layer-defensivekv"])
+    parser.add_argument(
+        "--policies", nargs="+", default=["cake", "snapkv", "layer-defensivekv", "echo", "dropkv", "restkv", "lagkv"]
+    )
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.2, 0.5], help="fractions of the prompt")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 4000])
     parser.add_argument("--prefills", nargs="+", default=["exact", "progressive"])

@@ -74,7 +74,7 @@ class KVEvictionConfig:
         if name not in policy_names():
             raise ValueError(f"{flag(POLICY_KEY)} {name!r} is unknown: choose {', '.join((OFF, *policy_names()))}")
         config = cls(name, parse_budget(DEFAULT_BUDGET if budget is None else budget), parse_options(options))
-        window = config.policy.window_size
+        window, first = config.policy.window_size, config.policy.protect.first
         for option, choices in (("decode", config.policy.decodes), ("prefill", PREFILLS)):
             if config.options.get(option, choices[0]) not in choices:
                 raise ValueError(
@@ -82,15 +82,16 @@ class KVEvictionConfig:
                     f"choose {', '.join(choices)}"
                 )
         config._check_elastic()
-        if isinstance(config.budget, int) and config.budget <= window:
+        if isinstance(config.budget, int) and config.budget <= window + first:
+            protected = f" and the {first} protected first ones" if first else ""
             raise ValueError(
-                f"{flag(BUDGET_KEY)} {config.budget} leaves nothing beside the window of {window} tokens: "
-                f"give more than {window}, or a fraction of the prompt such as 0.2"
+                f"{flag(BUDGET_KEY)} {config.budget} leaves nothing beside the window of {window} tokens{protected}: "
+                f"give more than {window + first}, or a fraction of the prompt such as 0.2"
             )
-        if isinstance(config.budget, int) and config.budget < config.policy.floor:
+        if isinstance(config.budget, int) and config.budget < config.policy.least_budget:
             raise ValueError(
                 f"{flag(BUDGET_KEY)} {config.budget} is too little for {name}, which keeps no window: "
-                f"give {config.policy.floor} or more, or a fraction of the prompt such as 0.2"
+                f"give {config.policy.least_budget} or more, or a fraction of the prompt such as 0.2"
             )
         return config
 
@@ -193,7 +194,7 @@ class KVEvictionConfig:
         least = self._amount(FLOOR_KEY, DEFAULT_FLOOR) if self.is_elastic else self.budget
         if not isinstance(least, int) or self.decode == "window":
             return 0
-        least = max(least, self.policy.floor)
+        least = max(least, self.policy.least_budget)
         return next(length for length in range(least, least + 4096) if self.policy.is_evicted(length + 1, least))
 
     def max_request_tokens(self, max_model_len: int, max_in_flight: int) -> int | None:
@@ -210,18 +211,20 @@ class KVEvictionConfig:
     def tokens(self, prompt_len: int) -> int:
         """The budget for a request whose prompt has ``prompt_len`` tokens, in tokens per layer.
 
-        At least the policy's floor. Where budgets are elastic, what it keeps while memory is ample.
+        At least the policy's least. Where budgets are elastic, what it keeps while memory is ample.
         """
         if self.is_elastic:
             return max(_of_prompt(self._amount(CEILING_KEY, 1.0), prompt_len), self.least_tokens(prompt_len))
         assert not isinstance(self.budget, str)
         return (
-            self.budget if isinstance(self.budget, int) else max(_of_prompt(self.budget, prompt_len), self.policy.floor)
+            self.budget
+            if isinstance(self.budget, int)
+            else max(_of_prompt(self.budget, prompt_len), self.policy.least_budget)
         )
 
     def least_tokens(self, prompt_len: int) -> int:
         """Where budgets are elastic, what it keeps of its prompt however short memory is; in tokens per layer."""
-        return max(_of_prompt(self._amount(FLOOR_KEY, DEFAULT_FLOOR), prompt_len), self.policy.floor)
+        return max(_of_prompt(self._amount(FLOOR_KEY, DEFAULT_FLOOR), prompt_len), self.policy.least_budget)
 
     def _amount(self, key: str, default: int | float) -> int | float:
         amount = parse_budget(self.options.get(key, default))
@@ -313,6 +316,11 @@ def _refuse_costly(server: KVEvictionConfig, config: KVEvictionConfig) -> None:
         most = max(getattr(policy, knob, 0) for policy in (server.policy, default))
         if value > most:
             raise ValueError(f"{CONFIG_KEY}: {knob} of a request may be {most} at most, not {value}: ask for less")
+    observed = getattr(config.policy, "observe", 0)
+    densest = getattr(server.policy, "observe", 0)
+    if observed and not 0 < densest <= observed:
+        allowed = f"0, or at least the server's {densest}" if densest else "0, as the server's is"
+        raise ValueError(f"{CONFIG_KEY}: observe of a request may be {allowed}, not {observed}")
 
 
 def flag(key: str) -> str:

@@ -10,7 +10,7 @@ the engine did. So one tie does not hide what comes after it.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from ties import GAP_BOUND, Served, assert_tie
@@ -47,11 +47,13 @@ class State:
     """A request's cache, the last queries of each layer and, after an eviction, the heads' counts by layer.
 
     Heads that hold different numbers of tokens are aligned at the end; ``valid`` says where they have something.
+    ``notes`` are the policy's, if it takes any.
     ``gap`` is the distance of the two best log probabilities at the last forward.
     """
 
     cache: DynamicCache
     queries: dict[int, torch.Tensor] = field(default_factory=dict)
+    notes: dict[int, torch.Tensor] = field(default_factory=dict)
     counts: list[list[int]] = field(default_factory=list)
     valid: dict[int, torch.Tensor] = field(default_factory=dict)
     is_evicted: bool = False
@@ -71,6 +73,8 @@ class Replay:
         self._choices: Iterator[list[list[torch.Tensor]]] | None = None
         self._prefilled: dict[tuple[int, ...], tuple[State, int]] = {}
         self._state = State(DynamicCache())
+        # By layer, all queries of the last forward.
+        self._latest: dict[int, torch.Tensor] = {}
         for index, layer in enumerate(self.model.model.layers):
             layer.self_attn.register_forward_pre_hook(self._capture(index), with_kwargs=True)
 
@@ -95,21 +99,32 @@ class Replay:
         block_size: int,
         decode: str | None = None,
         chunk: int | None = None,
+        hit: int = 0,
         follow: list[int] | None = None,
     ) -> tuple[list[int], list[list[list[int]]]]:
         """Greedy tokens, and what was kept per layer and KV head: indices into the cache before the last chunk's end.
 
-        ``decode`` is the policy's default if it is not given; with ``chunk`` prefill is progressive.
+        ``decode`` is the policy's default if it is not given; with ``chunk`` prefill is progressive;
+        the first ``hit`` tokens come from the prefix cache, and no notes are taken of them.
         """
         decode = decode or policy.decodes[0]
-        if chunk is None:
+        if chunk is None and policy.takes_notes:
+            state = State(DynamicCache())
+            if hit:
+                self._forward(state, prompt[:hit])
+            token = self._forward(state, prompt[hit:])
+            self._note(state, policy, hit)
+            kept = self._prune(state, policy, budget, block_size)
+        elif chunk is None:
             state, token = copy.deepcopy(self._prefill(tuple(prompt)))
             kept = self._prune(state, policy, budget, block_size)
         else:
             state = State(DynamicCache())
             for start in range(0, len(prompt), chunk):
                 token = self._forward(state, prompt[start : start + chunk])
+                self._note(state, policy, start)
                 kept = self._prune(state, policy, budget, block_size)
+        state.notes.clear()
         tokens: list[int] = []
         while True:
             if follow is not None and token != follow[len(tokens)]:
@@ -161,7 +176,8 @@ class Replay:
                 kept = [min(length, target) for length, target in zip(lengths, targets, strict=True)]
                 counts, num_cached = [count - policy.protected for count in kept], inputs.keys.shape[1]
                 keep = policy.rescore(inputs, counts)
-                ranks = policy.ranks(policy.judge(inputs), num_cached, max(kept) / num_cached, counts)
+                (score,) = policy.settle([policy.judge(replace(inputs, budget=max(kept)))], max(kept))
+                ranks = policy.ranks(score, num_cached, max(kept) / num_cached, counts)
             _gather(state, index, keep if choice is None else _follow(keep, choice[index], ranks))
 
     def _lengths(self, state: State, index: int) -> list[int]:
@@ -180,14 +196,27 @@ class Replay:
         """Keeps the last 64 post-RoPE queries."""
 
         def hook(attention, args, kwargs):
-            hidden = kwargs.get("hidden_states", args[0] if args else None)[:, -64:]
+            hidden = kwargs.get("hidden_states", args[0] if args else None)
             cos, sin = kwargs["position_embeddings"]
             query = attention.q_proj(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            query = apply_rotary_pos_emb(query, query, cos[:, -64:], sin[:, -64:])[0][0]
+            self._latest[index] = query = apply_rotary_pos_emb(query, query, cos, sin)[0][0]
             before = self._state.queries.get(index, query[:, :0])
             self._state.queries[index] = torch.cat([before, query], dim=1)[:, -64:]
 
         return hook
+
+    def _note(self, state: State, policy: Policy, start: int) -> None:
+        """Shows the policy a chunk that begins at position ``start``."""
+        if not policy.takes_notes:
+            return
+        for index, layer in enumerate(state.cache.layers):
+            keys, positions = layer.keys[0], policy.noted(start, state.length)
+            places = range(
+                *(bound + keys.shape[1] - state.length for bound in (positions.start, positions.stop)), positions.step
+            )
+            queries = self._latest[index][:, [position - start for position in positions]]
+            inputs = LayerInputs(queries, keys, keys.shape[-1] ** -0.5, valid=state.valid.get(index))
+            state.notes[index] = policy.note(inputs, places, state.notes.get(index))
 
     def _inputs(self, state: State, index: int, num_queries: int) -> LayerInputs:
         layer, queries, valid = state.cache.layers[index], state.queries[index], state.valid.get(index)
@@ -209,7 +238,13 @@ class Replay:
             state.counts = [[budget - policy.protected] * layer.keys.shape[1] for layer in layers]
             return [[list(range(length))] * layer.keys.shape[1] for layer in layers]
         state.is_evicted = True
-        scores = [policy.judge(self._inputs(state, index, policy.num_queries)) for index in range(len(layers))]
+        inputs = [
+            replace(self._inputs(state, index, policy.num_queries), budget=budget) for index in range(len(layers))
+        ]
+        judged = [
+            policy.judge(replace(of_layer, notes=state.notes.get(index))) for index, of_layer in enumerate(inputs)
+        ]
+        scores = policy.settle(judged, budget)
         given = policy.head_budgets(scores, length, budget)
         choice = next(self._choices) if self._choices else None
         kept, state.counts = [], []
@@ -257,6 +292,11 @@ def _gather(state: State, index: int, positions: list[torch.Tensor]) -> None:
         first = longest - len(kept)
         keys[0, head, first:], values[0, head, first:] = layer.keys[0, head, kept], layer.values[0, head, kept]
         valid[head, first:] = True
+    if index in state.notes:
+        notes = state.notes[index]
+        state.notes[index] = notes.new_zeros(len(positions), longest)
+        for head, kept in enumerate(positions):
+            state.notes[index][head, longest - len(kept) :] = notes[head, kept]
     layer.keys, layer.values = keys, values
     state.valid.pop(index, None)
     if not valid.all():

@@ -92,6 +92,13 @@ BAD = [
     ({"": "cake", "_budget": True}, "--kv-eviction-budget True is not a budget"),
     ({"": "cake", "_budget": [1]}, r"--kv-eviction-budget \[1\] is not a budget"),
     ({"": "cake", "_budget": 32}, "--kv-eviction-budget 32 leaves nothing beside the window of 32 tokens: give more"),
+    (
+        {"": "cake", "_budget": 42, "_config": {"protect": {"first": 10}}},
+        "--kv-eviction-budget 42 leaves nothing beside the window of 32 tokens and the 10 protected first ones: "
+        "give more than 42",
+    ),
+    ({"": "cake", "_config": {"protect": {"rest": 1}}}, "--kv-eviction-config: unknown key 'rest' in protect"),
+    ({"": "knorm", "_budget": 36, "_config": {"protect": {"first": 5}}}, "is too little for knorm, .*: give 37"),
     ({"": "knorm", "_budget": 31}, "--kv-eviction-budget 31 is too little for knorm, which keeps no window: give 32"),
     ({"_budget": 512}, "--kv-eviction-budget has no effect without --kv-eviction: name a policy or drop it"),
     ({"": "none", "_config": {"gamma": 1}}, "--kv-eviction-config has no effect without --kv-eviction"),

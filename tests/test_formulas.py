@@ -1,13 +1,15 @@
 """Policies against their formulas, written out number by number: what recorded outputs have no case of."""
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
-from cake_vllm.policies import LayerInputs, create_policy
+from cake_vllm.policies import LayerInputs, Protect, create_policy
 from cake_vllm.policies.budgets import settle
 
 WINDOW, KERNEL, COVERAGE = 4, 3, 0.9
@@ -53,7 +55,7 @@ def pool(numbers: list[float]) -> list[float]:
     return [sum(padded[i : i + KERNEL]) / KERNEL for i in range(len(numbers))]
 
 
-def defensive_score(layer: Layer, normalize_over: str) -> list[list[float]]:
+def defensive_score(layer: Layer, normalize_over: str, echo: Callable | None = None) -> list[list[float]]:
     """The largest pooled attention, at least its mean; times the share that the value's size has."""
     prefix_len = layer.keys.shape[1] - WINDOW
     sizes = [[layer.size(kv_head, position) for position in range(prefix_len)] for kv_head in range(2)]
@@ -65,6 +67,7 @@ def defensive_score(layer: Layer, normalize_over: str) -> list[list[float]]:
             pooled = pool(attention)
             for position in range(prefix_len):
                 risk[position] = max(risk[position], pooled[position] * sum(attention) / sum(pooled))
+        risk = echo(risk) if echo else risk
         least = sum(risk) / prefix_len
         scores.append([])
         for position in range(prefix_len):
@@ -195,6 +198,10 @@ DEFAULTS = {
     "adakv": {"window": 32, "pool_kernel": 5, "alpha": 0.2},
     "criticaladakv": {"window": 32, "pool_kernel": 5, "epsilon": 1e-4, "first_stage_ratio": 0.5, "alpha": 0.2},
     "criticalkv": {"window": 32, "pool_kernel": 5, "epsilon": 1e-4, "first_stage_ratio": 0.5},
+    "dropkv": {"window": 8, "pool_kernel": 11},
+    "echo": {"window": 32, "pool_kernel": 5, "echo": 12, "protect": Protect(4)},
+    "lagkv": {"lag": 128, "n_sink": 4},
+    "restkv": {"window": 32, "pool_kernel": 5, "alpha": 0.3, "scale": 2000},
     "cake": {"window": 32, "pool_kernel": 5, "gamma": 200, "tau1": 1, "tau2": 1, "cascade": True},
     "cake-mean": {"window": 32, "pool_kernel": 5, "gamma": 0, "tau1": 1, "tau2": 1, "cascade": True},
     "cake-uniform": {"window": 32, "pool_kernel": 5, "gamma": 200, "tau1": 1, "tau2": 1, "cascade": True},
@@ -211,6 +218,7 @@ def test_knobs_that_nobody_sets_are_the_published_ones(name):
     found = vars(create_policy(name, {}))
     assert {knob: found[knob] for knob in DEFAULTS[name]} == DEFAULTS[name]
     assert not found.get("protect_window")
+    assert name == "echo" or (found.get("echo", 0), found["protect"]) == (0, Protect())
 
 
 FIRST = 3.4e38
@@ -283,6 +291,90 @@ def test_ablations_of_cake():
 )
 def test_counts_that_layers_settle_on(shares, total, cap, counts):
     assert settle(shares, total, cap) == counts
+
+
+def outputs(layer: Layer, head: int, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Attention of a query of the window on all positions, and what it makes of the values."""
+    kv_head, seen = head // 3, layer.keys.shape[1] - WINDOW + row + 1
+    weights = np.zeros(layer.keys.shape[1])
+    weights[:seen] = np.exp(layer.keys[kv_head, :seen] @ layer.queries[head, row] * 8**-0.5)
+    weights /= weights.sum()
+    return weights, weights @ layer.values[kv_head]
+
+
+@pytest.mark.parametrize("loudness", [0.5, 3.0])
+def test_dropkv(loudness):
+    """What the outputs of the window would move by without a position, squared; pooled over the window too."""
+    layer = Layer.random(21, 60, loudness)
+    expected = []
+    for kv_head in range(2):
+        moved = [0.0] * 60
+        for head, row in itertools.product(range(3 * kv_head, 3 * kv_head + 3), range(WINDOW)):
+            weights, output = outputs(layer, head, row)
+            for j in range(60):
+                others = weights.copy()
+                others[j] = 0
+                without = others / others.sum() @ layer.values[kv_head]
+                moved[j] += np.square(without - output).sum() / 3
+        expected.append(pool(moved)[: 60 - WINDOW])
+    policy = create_policy("dropkv", {"window": WINDOW, "pool_kernel": KERNEL})
+    np.testing.assert_allclose(policy.score(layer.inputs()).indicator, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("prompt_len", "n_sink"), [(60, 4), (60, 0), (67, 3), (19, 4)])
+def test_lagkv(prompt_len, n_sink):
+    """By rank within a chunk; the sinks, the last chunk and what is behind it first."""
+    lag, layer = 8, Layer.random(22, prompt_len)
+    policy = create_policy("lagkv", {"lag": lag, "n_sink": n_sink})
+    ranks = policy.score(layer.inputs()).indicator.tolist()
+    num_chunks = (prompt_len - n_sink) // lag
+    for kv_head in range(2):
+        compared = 0
+        for chunk in range(num_chunks - 1):
+            worth = np.zeros(lag)
+            for states in (layer.keys[kv_head], layer.values[kv_head]):
+                start = n_sink + chunk * lag
+                here, there = states[start : start + lag], states[start + lag : start + 2 * lag]
+                least, most = there.min(axis=0), there.max(axis=0)
+                spread = [np.std((entry - least) / (most - least), ddof=1) for entry in here]
+                worth += np.exp(spread) / np.exp(spread).sum()
+            expected = [sum(other < own for other in worth) / lag for own in worth]
+            np.testing.assert_allclose(ranks[kv_head][start : start + lag], expected, rtol=1e-6)
+            compared += lag
+        assert compared == max(num_chunks - 1, 0) * lag
+        behind = ranks[kv_head][n_sink + compared :]
+        assert behind == sorted(behind)
+        assert min([*ranks[kv_head][:n_sink], 3.0]) > max(behind) > min(behind) >= 1
+
+
+@pytest.mark.parametrize(("scale", "budget"), [(1000, 20.0), (3, 20.0), (1, 9.0), (3, None)])
+def test_restkv(scale, budget):
+    """Averaged attention and what is lost of its output, averaged over a range that follows the attention's drift."""
+    layer, alpha, prefix_len = Layer.random(23, 60, 2.0), 0.3, 60 - WINDOW
+    expected, shifts = np.zeros((2, prefix_len)), set()
+    for head in range(6):
+        rows = [outputs(layer, head, row)[0] for row in range(WINDOW)]
+        average = rows[0]
+        for row in rows[1:]:
+            average = alpha * row + (1 - alpha) * average
+        weight, values = layer.weight[:, 8 * head : 8 * head + 8], layer.values[head // 3, :prefix_len]
+        output = weight @ (average[:prefix_len] @ values)
+        worth = [a / (1 - a) * np.linalg.norm(output - weight @ v) for a, v in zip(average, values, strict=False)]
+        shift = 0
+        if budget is not None:
+            best = [np.argsort(row)[-(int(budget) - WINDOW) :] for row in rows]
+            front, rear = (int(sum(map(sum, half))) for half in (best[: WINDOW // 2], best[WINDOW // 2 :]))
+            shift = int(Fraction(front - rear, len(best[0]) * WINDOW // 2 * scale))
+        shifts.add(shift)
+        reach = max(KERNEL // 2, abs(shift))
+        for place in range(prefix_len):
+            span = [min(max(place + shift + j, 0), prefix_len - 1) for j in range(-reach, reach + 1)]
+            expected[head // 3, place] += sum(worth[i] for i in span) / len(span) / 3
+    options = {"window": WINDOW, "pool_kernel": KERNEL, "alpha": alpha, "scale": scale}
+    inputs = replace(layer.inputs(), budget=budget)
+    np.testing.assert_allclose(create_policy("restkv", options).score(inputs).indicator, expected, rtol=1e-4)
+    assert (len(shifts) > 1) == (scale < 1000 and budget is not None)
+    assert scale != 1 or {np.sign(shift) for shift in shifts} >= {-1, 1}
 
 
 @pytest.mark.parametrize("name", ["criticalkv", "criticaladakv", "defensivekv"])

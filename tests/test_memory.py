@@ -125,9 +125,17 @@ def test_hit_rate_under_pressure_is_that_of_stock(tiny):
     assert hits[1] >= 0.95 * hits[0]
 
 
-@pytest.mark.parametrize("name", [pytest.param("cake", marks=pytest.mark.full), "layer-defensivekv"])
-def test_progressive_prefill_equals_its_replay(start_engine, model_dir, prompts, name):
-    options = {"prefill": "progressive", "decode": "window"}
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        pytest.param("cake", {}, marks=pytest.mark.full),
+        ("layer-defensivekv", {}),
+        ("echo", {"observe": 7}),
+        pytest.param("cake", {"protect": {"first": 20}, "echo": 12}, marks=pytest.mark.full),
+    ],
+)
+def test_progressive_prefill_equals_its_replay(start_engine, model_dir, prompts, name, knobs):
+    options = {"prefill": "progressive", "decode": "window", **knobs}
     engine: Engine = start_engine(
         kv_eviction=name, kv_eviction_budget=256, kv_eviction_config=options, max_num_batched_tokens=512
     )
@@ -135,7 +143,7 @@ def test_progressive_prefill_equals_its_replay(start_engine, model_dir, prompts,
     engine.stats()
     prompt = prompts[2049]
     (served,) = engine.served([prompt], 40)
-    replay.verify(prompt, served, create_policy(name, {}), 256, 32, decode="window", chunk=512)
+    replay.verify(prompt, served, create_policy(name, knobs), 256, 32, decode="window", chunk=512)
     stats = engine.stats()
     assert stats["requests"] == 1
     assert stats["trims"] >= 4

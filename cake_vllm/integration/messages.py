@@ -50,6 +50,7 @@ class Observation:
         grant: see :class:`Grant`.
         is_last: whether its queries may be forgotten after this step.
         config: its own settings, if they are not the engine's.
+        is_noted: whether it is a chunk of a prompt whose policy takes notes.
     """
 
     req_id: str
@@ -59,6 +60,7 @@ class Observation:
     grant: Grant | None = None
     is_last: bool = True
     config: KVEvictionConfig | None = None
+    is_noted: bool = False
 
 
 @dataclass(frozen=True)

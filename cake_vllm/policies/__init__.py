@@ -7,7 +7,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cake_vllm.policies.base import LayerInputs, LayerScore, Policy
+from cake_vllm.policies.base import LayerInputs, LayerScore, Policy, Protect
 from cake_vllm.policies.paging import PagedPrompt
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "LayerScore",
     "PagedPrompt",
     "Policy",
+    "Protect",
     "create_policy",
     "knobs",
     "policy_names",
@@ -28,11 +29,15 @@ _POLICIES: dict[str, str] = {
     "criticaladakv": "cake_vllm.policies.criticalkv:CriticalAdaKV",
     "criticalkv": "cake_vllm.policies.criticalkv:CriticalKV",
     "defensivekv": "cake_vllm.policies.defensivekv:DefensiveKV",
+    "dropkv": "cake_vllm.policies.dropkv:DropKV",
+    "echo": "cake_vllm.policies.echo:Echo",
     "keydiff": "cake_vllm.policies.keydiff:KeyDiff",
     "knorm": "cake_vllm.policies.knorm:KNorm",
+    "lagkv": "cake_vllm.policies.lagkv:LagKV",
     "layer-defensivekv": "cake_vllm.policies.defensivekv:LayerDefensiveKV",
     "pyramidkv": "cake_vllm.policies.pyramidkv:PyramidKV",
     "random": "cake_vllm.policies.random:Random",
+    "restkv": "cake_vllm.policies.restkv:ReSTKV",
     "snapkv": "cake_vllm.policies.snapkv:SnapKV",
     "streamingllm": "cake_vllm.policies.streamingllm:StreamingLLM",
     "tova": "cake_vllm.policies.tova:TOVA",
@@ -72,7 +77,7 @@ def policy_class(name: str) -> type[Policy]:
 
 def knobs(name: str) -> dict[str, dataclasses.Field]:
     """The knobs of policy ``name``: its dataclass fields by name."""
-    return {field.name: field for field in dataclasses.fields(policy_class(name))}  # type: ignore[arg-type]
+    return {field.name: field for field in dataclasses.fields(policy_class(name))}
 
 
 def create_policy(name: str, options: Mapping[str, Any], beside: Sequence[str] = ()) -> Policy:
@@ -92,12 +97,23 @@ def create_policy(name: str, options: Mapping[str, Any], beside: Sequence[str] =
         raise ValueError(
             f"unknown key {unknown[0]!r} for policy {name!r}; known keys: {', '.join(sorted([*known, *beside]))}"
         )
-    for key, value in options.items():
-        _check_type(key, value, known[key].type)
-    return policy_class(name)(**options)
+    return policy_class(name)(**{key: _parse(key, value, known[key].type) for key, value in options.items()})
 
 
-def _check_type(key: str, value: Any, wanted: Any) -> None:
+def _parse(key: str, value: Any, wanted: Any) -> Any:
+    """A knob's value; of a knob with parts a mapping of these.
+
+    Raises:
+        ValueError: if it is of another type or has an unknown part.
+    """
+    if isinstance(wanted, type) and dataclasses.is_dataclass(wanted) and isinstance(value, Mapping):
+        parts = {part.name: part.type for part in dataclasses.fields(wanted)}
+        for name in value:
+            if name not in parts:
+                raise ValueError(f"unknown key {name!r} in {key}; known keys: {', '.join(sorted(parts))}")
+        return wanted(**{name: _parse(f"{key}.{name}", part, parts[name]) for name, part in value.items()})
     accepted: tuple[type, ...] = (int, float) if wanted is float else (wanted,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
-        raise ValueError(f"{key} must be of type {wanted.__name__}, not {value!r}")
+        name = "object" if dataclasses.is_dataclass(wanted) else wanted.__name__
+        raise ValueError(f"{key} must be of type {name}, not {value!r}")
+    return value

@@ -32,7 +32,8 @@ class AdaKV(SnapKV):
     def head_budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[list[int]]:
         """See :meth:`Policy.head_budgets`."""
         count = min(int(budget), prompt_len)
-        heads = [adaptive_head_budgets(score.indicator, count, self.window, self.alpha) for score in scores]
+        ranks = [self.ranks(score, prompt_len, budget / prompt_len) for score in scores]
+        heads = [adaptive_head_budgets(layer, count, self.window, self.alpha) for layer in ranks]
         return torch.stack(heads).tolist()
 
 

@@ -1,9 +1,11 @@
 """The contract of an eviction policy: score, budget, keep.
 
-Three pure steps. They take and return plain tensors and numbers, know no model and no engine, and never change their
+Pure steps. They take and return plain tensors and numbers, know no model and no engine, and never change their
 inputs:
 
+    note    queries of a chunk, where the policy asks for some, and keys  ->  notes, one for each key
     score   one layer's queries, keys and what else the policy asks for   ->  LayerScore
+    settle  the scores of all layers, where one cannot be had alone       ->  the scores of all layers
     budget  the scores of all layers                                      ->  tokens to keep per layer and per KV head
     keep    a layer's scores and counts                                   ->  positions per KV head
 
@@ -16,7 +18,7 @@ Symbols used in every docstring: ``L`` layers, ``Hq`` query heads, ``Hkv`` KV he
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -36,6 +38,9 @@ class LayerInputs:
         output_weight: ``[hidden, Hq * D]``, the weight of the projection that follows attention, if
             :attr:`Policy.needs_output_weight`.
         layer_index: rank of the layer in model order.
+        budget: mean number of tokens that a layer may keep, protected ones included; ``None`` if that is not known.
+        notes: ``[Hkv, S, ...]``, what :meth:`Policy.note` made of the prompt; ``None`` if it saw none of it, and when a
+            cache is scored again.
         valid: ``[Hkv, S]`` bool, or ``None`` if everything is there. Once heads have kept different numbers of tokens
             their keys are aligned at the end, and a head with fewer has nothing where this is false: zeros as keys and
             values, no attention (:func:`cake_vllm.policies.scores.prefix_attention` sees to that). Such positions are
@@ -49,6 +54,8 @@ class LayerInputs:
     values: torch.Tensor | None = None
     output_weight: torch.Tensor | None = None
     layer_index: int = 0
+    budget: float | None = None
+    notes: torch.Tensor | None = None
     valid: torch.Tensor | None = None
 
 
@@ -71,10 +78,27 @@ class LayerScore:
     valid: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Protect:
+    """Spans of a prompt that stay in every layer and KV head, whatever the policy says.
+
+    Attributes:
+        first: leading positions, such as a chat template's and a system prompt's.
+    """
+
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        if self.first < 0:
+            raise ValueError(f"protect: first must be at least 0, not {self.first}")
+
+
+@dataclass(frozen=True)
 class Policy(ABC):
     """An eviction policy; implementations are frozen dataclasses whose fields are the knobs of the paper.
 
     Attributes:
+        protect: spans that stay beside the last :attr:`protected` positions; they are part of the budget.
         needs_values: whether :meth:`score` reads :attr:`LayerInputs.values`.
         needs_output_weight: whether it reads :attr:`LayerInputs.output_weight`.
         selection: who competes for the budget. ``"layer"``: layers, and all heads of a layer keep as many tokens
@@ -89,6 +113,8 @@ class Policy(ABC):
     needs_output_weight = False
     selection: ClassVar[str] = "layer"
     decodes: ClassVar[tuple[str, ...]] = ("off", "window")
+
+    protect: Protect = field(default=Protect(), kw_only=True)
 
     @property
     def num_queries(self) -> int:
@@ -113,13 +139,56 @@ class Policy(ABC):
         """
         return self.window_size + 1 if self.window_size > 1 else 32
 
+    @property
+    def least_budget(self) -> int:
+        """:attr:`floor`, and what is protected beside it."""
+        return self.floor + self.protect.first
+
     def is_evicted(self, prompt_len: int, budget: int) -> bool:
         """Whether a prompt of ``prompt_len`` tokens loses any under ``budget``."""
         return prompt_len > max(budget, self.window_size)
 
+    @property
+    def takes_notes(self) -> bool:
+        """Whether :meth:`note` is to see the prompt while it is computed; if not, that costs nothing."""
+        return False
+
+    def noted(self, start: int, end: int) -> range:
+        """Positions in ``[start, end)``, a chunk of the prompt, whose queries :meth:`note` is to see."""
+        return range(0)
+
+    def note(self, inputs: LayerInputs, places: range, notes: torch.Tensor | None) -> torch.Tensor:
+        """Takes note of a chunk in one layer, once it has been computed.
+
+        Chunks come in order, without those that the prefix cache has. What is evicted between them is gone from the
+        keys and the notes; what is left is in order, aligned at the end like the keys.
+
+        Args:
+            inputs: keys so far, ``[Hkv, S, D]``, and the queries of :meth:`noted`, ``[Hq, n, D]``, which may be none;
+                neither values nor the output projection.
+            places: of the ``n`` queries' own keys among the ``S``, causal.
+            notes: what was noted so far, ``[Hkv, S - new, ...]``; ``None`` at first, whatever ``S`` is.
+
+        Returns:
+            ``[Hkv, S, ...]``, which the request keeps until its prompt ends.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def score(self, inputs: LayerInputs) -> LayerScore:
         """Scores the positions of one layer."""
+
+    def settle(self, scores: Sequence[LayerScore], budget: float) -> Sequence[LayerScore]:
+        """The scores that the following steps see; by default those of :meth:`score`.
+
+        For policies whose order of a layer's positions depends on other layers. Both steps that follow, and
+        :meth:`rescore`, which knows one layer only, see what this returns.
+
+        Args:
+            scores: of all layers, in model order.
+            budget: mean number of tokens that a layer may keep, protected ones included.
+        """
+        return scores
 
     def budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[int]:
         """Divides the tokens among the layers; by default equally.
@@ -135,8 +204,12 @@ class Policy(ABC):
         return [min(int(budget), prompt_len) - self.protected] * len(scores)
 
     def head_budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[list[int]]:
-        """The counts per layer and KV head; by default the layer's for each of its heads."""
-        counts = self.budgets(scores, prompt_len, budget)
+        """The counts per layer and KV head; by default the layer's for each of its heads.
+
+        Layers divide what the protected first positions leave, as if these were not there.
+        """
+        first = min(self.protect.first, max(int(budget) - self.protected, 0))
+        counts = [first + count for count in self.budgets(scores, prompt_len - first, budget - first)]
         return [[count] * len(score.indicator) for count, score in zip(counts, scores, strict=True)]
 
     def judge(self, inputs: LayerInputs) -> LayerScore:
@@ -150,9 +223,15 @@ class Policy(ABC):
     def ranks(
         self, score: LayerScore, prompt_len: int, keep_ratio: float, counts: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """:meth:`rank`, with what is not there below everything that is."""
+        """:meth:`rank`, with what is not there below everything that is, and protected first positions above it."""
         ranks = self.rank(score, prompt_len, keep_ratio, counts)
-        return ranks if score.valid is None else _mask(ranks, score.valid)
+        return self.raise_first(ranks if score.valid is None else _mask(ranks, score.valid), score.valid)
+
+    def raise_first(self, ranks: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """``[Hkv, N]`` ranks with the protected first positions above all others; ``valid`` as in the scores."""
+        if not self.protect.first:
+            return ranks
+        return ranks.masked_fill(leading(self.protect.first, ranks, valid), float("inf"))
 
     def rank(
         self, score: LayerScore, prompt_len: int, keep_ratio: float, counts: Sequence[int] | None = None
@@ -197,8 +276,9 @@ class Policy(ABC):
         Returns:
             For each head ``[count + protected]`` int64 indices into the cache, ascending.
         """
-        score, num_cached = self.judge(inputs), inputs.keys.shape[1]
-        return self.keep(score, counts, num_cached, (max(counts) + self.protected) / num_cached)
+        budget, num_cached = max(counts) + self.protected, inputs.keys.shape[1]
+        (score,) = self.settle([self.judge(replace(inputs, budget=budget))], budget)
+        return self.keep(score, counts, num_cached, budget / num_cached)
 
     def trim(self, inputs: LayerInputs, count: int) -> torch.Tensor:
         """As :meth:`rescore` with the current token's query alone, in any order; if ``"cake"`` is in :attr:`decodes`.
@@ -216,6 +296,18 @@ class Policy(ABC):
 def total_tokens(budget: float, window: int, num_layers: int) -> int:
     """Candidates that all layers together may keep under a mean ``budget`` per layer, windows aside."""
     return int((budget - window) * num_layers)
+
+
+def leading(count: int, scores: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Where the first ``count`` positions of each head are in ``[Hkv, N]`` scores; ``valid`` as in the inputs.
+
+    Returns:
+        Bool, ``[N]``, or ``[Hkv, N]`` if heads begin at different places.
+    """
+    if valid is None:
+        return torch.arange(scores.shape[1], device=scores.device) < count
+    there = valid[:, : scores.shape[1]]
+    return there & (there.cumsum(dim=1) <= count)
 
 
 def _mask(scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

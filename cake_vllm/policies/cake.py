@@ -9,10 +9,13 @@ import torch
 from cake_vllm.policies.base import LayerInputs, LayerScore, Policy, total_tokens
 from cake_vllm.policies.budgets import cascade, kept_after, proportional, settle
 from cake_vllm.policies.scores import (
+    SINKS,
     attention_logits,
     average_pool,
+    echoed,
     finite,
     prefix_attention,
+    require_echo,
     require_odd,
     require_window,
 )
@@ -53,6 +56,7 @@ class Cake(Policy):
         tau2: temperature of the variance.
         pool_kernel: width of the average pooling over positions, odd.
         cascade: redivide after each layer (official default), or once at the end.
+        echo: half-life in positions with which successors inherit a position's worth (:func:`echoed`); 0 as published.
     """
 
     decodes = ("cake", "off", "window")
@@ -63,10 +67,12 @@ class Cake(Policy):
     tau2: float = 1.0
     pool_kernel: int = 5
     cascade: bool = True
+    echo: float = 0.0
 
     def __post_init__(self) -> None:
         require_window(self.window, at_least=2)
         require_odd("pool_kernel", self.pool_kernel)
+        require_echo(self.echo)
         if not (math.isfinite(self.gamma) and self.gamma >= 0):
             raise ValueError(f"gamma must be a finite number of at least 0, not {self.gamma}")
         for name in ("tau1", "tau2"):
@@ -90,7 +96,8 @@ class Cake(Policy):
             terms[1] += variance.sum()
             rows.append((mean + self.gamma * variance).mean(dim=1))
         terms = torch.nan_to_num(terms, nan=0.0, posinf=0.0, neginf=0.0)
-        return LayerScore(finite(average_pool(torch.cat(rows), self.pool_kernel)), terms)
+        pooled = average_pool(torch.cat(rows), self.pool_kernel)
+        return LayerScore(finite(echoed(pooled, self.echo, inputs.valid, SINKS + self.pool_kernel // 2)), terms)
 
     def preferences(self, scores: Sequence[LayerScore]) -> list[float]:
         """Preference of each layer; float64."""
@@ -128,7 +135,9 @@ class Cake(Policy):
         queries = inputs.queries.unflatten(0, (len(inputs.keys), -1))
         logits = attention_logits(queries, inputs.keys, inputs.scale, inputs.logits_soft_cap)
         attention = logits.softmax(dim=-1)[:, :, 0, : -self.window]
-        return finite(average_pool(attention, self.pool_kernel).mean(dim=1))
+        pooled = average_pool(attention, self.pool_kernel).mean(dim=1)
+        ranks = finite(echoed(pooled, self.echo, None, SINKS + self.pool_kernel // 2))
+        return self.raise_first(ranks, None)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
 """DefensiveKV and Layer-DefensiveKV."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from cake_vllm.policies.base import LayerInputs, LayerScore, Policy
 from cake_vllm.policies.scores import (
+    SINKS,
     average_pool,
+    echoed,
     finite,
     prefix_attention,
     projected_value_norms,
+    require_echo,
     require_odd,
     require_window,
 )
@@ -34,6 +37,8 @@ class DefensiveKV(Policy):
             official code does; ``"positions"`` by its sum over the positions of a head, as the paper means.
         protect_window: keep the window in every head. In the official code its entries only share the layer's
             largest score, so that a flat layer can lose it under a budget that layers or heads compete for.
+        echo: half-life in positions with which successors inherit a position's risk, before the mean risk is the
+            least (:func:`echoed`); 0 as published.
     """
 
     needs_values = True
@@ -44,10 +49,12 @@ class DefensiveKV(Policy):
     pool_kernel: int = 5
     normalize_over: str = "heads"
     protect_window: bool = False
+    echo: float = 0.0
 
     def __post_init__(self) -> None:
         require_window(self.window)
         require_odd("pool_kernel", self.pool_kernel)
+        require_echo(self.echo)
         if self.normalize_over not in ("heads", "positions"):
             raise ValueError(f"normalize_over must be 'heads' or 'positions', not {self.normalize_over!r}")
 
@@ -62,10 +69,14 @@ class DefensiveKV(Policy):
         ``indicator`` is ``[Hkv, S - w]``; ``extra`` is the mean attention normalised over positions, of the same
         shape, and the mean mass on the last ``w`` prefix positions, a scalar.
         """
+        return self.score_of(inputs, prefix_attention(inputs), projected_value_norms(inputs))
+
+    def score_of(self, inputs: LayerInputs, attentions: Iterable[torch.Tensor], norms: torch.Tensor) -> LayerScore:
+        """:meth:`score` from what it is made of: see :func:`prefix_attention` and :func:`projected_value_norms`."""
         risks, means, mass = [], [], []
         # Of heads that have kept different numbers of tokens, what is there; see LayerInputs.
         valid = None if inputs.valid is None else inputs.valid[:, : -self.window]
-        for attention in prefix_attention(inputs):
+        for attention in attentions:
             there = None
             if valid is not None:
                 there, valid = valid[: len(attention)], valid[len(attention) :]
@@ -73,7 +84,7 @@ class DefensiveKV(Policy):
             if there is not None:
                 pooled.mul_(there[:, None, None])
             pooled.mul_(attention.sum(dim=-1, keepdim=True) / pooled.sum(dim=-1, keepdim=True))
-            risk = pooled.amax(dim=(1, 2))
+            risk = echoed(pooled.amax(dim=(1, 2)), self.echo, there, SINKS + self.pool_kernel // 2)
             mean = risk.mean(dim=-1, keepdim=True)
             if there is not None:
                 mean = risk.sum(dim=-1, keepdim=True) / there.sum(dim=-1, keepdim=True)
@@ -82,7 +93,7 @@ class DefensiveKV(Policy):
             means.append(mean / mean.sum(dim=-1, keepdim=True))
             # Taken after the window's columns are cut off, hence of the prefix's end: as the official code has it.
             mass.append(attention[..., -self.window :].sum(dim=-1).mean(dim=(1, 2)))
-        norms = projected_value_norms(inputs)[:, : -self.window]
+        norms = norms[:, : -self.window]
         norms = norms / norms.sum(dim=0 if self.normalize_over == "heads" else 1, keepdim=True)
         extra = (finite(torch.cat(means)), torch.cat(mass).mean())
         return LayerScore(finite(torch.cat(risks) * norms), torch.empty(0), extra)
@@ -133,13 +144,24 @@ class LayerDefensiveKV(DefensiveKV):
     def head_budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[list[int]]:
         """See :meth:`Policy.head_budgets`: the best of all layers, scores compared as they are."""
         ranks = [self._rank_for(score, budget) for score in scores]
-        num_layers, num_heads = len(ranks), len(ranks[0])
-        total = int(budget * num_heads * num_layers) - self.protected * num_heads * num_layers
-        everything = torch.cat([layer.flatten() for layer in ranks])
-        chosen = everything.topk(min(max(total, 0), len(everything))).indices
-        ends = torch.tensor([layer.numel() for layer in ranks], device=chosen.device).cumsum(0)
-        by_layer = torch.bincount(torch.bucketize(chosen, ends, right=True), minlength=num_layers).tolist()
-        return torch.stack([best_by_head(*layer) for layer in zip(ranks, by_layer, strict=True)]).tolist()
+        return best_of_all(ranks, budget, self.protected)
+
+
+def best_of_all(ranks: Sequence[torch.Tensor], budget: float, protected: int) -> list[list[int]]:
+    """How many of each KV head's candidates are among the best of all layers and heads.
+
+    Args:
+        ranks: ``[Hkv, C]`` for each layer.
+        budget: mean number of tokens that a head may keep.
+        protected: of them, tokens that each keeps beside its candidates.
+    """
+    num_layers, num_heads = len(ranks), len(ranks[0])
+    total = int(budget * num_heads * num_layers) - protected * num_heads * num_layers
+    everything = torch.cat([layer.flatten() for layer in ranks])
+    chosen = everything.topk(min(max(total, 0), len(everything))).indices
+    ends = torch.tensor([layer.numel() for layer in ranks], device=chosen.device).cumsum(0)
+    by_layer = torch.bincount(torch.bucketize(chosen, ends, right=True), minlength=num_layers).tolist()
+    return torch.stack([best_by_head(*layer) for layer in zip(ranks, by_layer, strict=True)]).tolist()
 
 
 def best_by_head(ranks: torch.Tensor, count: int) -> torch.Tensor:

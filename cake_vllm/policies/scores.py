@@ -1,42 +1,77 @@
 """What several policies look at: the window's attention over the prompt, and the size of projected values."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from cake_vllm.policies.base import LayerInputs
+from cake_vllm.policies.base import LayerInputs, leading
+
+#: How far a position's attention is passed on, positions.
+ECHO_REACH = 63
+#: First positions that pass nothing on unless a policy says otherwise: what they draw belongs to nobody behind them.
+SINKS = 4
 
 
 def prefix_attention(inputs: LayerInputs) -> Iterator[torch.Tensor]:
-    """Attention weights of the last ``w`` queries on the positions before them, some KV heads at a time.
+    """:func:`window_attention` on the positions before the window.
 
-    The softmax runs in float32 over all ``S`` keys, causal among the last ``w``; the columns of these are cut off
-    afterwards and the rest is *not* renormalised (antgroup/cakekv, scoring block of the attention forward; SnapKV
-    and kvpress do the same). What is not there (:attr:`LayerInputs.valid`) gets none. The peak does not grow with the
-    model's width; see :func:`heads_at_once`.
+    The columns of the window are cut off after the softmax and the rest is *not* renormalised (antgroup/cakekv,
+    scoring block of the attention forward; SnapKV and kvpress do the same).
 
     Yields:
         ``[n, G, w, S - w]`` float32 for the next ``n`` KV heads, the caller's to overwrite.
+    """
+    prefix_len = inputs.keys.shape[1] - inputs.queries.shape[1]
+    return (weights[..., :prefix_len] for weights in window_attention(inputs))
+
+
+def window_attention(inputs: LayerInputs) -> Iterator[torch.Tensor]:
+    """:func:`attention` of the last ``w`` queries.
+
+    Yields:
+        ``[n, G, w, S]`` float32 for the next ``n`` KV heads, the caller's to overwrite.
 
     Raises:
-        ValueError: if the prompt is not longer than the window or the heads do not divide.
+        ValueError: if the prompt is not longer than the window.
     """
-    num_heads, window, _ = inputs.queries.shape
-    num_kv_heads, prompt_len, _ = inputs.keys.shape
+    window, prompt_len = inputs.queries.shape[1], inputs.keys.shape[1]
     if prompt_len <= window:
         raise ValueError(f"a prompt of {prompt_len} tokens has no prefix before a window of {window}")
+    return attention(inputs, range(prompt_len - window, prompt_len))
+
+
+def attention(inputs: LayerInputs, places: range) -> Iterator[torch.Tensor]:
+    """Attention weights of some queries on all positions, some KV heads at a time.
+
+    The softmax runs in float32 over all ``S`` keys up to each query's own. What is not there
+    (:attr:`LayerInputs.valid`) gets none. The peak does not grow with the model's width; see :func:`heads_at_once`.
+
+    Args:
+        inputs: with ``q`` queries.
+        places: of their own keys.
+
+    Yields:
+        ``[n, G, q, S]`` float32 for the next ``n`` KV heads, the caller's to overwrite.
+
+    Raises:
+        ValueError: if the heads do not divide.
+    """
+    num_heads, num_queries, _ = inputs.queries.shape
+    num_kv_heads, prompt_len, _ = inputs.keys.shape
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not divide among {num_kv_heads} KV heads")
-    future = torch.ones(window, window, dtype=torch.bool, device=inputs.queries.device).triu(1)
-    at_once = heads_at_once(inputs.queries.device, num_heads // num_kv_heads * window * prompt_len)
+    device = inputs.queries.device
+    own = places.start + places.step * torch.arange(len(places), device=device).unsqueeze(1)
+    future = torch.arange(places.start, prompt_len, device=device) > own
+    at_once = heads_at_once(device, num_heads // num_kv_heads * num_queries * prompt_len)
     heads = inputs.queries.unflatten(0, (num_kv_heads, -1)).split(at_once), inputs.keys.split(at_once)
     missing = [None] * len(heads[1]) if inputs.valid is None else (~inputs.valid).split(at_once)
     for queries, keys, absent in zip(*heads, missing, strict=True):
         logits = attention_logits(queries, keys, inputs.scale, inputs.logits_soft_cap)
         if absent is not None:
             logits.masked_fill_(absent[:, None, None], float("-inf"))
-        logits[..., prompt_len - window :].masked_fill_(future, float("-inf"))
-        yield logits.softmax(dim=-1)[..., : prompt_len - window]
+        logits[..., places.start :].masked_fill_(future, float("-inf"))
+        yield logits.softmax(dim=-1)
 
 
 def heads_at_once(device: torch.device, weights_per_head: int) -> int:
@@ -64,26 +99,90 @@ def average_pool(scores: torch.Tensor, kernel: int) -> torch.Tensor:
     return total.div_(kernel)
 
 
-def projected_value_norms(inputs: LayerInputs, chunk: int = 512) -> torch.Tensor:
+def echoed(scores: torch.Tensor, half_life: float, valid: torch.Tensor | None = None, silent: int = 0) -> torch.Tensor:
+    """Lets each position inherit the scores of those before it, halved with every ``half_life`` positions.
+
+    What attends to a position attends to its successors in the next steps, when it goes on copying or reading from
+    there: ``max over 0 <= j <= 63 of 2 ** (-j / half_life) * scores[i - j]``.
+
+    Args:
+        scores: ``[Hkv, N]``, not negative.
+        half_life: positions; 0 leaves the scores as they are.
+        valid: see :class:`LayerInputs`.
+        silent: first positions of each head that pass nothing on.
+
+    Returns:
+        ``[Hkv, N]``, at least ``scores``.
+    """
+    if not half_life:
+        return scores
+    passed = scores.masked_fill(leading(silent, scores, valid), 0)
+    # By doubling: a maximum over the last n is one over two maxima over the last n / 2.
+    reach = 0
+    while reach < ECHO_REACH:
+        step = min(reach + 1, ECHO_REACH - reach)
+        passed[:, step:] = passed[:, step:].maximum(passed[:, :-step] * 2 ** (-step / half_life))
+        reach += step
+    return passed.maximum(scores)
+
+
+def better_ranks(*rankings: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Joins rankings of the same entries: each counts by the best of its ranks among all entries of all layers.
+
+    Args:
+        rankings: each the scores of all layers, ``[Hkv, N]``; ``N`` may differ between layers. Entries that tie in
+            one are ranked by the next.
+
+    Returns:
+        For each layer ``[Hkv, N]`` float32, the share of all entries that do not rank before, in (0, 1].
+    """
+    best = order = None
+    for ranking in reversed(rankings):
+        scores = torch.cat([layer.flatten() for layer in ranking])
+        if best is None or order is None:
+            order = scores.argsort(descending=True, stable=True)
+            best = torch.full_like(order, len(scores))
+        else:
+            order = order[scores[order].argsort(descending=True, stable=True)]
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=order.device)
+        best = best.minimum(rank)
+    assert best is not None, "there is at least one ranking"
+    share = (1 - best.double() / len(best)).float()
+    layers = share.split([layer.numel() for layer in rankings[0]])
+    return [ranks.view_as(layer) for ranks, layer in zip(layers, rankings[0], strict=True)]
+
+
+def projected_value_norms(inputs: LayerInputs) -> torch.Tensor:
     """L1 norm of what each value becomes behind the output projection, mean over the query heads that read it.
+
+    Returns:
+        ``[Hkv, S]`` float32.
+    """
+    return torch.cat([values.abs_().sum(dim=-1).mean(dim=1) for values in projected_values(inputs)], dim=-1)
+
+
+def projected_values(inputs: LayerInputs, chunk: int = 512) -> Iterator[torch.Tensor]:
+    """What each value becomes behind the output projection, for the query heads that read it.
 
     Args:
         inputs: with ``values`` and ``output_weight``.
         chunk: positions projected at once; the peak is ``Hkv * G * chunk * hidden`` floats.
 
-    Returns:
-        ``[Hkv, S]`` float32.
+    Yields:
+        ``[Hkv, G, n, hidden]`` float32 for the next ``n`` positions, the caller's to overwrite.
     """
     assert inputs.values is not None, "the policy says that it needs values"
+    weight = projections(inputs)
+    for start in range(0, inputs.values.shape[1], chunk):
+        yield inputs.values[:, None, start : start + chunk].float() @ weight.transpose(-1, -2)
+
+
+def projections(inputs: LayerInputs) -> torch.Tensor:
+    """``[Hkv, G, hidden, D]`` float32, the part of the output projection that belongs to each query head."""
     assert inputs.output_weight is not None, "the policy says that it needs the output projection"
-    num_kv_heads, prompt_len, head_size = inputs.values.shape
-    # [Hkv, G, hidden, D]
-    weight = inputs.output_weight.float().unflatten(1, (num_kv_heads, -1, head_size)).permute(1, 2, 0, 3)
-    norms = torch.empty(num_kv_heads, prompt_len, device=inputs.values.device)
-    for start in range(0, prompt_len, chunk):
-        values = inputs.values[:, None, start : start + chunk].float()
-        norms[:, start : start + chunk] = (values @ weight.transpose(-1, -2)).abs_().sum(dim=-1).mean(dim=1)
-    return norms
+    num_kv_heads, _, head_size = inputs.keys.shape
+    return inputs.output_weight.float().unflatten(1, (num_kv_heads, -1, head_size)).permute(1, 2, 0, 3)
 
 
 def finite(scores: torch.Tensor) -> torch.Tensor:
@@ -101,6 +200,12 @@ def require_odd(name: str, kernel: int) -> None:
     """Raises ``ValueError`` unless ``kernel`` is a positive odd number."""
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"{name} must be a positive odd number, not {kernel}")
+
+
+def require_echo(half_life: float) -> None:
+    """Raises ``ValueError`` for a half-life that is not a finite number of positions."""
+    if not 0 <= half_life < float("inf"):
+        raise ValueError(f"echo must be a number of positions of at least 0, not {half_life}")
 
 
 def require_fraction(name: str, value: float) -> None:

@@ -6,7 +6,7 @@ Runs in the scheduler's process and touches no KV tensor.
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.config import SchedulerConfig
@@ -303,9 +303,11 @@ class EvictionScheduler:
         if is_last and is_cuttable:
             tracked.prompt_len = end
             self._cuttable[request.request_id] = tracked
-        if grant is None and end <= prompt_len - policy.num_queries and not config.is_progressive:
+        is_seen = config.is_progressive or policy.takes_notes or end > prompt_len - policy.num_queries
+        if grant is None and not is_seen:
             return None
-        return self._observation(tracked, end, output, grant, is_last and not (is_rescored or is_cuttable))
+        observation = self._observation(tracked, end, output, grant, is_last and not (is_rescored or is_cuttable))
+        return replace(observation, is_noted=policy.takes_notes)
 
     def _observe_decoding(self, tracked: Tracked, output: SchedulerOutput) -> Observation | None:
         request, config = tracked.request, tracked.config

@@ -86,16 +86,18 @@ class Watched:
 
     Attributes:
         queries: by layer, the last queries computed so far, as many as the policy needs: ``[n, Hq, D]``.
+        notes: by layer, the policy's notes on its prompt, one for each token that it holds: ``[Hkv, S, ...]``.
         rows: ``[groups][C]`` block ids, its logical row in this step.
         reads: by layer, what it reads, if the request is to be evicted.
         scores: by layer, if the budget is to be divided.
         chosen: by layer, for each KV head the positions to keep, whole pages of them.
         ranks: by layer, what they were chosen by, if that is traced.
         error: what the policy raised.
-        worth: of its prompt, once it was cut; in place of the queries.
+        worth: of its prompt, once it was cut; in place of queries and notes.
     """
 
     queries: dict[int, torch.Tensor] = field(default_factory=dict)
+    notes: dict[int, torch.Tensor] = field(default_factory=dict)
     rows: list[torch.Tensor] = field(default_factory=list)
     reads: dict[int, Reads] = field(default_factory=dict)
     scores: dict[int, LayerScore] = field(default_factory=dict)
@@ -103,6 +105,12 @@ class Watched:
     ranks: dict[int, torch.Tensor] = field(default_factory=dict)
     error: Exception | None = None
     worth: Worth | None = None
+
+    def remember(self, scores: Sequence[LayerScore]) -> None:
+        """What the prompt is worth, instead of what that was found by."""
+        self.worth = Worth(scores)
+        self.queries.clear()
+        self.notes.clear()
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,12 @@ class Batched:
     def recent(self, query: torch.Tensor, count: int) -> torch.Tensor:
         """Its last ``count`` queries of a step's ``[num_tokens, Hq, D]``, or all if there are fewer."""
         count = min(count, self.what.num_tokens)
-        return query.index_select(0, self.end - count + torch.arange(count, device=query.device))
+        return self.at(query, range(self.what.end - count, self.what.end))
+
+    def at(self, query: torch.Tensor, positions: range) -> torch.Tensor:
+        """Its queries at some positions that are computed in this step."""
+        ahead = positions.step * torch.arange(len(positions), device=query.device)
+        return query.index_select(0, self.end - (self.what.end - positions.start) + ahead)
 
 
 class EvictableLayer:
@@ -342,13 +355,21 @@ class EvictionWorker:
             recent = recent[max(len(recent) - num_queries, 0) :]
         if not what.is_last:
             watched.queries[layer_index] = recent
-        if grant is None:
-            return
+        if not what.is_noted:
+            watched.notes.pop(layer_index, None)
+            if grant is None:
+                return
         held = self._held.get(what.req_id)
         reads = read(self.grid, layer_index, held, watched.rows, what.end, self.block_size)
+        if what.is_noted:
+            self._note(policy, layer_index, place, watched, query, reads)
+        if grant is None:
+            return
         watched.reads[layer_index] = reads
         if grant.divides:
-            watched.scores[layer_index] = policy.judge(self._inputs(policy, layer_index, recent, reads))
+            inputs = self._inputs(policy, layer_index, recent, reads)
+            inputs = replace(inputs, budget=grant.budget, notes=watched.notes.get(layer_index))
+            watched.scores[layer_index] = policy.judge(inputs)
             return
         most = -(-grant.budget // self.block_size)
         heads = range(self.grid.num_heads)
@@ -370,7 +391,18 @@ class EvictionWorker:
             chosen = policy.rescore(self._inputs(policy, layer_index, recent, reads), counts)
         watched.chosen[layer_index] = chosen
 
-    def _inputs(self, policy: Policy, layer_index: int, queries: torch.Tensor, reads: Reads) -> LayerInputs:
+    def _note(
+        self, policy: Policy, layer_index: int, place: Batched, watched: Watched, query: torch.Tensor, reads: Reads
+    ) -> None:
+        what = place.what
+        positions = policy.noted(what.end - what.num_tokens, what.end)
+        back = reads.length - what.end
+        places = range(positions.start + back, positions.stop + back, positions.step)
+        inputs = self._inputs(None, layer_index, place.at(query, positions), reads)
+        watched.notes[layer_index] = policy.note(inputs, places, watched.notes.get(layer_index))
+
+    def _inputs(self, policy: Policy | None, layer_index: int, queries: torch.Tensor, reads: Reads) -> LayerInputs:
+        """What a policy may look at; without one, queries and keys."""
         layer, valid = self.layers[layer_index], reads.valid(self.block_size)
 
         def there(tensor: torch.Tensor) -> torch.Tensor:
@@ -382,10 +414,10 @@ class EvictionWorker:
             there(layer.layout.read_keys(cache, table, length)),
             layer.impl.scale,
             layer.soft_cap,
-            there(layer.layout.read_values(cache, table, length)) if policy.needs_values else None,
-            layer.output_weight if policy.needs_output_weight else None,
+            there(layer.layout.read_values(cache, table, length)) if policy and policy.needs_values else None,
+            layer.output_weight if policy and policy.needs_output_weight else None,
             layer_index,
-            valid,
+            valid=valid,
         )
 
     def _recall(self, cut: Cut) -> Watched:
@@ -402,10 +434,11 @@ class EvictionWorker:
                 none = torch.empty(0, heads, self.layers[0].impl.head_size, device=grid.pages.device)
                 for index, reads in watched.reads.items():
                     prompt = replace(reads, length=cut.grant.prompt_len)
-                    queries = watched.queries.get(index, none)
-                    scores.append(policy.judge(self._inputs(policy, index, queries, prompt)))
-                watched.worth = Worth(scores)
-                watched.queries.clear()
+                    inputs = self._inputs(policy, index, watched.queries.get(index, none), prompt)
+                    budget = cut.grant.budget - (cut.end - cut.grant.prompt_len)
+                    inputs = replace(inputs, budget=budget, notes=watched.notes.get(index))
+                    scores.append(policy.judge(inputs))
+                watched.remember(scores)
         except Exception as error:
             watched.error = error
         return watched
@@ -444,6 +477,8 @@ class EvictionWorker:
             assert new is not None
             self._held[what.req_id] = new
             pages, used = new.pages, new.used
+            for index, notes in watched.notes.items():
+                watched.notes[index] = _gather(notes, chosen[index], reads[index].length, self.block_size)
             if self.trace is not None and grant.divides:
                 self.trace[what.req_id] = [
                     _unless_all(chosen[index], reads[index], self.block_size) for index in indices
@@ -477,12 +512,13 @@ class EvictionWorker:
         num_new = end - grant.prompt_len if grant.prompt_len is not None else 0
         budget, protected = grant.budget - num_new, policy.protected + num_new
         if config.is_elastic and watched.worth is None:
-            watched.worth = Worth([watched.scores[index] for index in range(len(self.layers))])
+            watched.remember([watched.scores[index] for index in range(len(self.layers))])
         worth = watched.worth
         scores = worth.scores if worth else [watched.scores[index] for index in range(len(self.layers))]
         if not by_head and self.group.world_size > 1 and scores[0].terms.numel():
             terms = self.group.all_reduce(torch.stack([score.terms for score in scores]))
             scores = [replace(score, terms=of_layer) for score, of_layer in zip(scores, terms, strict=True)]
+        scores = list(policy.settle(scores, budget))
         given = policy.head_budgets(scores, end - num_new, budget)
         counts = []
         for index, (score, of_layer) in enumerate(zip(scores, given, strict=True)):
@@ -558,6 +594,23 @@ class EvictionWorker:
             failed = torch.tensor([float(watched.error is not None)], device=self.grid.pages.device)
             if self.group.all_reduce(failed).item():
                 watched.error = watched.error or RuntimeError("it raised on another rank")
+
+
+def _gather(tokens: torch.Tensor, chosen: Sequence[torch.Tensor], length: int, block_size: int) -> torch.Tensor:
+    """What is left of ``[Hkv, length, ...]``, aligned at the end, zeros before shorter heads.
+
+    Args:
+        tokens: of what the heads of a layer read.
+        chosen: for each head, what it keeps of its full blocks.
+        length: of what they read.
+        block_size: of which the last may be partial and stays.
+    """
+    tail = tokens[:, length // block_size * block_size :]
+    longest = max(map(len, chosen))
+    left = tokens.new_zeros(len(tokens), longest, *tokens.shape[2:])
+    for head, positions in enumerate(chosen):
+        left[head, longest - len(positions) :] = tokens[head, positions]
+    return torch.cat([left, tail], dim=1)
 
 
 def _unless_all(chosen: list[torch.Tensor], reads: Reads, block_size: int) -> list[torch.Tensor] | None:

@@ -1,0 +1,54 @@
+"""DropKV."""
+
+from dataclasses import dataclass
+
+import torch
+
+from cake_vllm.policies.base import LayerInputs, LayerScore, Policy
+from cake_vllm.policies.scores import average_pool, finite, require_odd, require_window, window_attention
+
+#: Added to what a weight leaves to the others, as the official code does.
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class DropKV(Policy):
+    """Entries whose loss alone would move the window's attention outputs the most stay.
+
+    Paper: Zhang et al., "DropKV: Decoupling Residual-Output Perturbation for Near-Optimal KV-Cache Eviction",
+    NeurIPS 2026; code: AozhongZhang/DropKV. Without position ``j`` the output ``o`` of a query moves by
+    ``p / (1 - p) * (o - v_j)``; the squares of that are summed over the window's queries, averaged over the group, and
+    pooled over all positions, the window's own among them.
+
+    Attributes:
+        window: number of last prompt tokens whose queries judge, and which always stay.
+        pool_kernel: width of the average pooling over positions, odd.
+    """
+
+    needs_values = True
+
+    window: int = 8
+    pool_kernel: int = 11
+
+    def __post_init__(self) -> None:
+        require_window(self.window)
+        require_odd("pool_kernel", self.pool_kernel)
+
+    def score(self, inputs: LayerInputs) -> LayerScore:
+        """See :meth:`Policy.score`."""
+        assert inputs.values is not None, "the policy says that it needs values"
+        rows, first = [], 0
+        for attention in window_attention(inputs):
+            values = inputs.values[first : first + len(attention)].float()
+            first += len(attention)
+            group = attention.shape[1]
+            # [n, G * w, S] and [n, G * w, D]
+            weights = attention.flatten(1, 2)
+            outputs = weights @ values
+            odds = (weights / (1 - weights + EPSILON)).square_()
+            across = (outputs @ values.transpose(1, 2)).mul_(odds).sum(dim=1)
+            own = odds.sum(dim=1) * values.square().sum(dim=-1)
+            theirs = (outputs.square().sum(dim=-1).unsqueeze(1) @ odds).squeeze(1)
+            rows.append((own - 2 * across + theirs) / group)
+        pooled = average_pool(torch.cat(rows), self.pool_kernel)
+        return LayerScore(finite(pooled[:, : -self.window]), torch.empty(0))
