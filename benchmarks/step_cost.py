@@ -75,11 +75,12 @@ class Bench:
         model: its directory.
         evicts: whether it is one with eviction.
         budget: tokens per layer.
-        num_blocks: of the pool.
+        num_rows: of a batch.
+        longest: tokens of a request, whole blocks.
         clock: what the kernels count in.
     """
 
-    def __init__(self, model: str, evicts: bool, budget: int, num_blocks: int, clock: Clock):
+    def __init__(self, model: str, evicts: bool, budget: int, num_rows: int, longest: int, clock: Clock):
         settings = {"kv_eviction": "snapkv", "kv_eviction_budget": budget} if evicts else {}
         self.clock = clock
         self.llm = LLM(
@@ -88,10 +89,10 @@ class Bench:
             block_size=BLOCK_SIZE,
             enforce_eager=True,
             skip_tokenizer_init=True,
-            max_num_seqs=16,
-            max_model_len=4096,
+            max_num_seqs=num_rows,
+            max_model_len=longest,
             max_num_batched_tokens=2048,
-            num_gpu_blocks_override=num_blocks,
+            num_gpu_blocks_override=num_rows * longest // BLOCK_SIZE + 1,
             enable_prefix_caching=False,
             **settings,
         )
@@ -194,18 +195,18 @@ def measure(
 ) -> dict[str, dict[str, dict[str, list[float]]]]:
     """Figures by ``owners, rows, context``, and of ``stock`` by context."""
     results = {}
-    clock, num_blocks = Clock(), num_rows * (max(contexts) // BLOCK_SIZE + 4) + 1
+    clock, longest = Clock(), (max(contexts) // BLOCK_SIZE + 4) * BLOCK_SIZE
     with (
         tempfile.TemporaryDirectory() as model,
         flash_in_torch(clock),
         in_place_of_cpu_attn(ReferenceFlashBackend),
     ):
         save_random_model(Path(model), "llama", "LlamaForCausalLM", num_hidden_layers=num_layers, head_dim=16)
-        stock = Bench(model, False, budget, num_blocks, clock)
+        stock = Bench(model, False, budget, num_rows, longest, clock)
         for context in contexts:
             results[f"stock, none, {context}"] = stock.steps(["none"] * num_rows, context, num_steps)
         stock.close()
-        evicting = Bench(model, True, budget, num_blocks, clock)
+        evicting = Bench(model, True, budget, num_rows, longest, clock)
         for ((owners, rows), wishes), context in tqdm(list(itertools.product(batches(num_rows).items(), contexts))):
             results[f"{owners}, {rows}, {context}"] = evicting.steps(wishes, context, num_steps)
         evicting.close()
