@@ -3,6 +3,7 @@
 import importlib
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,22 +69,26 @@ class Compared(Engine):
 
         def attending(impl: Any, step: Any, layer: Any, *tensors: Any) -> None:
             attend(impl, step, layer, *tensors)
-            if not found and impl.layer_index == 0:
-                found.update(self._references(lambda: attend(impl, step, layer, *tensors), impl, step, layer, tensors))
+            if not found and impl.layer_index == 0 and step.index is None:
+                ours = partial(attend, impl, step, layer, *tensors)
+                found.update(self._references(ours, impl, step, layer, tensors, repeats))
 
         self.start(prompts, 40, policy)
         EvictingImpl._attend = attending
         try:
             while not found:
+                assert self.engine.has_unfinished_requests(), "no step had evicted rows only"
                 self.engine.step()
         finally:
             EvictingImpl._attend = attend
         self.stop()
         return found
 
-    def _references(self, ours: Callable[[], None], impl: Any, step: Any, layer: Any, tensors: Any) -> dict[str, Any]:
+    def _references(
+        self, ours: Callable[[], None], impl: Any, step: Any, layer: Any, tensors: Any, repeats: int
+    ) -> dict[str, Any]:
         (rows,), output = step.redirected, tensors[-1]
-        grid, layout = step.grid, impl.block_layout(layer, layer.kv_cache.shape[2])
+        grid, layout = step.grid, impl.block_layout(layer, self.engine.vllm_config.cache_config.block_size)
         table, lengths = rows.tables[0].long(), rows.lengths[0].tolist()
         heads = table.unsqueeze(1) if rows.by_head else torch.stack([grid.heads_of(pages) for pages in table])
         keys, values = (
