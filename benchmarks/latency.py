@@ -37,9 +37,9 @@ from tqdm import tqdm
 TURN = 6
 
 
-def serve(pipe: Any, model: str, settings: dict[str, Any]) -> None:
+def serve(pipe: Any, model: str, settings: dict[str, Any], kind: "type[Engine]") -> None:
     """One engine; answers ``(method, arguments)`` from the pipe until it is ``None``."""
-    engine = Engine(model, settings)
+    engine = kind(model, settings)
     pipe.send(None)
     while (call := pipe.recv()) is not None:
         method, arguments = call
@@ -55,14 +55,8 @@ class Engine:
             self._interpret_kernels()
         from cake_vllm import LLM
 
-        self.llm = LLM(
-            model,
-            block_size=32,
-            enforce_eager=True,
-            enable_prefix_caching=False,
-            max_num_seqs=16,
-            **settings,
-        )
+        defaults = {"block_size": 32, "enforce_eager": True, "enable_prefix_caching": False, "max_num_seqs": 16}
+        self.llm = LLM(model, **(defaults | settings))
         self.engine = self.llm.llm_engine
         self._running: list[str] = []
         self._count = 0
@@ -105,8 +99,10 @@ class Engine:
         for prompt in prompts:
             self._add(prompt, max_tokens, policy)
         begun: set[str] = set()
+        self._most = 0
         while len(begun) < len(prompts):
             begun |= {output.request_id for output in self.engine.step() if output.outputs[0].token_ids}
+            self._most = max(self._most, self._held())
 
     def steps(self) -> list[float]:
         """Seconds of the decode steps of a turn."""
@@ -116,6 +112,24 @@ class Engine:
             self.engine.step()
             times.append(time.perf_counter() - start - (self._kernels - kernels))
         return times[1:]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: what requests hold of the pool now, the most since :meth:`start`, and on a GPU the most allocated."""
+        import torch
+
+        found = {"held": self._held(), "most held": self._most}
+        if torch.cuda.is_available():
+            found["most allocated"] = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        return found
+
+    def _held(self) -> int:
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        pool, config = scheduler.kv_cache_manager.block_pool, scheduler.kv_cache_config
+        in_use = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        return in_use * sum(
+            group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in config.kv_cache_groups
+        )
 
     def stop(self) -> None:
         """Ends the batch."""
@@ -140,10 +154,10 @@ class Engine:
 class Remote:
     """An :class:`Engine` in another process."""
 
-    def __init__(self, model: str, settings: dict[str, Any]):
+    def __init__(self, model: str, settings: dict[str, Any], kind: type[Engine] = Engine):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, model, settings))
+        self._process = context.Process(target=serve, args=(theirs, model, settings, kind))
         self._process.start()
         # Ours would keep the pipe open if the process died.
         theirs.close()

@@ -114,7 +114,8 @@ def bench(url: str, args: argparse.Namespace, prompts: Path | None, folder: Path
 def measure(name: str, flags: list[str], args: argparse.Namespace, prompts: Path | None) -> dict[str, Any]:
     """One server's figures and its course."""
     num_blocks = args.pool_prompts * -(-(args.input_len + args.output_len) // args.block_size)
-    common = ["--dtype", args.dtype, "--block-size", str(args.block_size), "--enforce-eager"]
+    common = ["--dtype", args.dtype, "--block-size", str(args.block_size)]
+    common += [] if args.graphs else ["--enforce-eager"]
     common += ["--max-model-len", str(args.input_len + args.output_len + 64), "--max-num-seqs", str(args.requests)]
     common += ["--max-num-batched-tokens", str(args.chunk), "--num-gpu-blocks-override", str(num_blocks + 1)]
     with tempfile.TemporaryDirectory() as folder, server(args.model, *common, *flags) as url:
@@ -160,8 +161,8 @@ def draw(results: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def main() -> None:
-    """Runs the benchmark."""
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model directory")
     parser.add_argument("--requests", type=int, default=48)
@@ -170,28 +171,33 @@ def main() -> None:
     parser.add_argument("--pool-prompts", type=int, default=4, help="full requests that the pool holds")
     parser.add_argument("--budget", default="0.1")
     parser.add_argument("--policy", default="cake")
+    parser.add_argument(
+        "--prefill", nargs="+", default=["exact", "progressive"], help="a server for each, beside stock"
+    )
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--chunk", type=int, default=512, help="max-num-batched-tokens of the servers")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--graphs", action="store_true", help="without --enforce-eager")
     parser.add_argument("--warmups", type=int, default=2, help="requests before the clock starts")
     parser.add_argument("--text", action="store_true", help="prompts of real English prose instead of random tokens")
     parser.add_argument("--out", type=Path, help="where to write the JSON, and a PNG beside it")
-    args = parser.parse_args()
+    return parser
 
-    eviction = ["--kv-eviction", args.policy, "--kv-eviction-budget", args.budget]
-    servers = {
-        "stock": [],
-        f"{args.policy}, exact": eviction,
-        f"{args.policy}, progressive": [*eviction, "--kv-eviction-config", '{"prefill": "progressive"}'],
-    }
-    results = {}
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Figures and courses by server."""
+    eviction = ["--kv-eviction", args.policy, "--kv-eviction-budget", args.budget, "--kv-eviction-config"]
+    servers: dict[str, list[str]] = {"stock": []}
+    servers |= {f"{args.policy}, {prefill}": [*eviction, json.dumps({"prefill": prefill})] for prefill in args.prefill}
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.jsonl" if args.text else None
         if prompts:
             write_prompts(prompts, args.model, args)
-        for name, flags in servers.items():
-            results[name] = measure(name, flags, args, prompts)
+        return {name: measure(name, flags, args, prompts) for name, flags in servers.items()}
 
+
+def show(results: dict[str, Any]) -> None:
+    """Prints the table."""
     stock = results["stock"]["figures"]
     print("\n| |" + "".join(f" {name} |" for name in results) + "\n|---|" + "---|" * len(results))
     for what, base in stock.items():
@@ -201,6 +207,13 @@ def main() -> None:
             ratio = f" ({value / base:.2f}x)" if base and result is not results["stock"] else ""
             cells.append(f" {value:,.{0 if value >= 100 or value == int(value) else 1}f}{ratio} |")
         print(f"| {what} |" + "".join(cells))
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    args = parser().parse_args()
+    results = compare(args)
+    show(results)
     write(args.out, results)
     if args.out:
         draw(results, args.out.with_suffix(".png"))

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner")
     parser.addoption("--all", action="store_true", help="also tests that show more of what others show")
+    parser.addoption("--dry-run", action="store_true", help="the GPU's tests on the CPU, over references of kernels")
+    parser.addoption("--model", help="a model directory for the GPU's tests (default: SmolLM2-135M-Instruct)")
     parser.addoption("--seed", action="append", type=int, default=[], help="seed of the fuzz test; may be repeated")
     parser.addoption(
         "--golden-dir",
@@ -53,6 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(config.getoption("--runner") == "v2"))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # Float32 is float32 in Triton's matrix products, too.
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     if config.getoption("--runner") == "v2":
         _interpret_triton()
 
@@ -77,7 +81,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not config.getoption("--dry-run"):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
@@ -115,6 +119,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             files = {name: file for name, file in files.items() if "dec_q" in np.load(file).files}
         assert files, f"no {patterns[fixture]}.npz in {', '.join(map(str, folders))}"
         metafunc.parametrize(fixture, files.values(), ids=files.keys(), indirect=True, scope="module")
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the kernels' tests run; ``gpu/`` overrides it."""
+    return "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -164,7 +164,7 @@ class Engine:
 
         def evicting(what, *args):
             def dealing(config, num_blocks, grant, held, chosen, counts):
-                self._choices[what.req_id].append([list(layer) for layer in chosen])
+                self._choices[what.req_id].append([[head.cpu() for head in layer] for layer in chosen])
                 return deal(config, num_blocks, grant, held, chosen, counts)
 
             worker._deal = dealing

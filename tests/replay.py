@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from ties import GAP_BOUND, Served, assert_tie
+from ties import GAP_BOUND, RANK_BOUND, Served, assert_tie
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -62,13 +62,25 @@ class State:
 
 
 class Replay:
-    """A Hugging Face model that decodes greedily over a pruned cache."""
+    """A Hugging Face model that decodes greedily over a pruned cache.
 
-    def __init__(self, model_dir: str):
-        self.model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=torch.float32, attn_implementation="right_aligned"
-        )
+    Args:
+        model_dir: the model.
+        dtype: that it is computed in.
+        rank_bound: see :mod:`ties`.
+        gap_bound: see :mod:`ties`.
+    """
+
+    def __init__(
+        self,
+        model_dir: str,
+        dtype: torch.dtype = torch.float32,
+        rank_bound: float = RANK_BOUND,
+        gap_bound: float = GAP_BOUND,
+    ):
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="right_aligned")
         self.model.eval()
+        self.rank_bound, self.gap_bound = rank_bound, gap_bound
         # What is still to be followed: evictions, each by layer and KV head; none if nothing is.
         self._choices: Iterator[list[list[torch.Tensor]]] | None = None
         self._prefilled: dict[tuple[int, ...], tuple[State, int]] = {}
@@ -128,7 +140,7 @@ class Replay:
         tokens: list[int] = []
         while True:
             if follow is not None and token != follow[len(tokens)]:
-                assert state.gap < GAP_BOUND, f"token {len(tokens)} is {follow[len(tokens)]} instead of {token}"
+                assert state.gap < self.gap_bound, f"token {len(tokens)} is {follow[len(tokens)]} instead of {token}"
                 token = follow[len(tokens)]
             tokens.append(token)
             if len(tokens) == num_tokens:
@@ -178,7 +190,7 @@ class Replay:
                 keep = policy.rescore(inputs, counts)
                 (score,) = policy.settle([policy.judge(replace(inputs, budget=max(kept)))], max(kept))
                 ranks = policy.ranks(score, num_cached, max(kept) / num_cached, counts)
-            _gather(state, index, keep if choice is None else _follow(keep, choice[index], ranks))
+            _gather(state, index, keep if choice is None else _follow(keep, choice[index], ranks, self.rank_bound))
 
     def _lengths(self, state: State, index: int) -> list[int]:
         """Tokens that each head of a layer holds."""
@@ -258,7 +270,7 @@ class Replay:
             tail = torch.arange(paged.full_len, num_cached)
             positions = paged.positions(ranks, [paged.pages(count) for count in counts])
             if choice is not None:
-                positions = _follow(positions, choice[index], ranks)
+                positions = _follow(positions, choice[index], ranks, self.rank_bound)
             positions = [torch.cat([head, tail]) for head in positions]
             chosen = policy.keep(score, counts, num_cached, ratio)
             for rank, ours, head in zip(ranks, chosen, map(torch.Tensor.tolist, positions), strict=True):
@@ -272,11 +284,13 @@ class Replay:
         return kept
 
 
-def _follow(ours: list[torch.Tensor], theirs: list[torch.Tensor], ranks: torch.Tensor) -> list[torch.Tensor]:
+def _follow(
+    ours: list[torch.Tensor], theirs: list[torch.Tensor], ranks: torch.Tensor, bound: float
+) -> list[torch.Tensor]:
     """What the engine kept in a layer's KV heads, after showing that it is what the replay keeps or as good."""
     for head, (own, other) in enumerate(zip(ours, theirs, strict=True)):
         assert len(own) == len(other), f"KV head {head} keeps {len(other)} tokens instead of {len(own)}"
-        assert_tie(own, other, ranks[head])
+        assert_tie(own, other, ranks[head], bound=bound)
     return theirs
 
 

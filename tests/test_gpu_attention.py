@@ -1,47 +1,19 @@
-"""The GPU backends on the CPU, with Triton interpreted and FlashAttention's kernel in torch; and on a GPU, if any."""
+"""The GPU backends on the CPU, with Triton interpreted and FlashAttention's kernel in torch; on a GPU: see ``gpu/``."""
 
 import pytest
 import torch
+from elsewhere import (
+    InterpretedTritonBackend,
+    InterpretedTritonImpl,
+    ReferenceFlashBackend,
+    flash_in_torch,
+    in_place_of_cpu_attn,
+)
 from engine import Engine
-from flash_reference import flash_attn_varlen_func, reshape_and_cache_flash
 from random_models import numbers, save_random_model
 from ties import assert_same
-from vllm.v1.attention.backends import flash_attn
 
-from cake_vllm.integration.worker.gpu_attention import (
-    EvictingFlashBackend,
-    EvictingFlashImpl,
-    EvictingTritonBackend,
-    EvictingTritonImpl,
-    side_by_side,
-)
-
-
-class InterpretedTritonImpl(EvictingTritonImpl):
-    """Attention is vLLM's Triton kernel; only the kernel that writes the cache asks for a GPU's properties."""
-
-    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
-        used = slot_mapping >= 0
-        block, slot = slot_mapping[used] // kv_cache.shape[2], slot_mapping[used] % kv_cache.shape[2]
-        kv_cache[block, :, slot] = torch.cat([key, value], dim=-1)[: len(used)][used]
-
-
-class InterpretedTritonBackend(EvictingTritonBackend):
-    """Triton's attention under the only name that vLLM's CPU platform asks for."""
-
-    evicting_impl = InterpretedTritonImpl
-
-    @staticmethod
-    def get_name() -> str:
-        return "CPU_ATTN"
-
-
-class ReferenceFlashBackend(EvictingFlashBackend):
-    """FLASH_ATTN under the same name."""
-
-    @staticmethod
-    def get_name() -> str:
-        return "CPU_ATTN"
+from cake_vllm.integration.worker.gpu_attention import EvictingFlashImpl, side_by_side
 
 
 def test_side_by_side():
@@ -53,23 +25,18 @@ def test_side_by_side():
 
 
 @pytest.fixture
-def same_elsewhere(start_engine, monkeypatch):
+def same_elsewhere(start_engine):
     """Puts a backend in the place of the CPU's; its engine must keep and say the same, and its layers are returned."""
-    from vllm.v1.attention import selector
-    from vllm.v1.attention.backends.registry import _ATTN_OVERRIDES, AttentionBackendEnum
 
     def check(backend: type, model: str, prompts: list[list[int]], num_tokens: int, **kwargs) -> list:
         kwargs = {"skip_tokenizer_init": True, "max_num_batched_tokens": 64, **kwargs}
         expected = start_engine(model, **kwargs).runs(prompts, num_tokens)
         assert any(run.kept for run in expected)
-        path = f"{__name__}.{backend.__qualname__}"
-        monkeypatch.setitem(_ATTN_OVERRIDES, AttentionBackendEnum.CPU_ATTN, path)
-        selector._cached_get_attn_backend.cache_clear()
-        engine: Engine = start_engine(model, **kwargs, seed=1)
-        got = engine.runs(prompts, num_tokens)
-        layers = list(engine.vllm_config.compilation_config.static_forward_context.values())
-        engine.shutdown()
-        selector._cached_get_attn_backend.cache_clear()
+        with in_place_of_cpu_attn(backend):
+            engine: Engine = start_engine(model, **kwargs, seed=1)
+            got = engine.runs(prompts, num_tokens)
+            layers = list(engine.vllm_config.compilation_config.static_forward_context.values())
+            engine.shutdown()
         for run, reference in zip(got, expected, strict=True):
             assert_same(run, reference)
         return [type(layer.impl) for layer in layers]
@@ -93,18 +60,16 @@ def test_triton_attention_interpreted(same_elsewhere, tmp_path, is_v2, name):
 
 
 @pytest.fixture
-def flash_in_torch(monkeypatch):
-    """Lets vLLM find a FlashAttention."""
-    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **_: 2)
-    monkeypatch.setattr(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", flash_attn_varlen_func)
-    monkeypatch.setattr(flash_attn, "reshape_and_cache_flash", reshape_and_cache_flash, raising=False)
+def flash():
+    with flash_in_torch():
+        yield
 
 
 @pytest.mark.engine
 @pytest.mark.interpreted
 @pytest.mark.parametrize("prefill", [pytest.param("exact", marks=pytest.mark.full), "progressive"])
 @pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
-def test_flash_attention_by_reference(same_elsewhere, tiny_model, flash_in_torch, is_v2, name, prefill):
+def test_flash_attention_by_reference(same_elsewhere, tiny_model, flash, is_v2, name, prefill):
     """FLASH_ATTN's own code over a kernel in torch; prompts of all kinds, in batches that mix them."""
     settings = {"kv_eviction": name, "kv_eviction_budget": 100}
     settings["kv_eviction_config"] = {"window": 8, "prefill": prefill, "decode": "window"}
@@ -117,7 +82,7 @@ def test_flash_attention_by_reference(same_elsewhere, tiny_model, flash_in_torch
 
 @pytest.mark.engine
 @pytest.mark.parametrize("name", [pytest.param("cake", marks=pytest.mark.full), "defensivekv"])
-def test_flash_attention_beside_sliding_windows(same_elsewhere, tmp_path, flash_in_torch, same_on_both, name):
+def test_flash_attention_beside_sliding_windows(same_elsewhere, tmp_path, flash, same_on_both, name):
     """With a soft cap on the logits, as Gemma 2 has both."""
     model = save_random_model(
         tmp_path, "gemma2", "Gemma2ForCausalLM", num_hidden_layers=4, sliding_window=64, attn_logit_softcapping=2.0
@@ -126,15 +91,3 @@ def test_flash_attention_beside_sliding_windows(same_elsewhere, tmp_path, flash_
     prompts = [numbers(150, 300), numbers(151, 40), numbers(152, 500)]
     impls = same_elsewhere(ReferenceFlashBackend, model, prompts, 40, max_model_len=1024, **settings)
     assert impls == [EvictingFlashImpl] * 4
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["FLASH_ATTN", "TRITON_ATTN"])
-def test_on_a_gpu(start_engine, text_ids, backend):
-    kwargs = {"block_size": 16, "enforce_eager": False, "attention_config": {"backend": backend}, "dtype": "bfloat16"}
-    engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=256, **kwargs)
-    prompts = [text_ids[:1500], text_ids[500:1800]]
-    together = engine.generate(prompts, 16)
-    assert engine.stats()["requests"] == 2
-    assert [len(tokens) for tokens in together] == [16, 16]
-    assert engine.is_idle()

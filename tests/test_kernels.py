@@ -15,14 +15,19 @@ HEADS, BLOCK, SIZE, BLOCKS = 3, 8, 4, 20
 
 
 @pytest.fixture(params=["plain", "transposed", "tiles", "shuffled"])
-def layout(request) -> BlockLayout:
+def layout(request, device) -> BlockLayout:
+    made = make_layout(request.param)
+    return BlockLayout(made.key_index.to(device), made.value_index.to(device))
+
+
+def make_layout(name: str) -> BlockLayout:
     count = BLOCK * SIZE
     plain = torch.arange(count).view(BLOCK, SIZE)
-    if request.param == "plain":
+    if name == "plain":
         return BlockLayout(plain, plain + count)
-    if request.param == "transposed":
+    if name == "transposed":
         return BlockLayout(torch.arange(count).view(SIZE, BLOCK).T.contiguous(), plain + count)
-    if request.param == "tiles":
+    if name == "tiles":
         tiles = torch.arange(count).view(BLOCK // 4, SIZE // 2, 4, 2).transpose(1, 2).reshape(BLOCK, SIZE)
         return BlockLayout(tiles, plain + count)
     order = torch.randperm(2 * count, generator=torch.Generator().manual_seed(0)).view(2, BLOCK, SIZE)
@@ -37,9 +42,9 @@ def element(cache, layout, index, pages, position):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [1, BLOCK, 3 * BLOCK - 1])
-def test_read(layout, num_tokens, dtype):
-    cache = torch.randn(BLOCKS, 2 * BLOCK * SIZE, dtype=dtype)
-    table = torch.tensor([[7, 3, 11, 2], [0, 19, 1, 5], [4, 4, 6, 8]])
+def test_read(layout, num_tokens, dtype, device):
+    cache = torch.randn(BLOCKS, 2 * BLOCK * SIZE, dtype=dtype, device=device)
+    table = torch.tensor([[7, 3, 11, 2], [0, 19, 1, 5], [4, 4, 6, 8]], device=device)
     for read, index in ((layout.read_keys, layout.key_index), (layout.read_values, layout.value_index)):
         found = read(cache, table, num_tokens)
         assert found.shape == (HEADS, num_tokens, SIZE)
@@ -67,13 +72,13 @@ def test_strides():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("target", [[15, 4], [7, 3], [3, 7]], ids=["copied", "in-place", "in-place-crossed"])
-def test_move(layout, target, dtype):
+def test_move(layout, target, dtype, device):
     # Not the first of its buffer.
-    cache = torch.randn(2 * BLOCKS, 2 * BLOCK * SIZE, dtype=dtype)[BLOCKS:]
+    cache = torch.randn(2 * BLOCKS, 2 * BLOCK * SIZE, dtype=dtype, device=device)[BLOCKS:]
     before = cache.clone()
-    table = torch.tensor([7, 3, 11, 2])
-    positions = torch.randperm(4 * BLOCK)[: 2 * BLOCK].sort().values
-    layout.move(cache, table[positions // BLOCK], positions % BLOCK, torch.tensor(target))
+    table = torch.tensor([7, 3, 11, 2], device=device)
+    positions = torch.randperm(4 * BLOCK, device=device)[: 2 * BLOCK].sort().values
+    layout.move(cache, table[positions // BLOCK], positions % BLOCK, torch.tensor(target, device=device))
     for index in (layout.key_index, layout.value_index):
         for place, position in enumerate(positions.tolist()):
             assert element(cache, layout, index, target, place) == element(before, layout, index, table, position)
@@ -96,10 +101,10 @@ def test_move_refuses_a_partial_page(layout):
         layout.move(cache, tokens, tokens, torch.tensor([2]))
 
 
-def lay_out(num_layers: int, num_blocks: int, by_block: bool) -> list[torch.Tensor]:
+def lay_out(num_layers: int, num_blocks: int, by_block: bool, device: str = "cpu") -> list[torch.Tensor]:
     """The layers' caches in one buffer as vLLM lays them out, layer by layer or block by block."""
     page = HEADS * BLOCK * 2 * SIZE
-    buffer = torch.arange(num_layers * num_blocks * page, dtype=torch.float64)
+    buffer = torch.arange(num_layers * num_blocks * page, dtype=torch.float64, device=device)
     shape = (num_blocks, HEADS, BLOCK, 2 * SIZE)
     inner = (BLOCK * 2 * SIZE, 2 * SIZE, 1)
     strides, offset = (page * num_layers, page) if by_block else (page, page * num_blocks)
@@ -193,9 +198,9 @@ class Model:
 
 
 @pytest.mark.parametrize("by_head", [False, True])
-def test_rows_are_what_lists_would_be(by_head):
+def test_rows_are_what_lists_would_be(by_head, device):
     dice = random.Random(5)
-    grid = Grid.of(lay_out(3, 400, by_block=False), [0, 1, 0])
+    grid = Grid.of(lay_out(3, 400, by_block=False, device=device), [0, 1, 0])
     rows, model = EvictedRows(grid, by_head), Model(grid, by_head)
     free = list(range(1, 400))
     owners = 3 * model.num_heads
@@ -215,11 +220,11 @@ def test_rows_are_what_lists_would_be(by_head):
             counts = [dice.randrange(4) for _ in range(owners)]
             pages = [[dice.randrange(1000) for _ in range(count)] for count in counts]
             tail = [(free.pop(), free.pop()) for _ in range(dice.randrange(2))]
-            table = torch.tensor([mine + [0] * (max(counts) - len(mine)) for mine in pages], dtype=torch.int64)
+            table = np.array([mine + [0] * (max(counts) - len(mine)) for mine in pages], dtype=np.int64)
             rows.store(
                 name,
-                table.view(owners, max(counts)),
-                torch.tensor(counts),
+                table.reshape(owners, max(counts)),
+                np.array(counts),
                 9,
                 list(zip(*tail, strict=True)) or [(), ()],
             )
@@ -231,7 +236,7 @@ def test_rows_are_what_lists_would_be(by_head):
         dice.shuffle(batch)
         seq_lens = [(9 + len(model.stored[name][2])) * BLOCK - dice.randrange(BLOCK) for name in batch]
         # Between them, a row that was never evicted.
-        tails = torch.tensor([model.stored[name][2][-1][0] for name in batch] + [0], dtype=torch.int32)
+        tails = torch.tensor([model.stored[name][2][-1][0] for name in batch] + [0], dtype=torch.int32, device=device)
         slots = rows.find(tails)
         assert (slots > 0).tolist() == [True] * len(batch) + [False]
         tables, num_dropped = rows.select(slots[:-1])

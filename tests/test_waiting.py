@@ -1,29 +1,13 @@
 """How often the worker waits for the device: counted where a tensor's numbers are asked for on the host."""
 
-from collections import Counter
-
 import pytest
+from counting import Waits
 from engine import Engine
 from random_models import numbers
-from torch.overrides import TorchFunctionMode
 
 from cake_vllm.integration.worker.worker import EvictionWorker
 
 pytestmark = pytest.mark.engine
-
-WAITS = {"tolist", "item", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__", "masked_select"}
-
-
-class Waits(TorchFunctionMode):
-    """Counts calls that would wait for a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.seen[func.__name__] += func.__name__ in WAITS
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("decode", ["off", "cake", "window"])

@@ -47,17 +47,17 @@ class Served:
     choices: list[list[list[torch.Tensor]]]
 
 
-def assert_tie(ours: torch.Tensor, theirs: torch.Tensor, *ranks: torch.Tensor) -> int:
+def assert_tie(ours: torch.Tensor, theirs: torch.Tensor, *ranks: torch.Tensor, bound: float = RANK_BOUND) -> int:
     """How many positions only one of two choices of a KV head has.
 
     Raises:
-        AssertionError: if their ranks differ by more than :data:`RANK_BOUND`, among themselves or between runs.
+        AssertionError: if their ranks differ by more than ``bound``, among themselves or between runs.
     """
     swapped = sorted(set(ours.tolist()) ^ set(theirs.tolist()))
     if swapped:
         worth = torch.cat([of[swapped] for of in ranks])
         spread = float((worth.max() - worth.min()) / worth.abs().max())
-        assert spread <= RANK_BOUND, f"{swapped} differ by {spread:.1e}"
+        assert spread <= bound, f"{swapped} differ by {spread:.1e}"
     return len(swapped)
 
 

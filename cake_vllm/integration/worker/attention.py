@@ -85,7 +85,6 @@ class Rows:
         query_start_loc: ``[N + 1]`` int32.
         num_queries: of all sequences together.
         longest: queries of the sequence with the most.
-        index: ``[num_queries]`` int64 where they are among the step's; ``None``: they are all of them, in order.
     """
 
     by_head: bool
@@ -94,7 +93,6 @@ class Rows:
     query_start_loc: torch.Tensor
     num_queries: int
     longest: int
-    index: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -105,12 +103,15 @@ class StepWork:
         grid: the global view.
         stock: the metadata for rows that were not evicted; ``None`` if there are none.
         redirected: the others.
+        index: of each KV head's group of their queries, one after the other: its token and its head, both int64;
+            ``None``: they are all of the step's, in order.
         observe: shown each layer's index and queries ``[T, Hq, D]``, post-RoPE, after its forward; or ``None``.
     """
 
     grid: Grid
     stock: Any
     redirected: list[Rows]
+    index: tuple[torch.Tensor, torch.Tensor] | None
     observe: Callable[[int, torch.Tensor], None] | None
 
 
@@ -162,8 +163,8 @@ class EvictingImpl(AttentionImpl):
         if stock is not None:
             self._stock_forward(layer, query, key, value, kv_cache, stock, output, *args, **kwargs)
         if step is not None:
-            for rows in step.redirected:
-                self._attend(step.grid, rows, layer, query, key, value, attn_metadata, output)
+            if step.redirected:
+                self._attend(step, layer, query, key, value, attn_metadata, output)
             if step.observe is not None:
                 step.observe(self.layer_index, query)
         return output
@@ -173,8 +174,7 @@ class EvictingImpl(AttentionImpl):
 
     def _attend(
         self,
-        grid: Grid,
-        rows: Rows,
+        step: StepWork,
         layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -182,18 +182,21 @@ class EvictingImpl(AttentionImpl):
         metadata: Any,
         output: torch.Tensor,
     ) -> None:
-        impl, cache = (self._of_one_head, grid.head_pages) if rows.by_head else (self, grid.pages)
-        own = impl.with_rows(layer, metadata, rows, rows.tables[self.layer_index], rows.lengths[self.layer_index])
-        # [tokens, heads, D], or [tokens * Hkv, G, D]
-        queries = query.reshape(-1, impl.num_heads, query.shape[-1])
-        results = output.view(-1, impl.num_heads, output.shape[-1])
-        if rows.index is None:
-            impl._stock_forward(layer, queries, key, value, cache, own, results)
-            return
-        queries = queries.index_select(0, rows.index)
-        chosen = torch.empty_like(queries, dtype=output.dtype)
-        impl._stock_forward(layer, queries, key, value, cache, own, chosen)
-        results.index_copy_(0, rows.index, chosen)
+        one, size = self._of_one_head, query.shape[-1]
+        queries, chosen, end = query, output, 0
+        if step.index is not None:
+            # [N, G, D]: one gather and one scatter, whatever owners there are.
+            queries = query.unflatten(1, (-1, one.num_heads))[step.index]
+            chosen = torch.empty_like(queries, dtype=output.dtype)
+        for rows in step.redirected:
+            impl, cache = (one, step.grid.head_pages) if rows.by_head else (self, step.grid.pages)
+            start, end = end, end + rows.num_queries * impl.num_kv_heads
+            own = impl.with_rows(layer, metadata, rows, rows.tables[self.layer_index], rows.lengths[self.layer_index])
+            # [tokens, heads, D], or [tokens * Hkv, G, D]
+            asked = queries[start:end].reshape(-1, impl.num_heads, size)
+            impl._stock_forward(layer, asked, key, value, cache, own, chosen[start:end].view_as(asked))
+        if step.index is not None:
+            output.unflatten(1, (-1, one.num_heads))[step.index] = chosen
 
     @cached_property
     def _of_one_head(self) -> "EvictingImpl":

@@ -233,7 +233,7 @@ class EvictionWorker:
         last = ((seq_lens - 1).clamp(min=0) // self.block_size).long()
         # Rows that only pad the batch have no length; nobody's row ends in block 0.
         tails = table.gather(1, last.unsqueeze(1)).squeeze(1).masked_fill(seq_lens == 0, 0)
-        redirected, stock_lens = self._redirect(plan.redirected, first, tails)
+        redirected, index, stock_lens = self._redirect(plan.redirected, first, tails)
         observe = None
         if plan.observations:
             observe = partial(self._observe, self._find(plan.observations, metadata, tails))
@@ -245,7 +245,7 @@ class EvictionWorker:
             stock[id(of_layer)] = of_layer if not redirected else None
             if stock_lens is not None:
                 stock[id(of_layer)] = layer.impl.with_lengths(layer.module, of_layer, stock_lens)
-            setattr(of_layer, STEP, StepWork(self.grid, stock[id(of_layer)], redirected, observe))
+            setattr(of_layer, STEP, StepWork(self.grid, stock[id(of_layer)], redirected, index, observe))
 
     def finish(self) -> EvictionReport | None:
         """Evicts the requests that were granted it in this step: called after the last layer."""
@@ -265,10 +265,12 @@ class EvictionWorker:
 
     def _redirect(
         self, expected: Mapping[bool, Redirected], metadata: Any, tails: torch.Tensor
-    ) -> tuple[list[Rows], torch.Tensor | None]:
-        """The evicted rows of the batch, and ``[R]`` lengths for the stock call, ``None`` if nothing is left for it."""
+    ) -> tuple[list[Rows], tuple[torch.Tensor, torch.Tensor] | None, torch.Tensor | None]:
+        """The evicted rows of the batch, where their queries are (see :class:`StepWork`), and ``[R]`` lengths for the
+        stock call, ``None`` if nothing is left for it.
+        """
         seq_lens, starts = metadata.seq_lens, metadata.query_start_loc
-        found, elsewhere = [], torch.zeros_like(seq_lens, dtype=torch.bool)
+        found, places, elsewhere = [], [], torch.zeros_like(seq_lens, dtype=torch.bool)
         for by_head, count in expected.items():
             slots = self._rows[by_head].find(tails)
             is_here = slots > 0
@@ -276,11 +278,17 @@ class EvictionWorker:
                 is_here.sum() == count.num_rows, "evicted requests are not where the scheduler put them"
             )
             elsewhere |= is_here
-            found.append(self._sequences(by_head, count, slots, is_here, seq_lens, starts))
+            rows, place = self._sequences(by_head, count, slots, is_here, seq_lens, starts)
+            found.append(rows)
+            places += [place] if place is not None else []
+        index = None
+        if places:
+            token, head = torch.cat(places, dim=1)
+            index = token, head
         if not found or sum(count.num_rows for count in expected.values()) == len(seq_lens):
-            return found, None
+            return found, index, None
         num_new = (starts[1:] - starts[:-1])[: len(seq_lens)]
-        return found, torch.where(elsewhere, num_new, seq_lens).to(seq_lens.dtype)
+        return found, index, torch.where(elsewhere, num_new, seq_lens).to(seq_lens.dtype)
 
     def _sequences(
         self,
@@ -290,38 +298,32 @@ class EvictionWorker:
         is_here: torch.Tensor,
         seq_lens: torch.Tensor,
         starts: torch.Tensor,
-    ) -> Rows:
-        device, split = slots.device, self.grid.num_heads if by_head else 1
+    ) -> tuple[Rows, torch.Tensor | None]:
+        """Rows of one kind, and ``[2, N]`` tokens and heads of their queries, ``None`` if they are all, in order."""
+        device, num_heads = slots.device, self.grid.num_heads
+        split = num_heads if by_head else 1
         is_all = count.num_rows == len(seq_lens)
         row = (~is_here).int().argsort(stable=True)[: count.num_rows]
         tables, num_dropped = self._rows[by_head].select(slots[row])
         lengths = (seq_lens[row].view(1, -1, 1) - num_dropped * self.block_size).flatten(1)
         first, num_queries = starts[row], count.num_tokens * split
-        index, head = None, torch.arange(split, device=device)
+        token, head = first.unsqueeze(1), torch.arange(num_heads, device=device)
         if count.longest == 1:
             query_start_loc = torch.arange(num_queries + 1, dtype=starts.dtype, device=device)
-            if not is_all:
-                index = (first.unsqueeze(1) * split + head).flatten()
         else:
             num_new = (starts[row + 1] - first).repeat_interleave(split)
             ends = num_new.cumsum(0)
             query_start_loc = torch.nn.functional.pad(ends, (1, 0)).to(starts.dtype)
             if by_head or not is_all:
                 sequence = torch.arange(len(num_new), device=device).repeat_interleave(num_new, output_size=num_queries)
-                token = (
-                    torch.arange(num_queries, device=device)
-                    - (ends - num_new - first.repeat_interleave(split))[sequence]
-                )
-                index = token * split + sequence % split
-        return Rows(
-            by_head,
-            tables,
-            lengths.to(seq_lens.dtype),
-            query_start_loc,
-            num_queries,
-            count.longest,
-            index.long() if index is not None else None,
-        )
+                before = (ends - num_new - first.repeat_interleave(split))[sequence]
+                token = (torch.arange(num_queries, device=device) - before).unsqueeze(1)
+                if by_head:
+                    head = (sequence % split).unsqueeze(1)
+        rows = Rows(by_head, tables, lengths.to(seq_lens.dtype), query_start_loc, num_queries, count.longest)
+        if is_all and (count.longest == 1 or not by_head):
+            return rows, None
+        return rows, torch.stack(torch.broadcast_tensors(token.long(), head)).flatten(1)
 
     def _find(self, observations: Sequence[Observation], metadata: Sequence[Any], tails: torch.Tensor) -> list[Batched]:
         asked = to_device([what.tail_block for what in observations], tails.dtype, tails.device)

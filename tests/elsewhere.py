@@ -1,0 +1,67 @@
+"""The GPU backends in the place of the CPU's: FlashAttention's kernel in torch, Triton's kernels interpreted."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import flash_reference
+import torch
+from vllm.plugins import load_general_plugins
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends import flash_attn
+from vllm.v1.attention.backends.registry import _ATTN_OVERRIDES, AttentionBackendEnum
+
+from cake_vllm.integration.worker.gpu_attention import EvictingFlashBackend, EvictingTritonBackend, EvictingTritonImpl
+
+
+class InterpretedTritonImpl(EvictingTritonImpl):
+    """Attention is vLLM's Triton kernel; only the kernel that writes the cache asks for a GPU's properties."""
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
+        used = slot_mapping >= 0
+        block, slot = slot_mapping[used] // kv_cache.shape[2], slot_mapping[used] % kv_cache.shape[2]
+        kv_cache[block, :, slot] = torch.cat([key, value], dim=-1)[: len(used)][used]
+
+
+class InterpretedTritonBackend(EvictingTritonBackend):
+    """Triton's attention under the only name that vLLM's CPU platform asks for."""
+
+    evicting_impl = InterpretedTritonImpl
+
+    @staticmethod
+    def get_name() -> str:
+        return "CPU_ATTN"
+
+
+class ReferenceFlashBackend(EvictingFlashBackend):
+    """FLASH_ATTN under the same name."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "CPU_ATTN"
+
+
+@contextmanager
+def in_place_of_cpu_attn(backend: type) -> Iterator[None]:
+    """Engines that start meanwhile take ``backend``."""
+    # Plugins would register the CPU's own again.
+    load_general_plugins()
+    path = f"{backend.__module__}.{backend.__qualname__}"
+    with mock.patch.dict(_ATTN_OVERRIDES, {AttentionBackendEnum.CPU_ATTN: path}):
+        selector._cached_get_attn_backend.cache_clear()
+        yield
+    selector._cached_get_attn_backend.cache_clear()
+
+
+@contextmanager
+def flash_in_torch(wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda kernel: kernel) -> Iterator[None]:
+    """Lets vLLM find a FlashAttention, its kernels wrapped."""
+    with (
+        mock.patch.object(flash_attn, "get_flash_attn_version", return_value=2),
+        mock.patch.object(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", wrap(flash_reference.flash_attn_varlen_func)),
+        mock.patch.object(
+            flash_attn, "reshape_and_cache_flash", wrap(flash_reference.reshape_and_cache_flash), create=True
+        ),
+    ):
+        yield

@@ -1,0 +1,93 @@
+"""The engine on a GPU against the Hugging Face replay, and CUDA graphs against eager execution.
+
+With ``--dry-run``: over a reference of FlashAttention's kernel, and, on ``--runner v2``, Triton interpreted.
+"""
+
+import pytest
+import torch
+from elsewhere import InterpretedTritonBackend, ReferenceFlashBackend, flash_in_torch, in_place_of_cpu_attn
+from random_models import numbers
+from replay import Replay
+from ties import assert_same
+
+from cake_vllm.policies import create_policy
+
+pytestmark = [pytest.mark.gpu, pytest.mark.engine]
+
+BUDGET, CHUNK = 150, 256
+#: FlashAttention computes in half precision. Not calibrated: no GPU has run this yet.
+HALF = {"dtype": torch.bfloat16, "rank_bound": 5e-2, "gap_bound": 0.1}
+
+
+@pytest.fixture(params=["FLASH_ATTN", "TRITON_ATTN"])
+def settings(request, is_dry, is_v2):
+    """Of an engine with this backend."""
+    is_flash = request.param == "FLASH_ATTN"
+    common = {
+        "skip_tokenizer_init": True,
+        "max_num_batched_tokens": CHUNK,
+        "seed": int(is_flash),
+        "max_model_len": 1024,
+    }
+    if not is_dry:
+        dtype = "bfloat16" if is_flash else "float32"
+        yield {**common, "block_size": 16, "dtype": dtype, "attention_config": {"backend": request.param}}
+        return
+    if not is_flash and not is_v2:
+        pytest.skip("without a GPU Triton is interpreted: --runner v2")
+    with flash_in_torch(), in_place_of_cpu_attn(ReferenceFlashBackend if is_flash else InterpretedTritonBackend):
+        yield common
+
+
+@pytest.fixture(scope="module")
+def replays(served_model):
+    """Made when they are first asked for."""
+    made: dict[bool, Replay] = {}
+
+    def replay(half: bool) -> Replay:
+        if half not in made:
+            made[half] = Replay(served_model, **(HALF if half else {}))
+        return made[half]
+
+    return replay
+
+
+@pytest.mark.parametrize("prefill", ["exact", "progressive"])
+@pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
+def test_served_as_replayed(start_engine, served_model, replays, settings, name, prefill, is_v2, is_dry):
+    options = {"prefill": prefill, "decode": "window"}
+    eviction = {"kv_eviction": name, "kv_eviction_budget": BUDGET, "kv_eviction_config": options}
+    engine = start_engine(served_model, **settings, **eviction)
+    engine.forget_prefixes()
+    # One alone: where chunks end depends on the batch.
+    num_tokens = 4 if is_dry and is_v2 else 40
+    prompt = numbers(63, 300 if is_dry and is_v2 else 900)
+    (served,) = engine.served([prompt], num_tokens)
+    chunk = CHUNK if prefill == "progressive" else None
+    replay, size = replays(settings.get("dtype") == "bfloat16"), settings.get("block_size", 32)
+    replay.verify(prompt, served, create_policy(name, {}), BUDGET, block_size=size, decode="window", chunk=chunk)
+    assert served.choices
+    assert engine.is_idle()
+
+
+def test_graphs_change_nothing(start_engine, served_model, settings, is_dry, is_v2):
+    """Piecewise CUDA graphs against eager execution; rows of all kinds share a batch. Without a GPU both are eager."""
+    eviction = {"kv_eviction": "cake", "kv_eviction_budget": BUDGET}
+    prompts = [numbers(70 + index, 200 + 50 * index) for index in range(2 if is_dry and is_v2 else 6)]
+    wishes = [{}, {"kv_eviction": "layer-defensivekv"}, {"kv_eviction": "none"}]
+    found = []
+    for is_eager in (True, False):
+        engine = start_engine(served_model, **settings, **eviction, enforce_eager=is_eager or is_dry)
+        engine.forget_prefixes()
+        engine.stats()
+        names = [
+            engine.add(
+                prompt, 4 if is_dry and is_v2 else 30, logprobs=2, detokenize=False, extra_args=wishes[index % 3]
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        engine.run()
+        assert engine.stats()["requests"] == len([index for index in range(len(prompts)) if index % 3 != 2])
+        found.append([engine.run_of(name) for name in names])
+    for run, reference in zip(*found, strict=True):
+        assert_same(run, reference)
