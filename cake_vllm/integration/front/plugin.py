@@ -26,6 +26,11 @@ BACKENDS = {
     "TRITON_ATTN": "cake_vllm.integration.worker.gpu_attention.EvictingTritonBackend",
 }
 
+#: What ``--kv-cache-dtype`` may ask for: numbers of eight bits with one scale for the keys of a layer and one for its
+#: values, and vLLM's unquantized caches.
+QUANTIZED = ("fp8", "fp8_e4m3", "fp8_e5m2")
+CACHE_DTYPES = ("auto", "float16", "bfloat16", *QUANTIZED)
+
 
 def install() -> None:
     """Registers what eviction is made of. Names only; nothing of it runs unless it is switched on."""
@@ -159,8 +164,17 @@ def refuse_model(vllm_config: VllmConfig) -> None:
             f"{', '.join(model.architectures)} has: serve it up to {window} tokens, where the window cuts nothing, "
             "with --disable-sliding-window, or serve it without the flag"
         )
-    if cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
-        raise ValueError(f"{flag(POLICY_KEY)} does not work together with --kv-cache-dtype {cache_dtype} yet: use auto")
+    if cache_dtype not in CACHE_DTYPES:
+        raise ValueError(
+            f"{flag(POLICY_KEY)} does not work together with --kv-cache-dtype {cache_dtype} yet: "
+            f"choose {', '.join(CACHE_DTYPES)}"
+        )
+    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
+    if scheme is not None and scheme.get("strategy") == "attn_head" and cache_dtype in ("auto", *QUANTIZED):
+        raise ValueError(
+            f"{flag(POLICY_KEY)} does not work together with a checkpoint that scales the KV cache of each head by "
+            "itself yet: set --kv-cache-dtype bfloat16"
+        )
     backend = vllm_config.attention_config.backend
     if backend is not None and backend.name not in BACKENDS:
         raise ValueError(

@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec, replace_as
 
@@ -123,6 +125,7 @@ class EvictingImpl(AttentionImpl):
 
     layer_index = -1
     num_kv_heads: int
+    kv_cache_dtype: str
 
     def __init__(self, *args: Any, **kwargs: Any):
         given: dict[str, Any] = dict(zip(_IMPL_ARGUMENTS, args, strict=False)) | kwargs
@@ -190,7 +193,7 @@ class EvictingImpl(AttentionImpl):
         if rows.index is None:
             impl._stock_forward(layer, queries, key, value, cache, own, results)
             return
-        queries = queries.index_select(0, rows.index)
+        queries = select_rows(queries, rows.index)
         chosen = torch.empty_like(queries, dtype=output.dtype)
         impl._stock_forward(layer, queries, key, value, cache, own, chosen)
         results.index_copy_(0, rows.index, chosen)
@@ -201,6 +204,15 @@ class EvictingImpl(AttentionImpl):
         one = copy(self)
         one.num_heads, one.num_kv_heads = self.num_heads // self.num_kv_heads, 1
         return one
+
+    @property
+    def quantized_dtype(self) -> torch.dtype | None:
+        """What the bytes of a quantized cache are; ``None``: it holds the model's own numbers."""
+        return current_platform.fp8_dtype() if is_quantized_kv_cache(self.kv_cache_dtype) else None
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Not while rows are computed apart from each other."""
+        return False
 
     @abstractmethod
     def block_layout(self, layer: Any, block_size: int) -> BlockLayout:
@@ -213,6 +225,13 @@ class EvictingImpl(AttentionImpl):
     @abstractmethod
     def with_lengths(self, layer: Any, metadata: Any, seq_lens: torch.Tensor) -> Any:
         """A copy of ``metadata`` with other lengths (``[R]``)."""
+
+
+def select_rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``index_select`` along the first axis, also where there is none for 8-bit floats."""
+    if tensor.element_size() > 1:
+        return tensor.index_select(0, index)
+    return tensor.view(torch.uint8).index_select(0, index).view(tensor.dtype)
 
 
 _IMPL_ARGUMENTS = (

@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.messages import Counts, Eviction, EvictionReport, Grant, Observation, Redirected, StepPlan
 from cake_vllm.integration.scheduler.spec import evictable_groups
-from cake_vllm.integration.worker.attention import STEP, EvictingImpl, Rows, StepWork
+from cake_vllm.integration.worker.attention import STEP, EvictingImpl, Rows, StepWork, select_rows
 from cake_vllm.integration.worker.dealing import Held, Reads, move, read, redeal
 from cake_vllm.integration.worker.projections import output_projection
 from cake_vllm.kernels import BlockLayout, EvictedRows, Grid, to_device
@@ -65,7 +65,7 @@ class Batched:
     def recent(self, query: torch.Tensor, count: int) -> torch.Tensor:
         """Its last ``count`` queries of a step's ``[num_tokens, Hq, D]``, or all if there are fewer."""
         count = min(count, self.what.num_tokens)
-        return query.index_select(0, self.end - count + torch.arange(count, device=query.device))
+        return select_rows(query, self.end - count + torch.arange(count, device=query.device))
 
 
 class EvictableLayer:
@@ -84,6 +84,24 @@ class EvictableLayer:
     def layout(self) -> BlockLayout:
         """Order of the elements in a head page."""
         return self.impl.block_layout(self.module, self.block_size)
+
+    def read_keys(self, cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
+        """``[Hkv, length, D]`` keys in the model's dtype; see :meth:`BlockLayout.read_keys`."""
+        return self._restore(self.layout.read_keys(cache, table, length), self.module._k_scale_float)
+
+    def read_values(self, cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
+        """Values of the same positions."""
+        return self._restore(self.layout.read_values(cache, table, length), self.module._v_scale_float)
+
+    def restore_queries(self, queries: torch.Tensor) -> torch.Tensor:
+        """Queries in the model's dtype; some backends are given quantized ones beside a quantized cache."""
+        if queries.dtype != self.impl.quantized_dtype:
+            return queries
+        return queries.to(self.module.dtype).mul_(self.module._q_scale_float)
+
+    def _restore(self, stored: torch.Tensor, scale: float) -> torch.Tensor:
+        dtype = self.impl.quantized_dtype
+        return stored if dtype is None else stored.view(dtype).to(self.module.dtype).mul_(scale)
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -276,8 +294,8 @@ class EvictionWorker:
 
     def _look(self, layer_index: int, place: Batched, watched: Watched, query: torch.Tensor) -> None:
         what, grant, config = place.what, place.what.grant, place.what.config or self.config
-        policy, num_queries = config.policy, config.policy.num_queries
-        recent = place.recent(query, num_queries)
+        policy, num_queries, layer = config.policy, config.policy.num_queries, self.layers[layer_index]
+        recent = layer.restore_queries(place.recent(query, num_queries))
         if layer_index in watched.queries and len(recent) < num_queries:
             recent = torch.cat([watched.queries.pop(layer_index), recent])
             recent = recent[max(len(recent) - num_queries, 0) :]
@@ -300,7 +318,7 @@ class EvictionWorker:
             everything = torch.arange(reads.length, device=reads.table.device)
             chosen = [everything[missing * self.block_size :] for missing in reads.missing]
         elif config.decode == "cake":
-            inputs = self._inputs(policy, layer_index, place.recent(query, 1), reads)
+            inputs = self._inputs(policy, layer_index, layer.restore_queries(place.recent(query, 1)), reads)
             count = targets[0] * self.block_size - policy.protected
             chosen = list(policy.trim(inputs, count).sort(dim=-1).values)
         elif len(recent) < num_queries:
@@ -320,10 +338,10 @@ class EvictionWorker:
         cache, table, length = self.grid.cache, reads.table, reads.length
         return LayerInputs(
             queries.transpose(0, 1),
-            there(layer.layout.read_keys(cache, table, length)),
+            there(layer.read_keys(cache, table, length)),
             layer.impl.scale,
             layer.soft_cap,
-            there(layer.layout.read_values(cache, table, length)) if policy.needs_values else None,
+            there(layer.read_values(cache, table, length)) if policy.needs_values else None,
             layer.output_weight if policy.needs_output_weight else None,
             layer_index,
             valid,
