@@ -22,6 +22,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 from vllm.v1.attention.backend import AttentionImpl  # noqa: E402
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+PER_HEAD = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {},
+    "kv_cache_scheme": {"type": "float", "num_bits": 8, "strategy": "attn_head", "symmetric": True},
+}
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
@@ -153,7 +159,15 @@ FEATURES = {
         {"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
         "--speculative-config of method ngram_gpu yet: use ngram or drop one",
     ),
-    "quantized KV caches": ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 yet: use auto"),
+    "KV caches with a scale for each token": (
+        {"kv_cache_dtype": "fp8_per_token_head"},
+        "--kv-cache-dtype fp8_per_token_head yet: choose auto, float16, bfloat16, fp8, fp8_e4m3, fp8_e5m2",
+    ),
+    "KV caches of four bits": ({"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4 yet: choose auto, float16"),
+    "KV caches with a scale for each head": (
+        {"hf_overrides": {"quantization_config": PER_HEAD}},
+        "a checkpoint whose KV cache has a scale for each head yet: choose one with a scale for each layer, or serve",
+    ),
     "KV offloading": ({"kv_offloading_size": 1.0}, "--kv-offloading-size yet: drop one of the two"),
     "other KV connectors": (
         {"kv_transfer_config": KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")},

@@ -1,21 +1,11 @@
 """Caches of eight bits: what is kept and said is what their numbers, times their scales, make of it."""
 
-import json
-import shutil
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from engine import Engine, same_positions
 from random_models import numbers
-from replay import Replay, State
-from safetensors.torch import load_file, save_file
 from stock import stock
-from transformers import DynamicCache
+from stored import FLOATS, SCALES, Scales, Stored, StoredReplay, assert_neighbours, save_scaled_model
 from vllm import _custom_ops as ops
 
 from cake_vllm.integration.worker.cpu_attention import probe_block_layout
@@ -29,129 +19,15 @@ pytestmark = [
     ),
 ]
 
-FLOATS = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-#: By layer, of keys and of values. None is a power of two, and no two are alike.
-SCALES = [(0.03, 0.11), (0.7, 0.05), (0.013, 0.3), (0.09, 0.021)]
-UNSCALED = [(1.0, 1.0)] * len(SCALES)
 
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def scaled_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The tiny model as llm-compressor would save it with an 8-bit KV cache."""
-    path = tmp_path_factory.mktemp("scaled") / "model"
-    shutil.copytree(tiny_model, path)
-    weights = load_file(path / "model.safetensors")
-    for layer, scales in enumerate(SCALES):
-        for name, scale in zip(("k_scale", "v_scale"), scales, strict=True):
-            weights[f"model.layers.{layer}.self_attn.{name}"] = torch.tensor([scale])
-    save_file(weights, path / "model.safetensors", {"format": "pt"})
-    config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "config_groups": {},
-        "ignore": [],
-        "kv_cache_scheme": {"type": "float", "num_bits": 8, "strategy": "tensor", "symmetric": True, "dynamic": False},
-    }
-    (path / "config.json").write_text(json.dumps(config))
-    return str(path)
-
-
-def assert_neighbours(stored: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
-    """Every stored number is the one above or below the exact one, whichever way the kernels round.
-
-    Raises:
-        AssertionError: if one is further away than rounding in float32 accounts for.
-    """
-    for factor, is_below in ((1 - 1e-4, True), (1 + 1e-4, False)):
-        bound = (exact.abs() * factor).clamp(max=torch.finfo(dtype).max)
-        nearest = bound.to(dtype)
-        wrong = nearest.float() > bound if is_below else nearest.float() < bound
-        step = -1 if is_below else 1
-        neighbour = torch.where(wrong, nearest.view(torch.uint8) + step, nearest.view(torch.uint8)).view(dtype).float()
-        bad = stored.abs() < neighbour if is_below else stored.abs() > neighbour
-        if bad.any(): print("BAD", int(bad.sum()), bad.numel(), stored[bad][:8].tolist(), exact[bad][:8].tolist(), neighbour[bad][:8].tolist(), exact.abs().max().item(), flush=True)
-    assert (stored * exact >= 0).all()
-
-
-@dataclass
-class Stored:
-    """What an engine wrote for one request, token by token, before scales.
-
-    Attributes:
-        dtype: what it is.
-        scales: by layer, of keys and of values.
-        written: by layer, keys and values in order, ``[n, Hkv, D]``.
-    """
-
-    dtype: torch.dtype
-    scales: list[tuple[float, float]]
-    written: defaultdict[int, list[tuple[torch.Tensor, torch.Tensor]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-
-    def follow(self, engine: Engine) -> None:
-        """Remembers what is written from now on."""
-        for index, layer in enumerate(engine.connector.worker.layers):
-            layer.impl.do_kv_cache_update = self._remembering(index, layer, type(layer.impl).do_kv_cache_update)
-
-    def _remembering(self, index: int, layer: Any, update: Callable[..., None]) -> Callable[..., None]:
-        def updating(module, key, value, kv_cache, slots):
-            update(layer.impl, module, key, value, kv_cache, slots)
-            slots = slots[slots >= 0]
-            # [n, Hkv, E]
-            pages = kv_cache[slots // layer.block_size].flatten(2)
-            token, place = torch.arange(len(slots)).view(-1, 1), slots % layer.block_size
-            self.written[index].append(
-                tuple(
-                    pages[token, :, order[place]].view(self.dtype).float().transpose(1, 2)
-                    for order in (layer.layout.key_index, layer.layout.value_index)
-                )
-            )
-
-        return updating
-
-    def take(self, index: int, start: int, exact: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-        """What a layer reads of the tokens from ``start`` on, whose exact keys and values are ``[1, Hkv, n, D]``."""
-        found = []
-        for kind, (numbers_, scale) in enumerate(zip(exact, self.scales[index], strict=True)):
-            written = torch.cat([both[kind] for both in self.written[index]])[start : start + numbers_.shape[2]]
-            written = written.transpose(0, 1)[None]
-            assert_neighbours(written, numbers_ / scale, self.dtype)
-            found.append(written * scale)
-        return found
-
-
-class StoredCache(DynamicCache):
-    """A cache of the numbers that the engine stored, where these are neighbours of the model's own."""
-
-    def __init__(self, stored: Stored):
-        super().__init__()
-        self.stored = stored
-        self.num_seen: defaultdict[int, int] = defaultdict(int)
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, index: int, *args, **kwargs):
-        start = self.num_seen[index]
-        self.num_seen[index] += keys.shape[2]
-        return super().update(*self.stored.take(index, start, (keys, values)), index, *args, **kwargs)
-
-
-class QuantizedReplay(Replay):
-    """A replay over the numbers that an engine stored."""
-
-    stored = Stored(torch.float8_e4m3fn, UNSCALED)
-
-    def _start(self) -> State:
-        return State(StoredCache(self.stored))
-
-    def verify(self, *args, **kwargs) -> None:
-        self._prefilled.clear()
-        super().verify(*args, **kwargs)
+    return save_scaled_model(tmp_path_factory.mktemp("scaled") / "model", tiny_model)
 
 
 @pytest.fixture(scope="module")
-def replay(tiny_model: str) -> QuantizedReplay:
-    return QuantizedReplay(tiny_model)
+def replay(tiny_model: str) -> StoredReplay:
+    return StoredReplay(tiny_model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -183,32 +59,38 @@ def test_nothing_changes_where_nothing_is_evicted(tiny, tiny_model, name, is_v2)
 WAYS = [
     ("cake", "scaled", "exact", "cake"),
     ("layer-defensivekv", "scaled", "progressive", "window"),
-    ("criticalkv", "scaled", "exact", "off"),
-    ("layer-defensivekv", "fp8_e5m2", "exact", "window"),
-    ("cake", "fp8", "progressive", "window"),
+    ("criticaladakv", "fp8_e5m2", "exact", "window"),
+    *(
+        pytest.param(*way, marks=pytest.mark.full)
+        for way in [
+            ("layer-defensivekv", "scaled", "exact", "off"),
+            ("layer-defensivekv", "fp8_e5m2", "progressive", "off"),
+            ("criticalkv", "scaled", "exact", "off"),
+            ("cake", "fp8", "progressive", "window"),
+        ]
+    ),
 ]
 
 
 @pytest.mark.parametrize(("name", "cache", "prefill", "decode"), WAYS)
-def test_served_tokens_equal_replay(start_engine, tiny_model, scaled_model, replay, name, cache, prefill, decode, is_v2):
-    """Over numbers of eight bits, with scales of a checkpoint, whose cache ``auto`` takes, or without."""
+def test_served_tokens_equal_replay(
+    start_engine, tiny_model, scaled_model, replay, name, cache, prefill, decode, is_v2
+):
+    """With the scales of a checkpoint that declares its cache, which ``auto`` takes, or without any."""
     is_scaled = cache == "scaled"
     engine: Engine = start_engine(
         scaled_model if is_scaled else tiny_model,
         skip_tokenizer_init=True,
         kv_cache_dtype="auto" if is_scaled else cache,
         max_num_batched_tokens=256,
+        num_gpu_blocks_override=1500,
         kv_eviction=name,
         kv_eviction_budget=150,
         kv_eviction_config={"prefill": prefill, "decode": decode},
-        num_gpu_blocks_override=1500,
     )
-    scales = [(layer.module._k_scale_float, layer.module._v_scale_float) for layer in engine.connector.worker.layers]
-    assert torch.tensor(scales).allclose(torch.tensor(SCALES if is_scaled else UNSCALED))
-    engine.stats()
-    engine.forget_prefixes()
-    replay.stored = Stored(FLOATS["fp8" if is_scaled else cache], scales)
-    replay.stored.follow(engine)
+    replay.stored = Stored.of(engine, FLOATS["fp8" if is_scaled else cache])
+    expected = SCALES if is_scaled else [Scales()] * len(SCALES)
+    assert torch.tensor(replay.stored.scales).allclose(torch.tensor(expected))
     prompt, num_tokens = numbers(174, 900), 40 if is_v2 else 110
     (served,) = engine.served([prompt], num_tokens)
     chunk = 256 if prefill == "progressive" else None
@@ -220,6 +102,22 @@ def test_served_tokens_equal_replay(start_engine, tiny_model, scaled_model, repl
     engine.shutdown()
 
 
+def test_policies_see_numbers_of_the_model(start_engine, scaled_model, same_on_both):
+    engine: Engine = start_engine(
+        scaled_model, skip_tokenizer_init=True, kv_eviction="criticalkv", kv_eviction_budget=100
+    )
+    stored, worker = Stored.of(engine, FLOATS["fp8"]), engine.connector.worker
+    seen, shown = [], worker._inputs
+    worker._inputs = lambda *args: seen.append(shown(*args)) or seen[-1]
+    engine.generate([numbers(177, 500)], 2)
+    assert len(seen) == len(SCALES)
+    for index, (inputs, scales) in enumerate(zip(seen, SCALES, strict=True)):
+        keys, values = (torch.cat(parts)[:500].transpose(0, 1) for parts in zip(*stored.written[index], strict=True))
+        torch.testing.assert_close(inputs.keys, keys * scales.key)
+        torch.testing.assert_close(inputs.values, values * scales.value)
+    engine.shutdown()
+
+
 @pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
 def test_eviction_in_place_is_the_same(start_engine, scaled_model, name, same_on_both):
     """Bytes moved among the request's own blocks or copied to others."""
@@ -227,6 +125,7 @@ def test_eviction_in_place_is_the_same(start_engine, scaled_model, name, same_on
     runs = []
     for blocks in (1500, -(-760 // 32) + 1):
         engine: Engine = start_engine(scaled_model, num_gpu_blocks_override=blocks, **settings)
+        engine.stats()
         runs += engine.trace([numbers(175, 700)], 30)
         assert engine.stats()["in_place"] == (blocks < 1500)
         assert engine.is_idle()
@@ -237,11 +136,11 @@ def test_eviction_in_place_is_the_same(start_engine, scaled_model, name, same_on
 
 
 def test_pages_are_as_small_as_their_numbers(tiny, same_on_both):
-    """The same memory holds four times as many blocks as of float32, and lends as many of them."""
+    """The same memory holds four times as many blocks as of float32, and an eviction frees as many of them."""
     seen = []
     for name in ("auto", "fp8"):
         engine: Engine = tiny(
-            kv_cache_dtype=name, kv_eviction="cake", kv_eviction_budget=200, num_gpu_blocks_override=None
+            kv_cache_dtype=name, kv_eviction="snapkv", kv_eviction_budget=200, num_gpu_blocks_override=None
         )
         (group,) = engine.scheduler.kv_cache_config.kv_cache_groups
         engine.stats()

@@ -169,11 +169,11 @@ def refuse_model(vllm_config: VllmConfig) -> None:
             f"{flag(POLICY_KEY)} does not work together with --kv-cache-dtype {cache_dtype} yet: "
             f"choose {', '.join(CACHE_DTYPES)}"
         )
-    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None)
-    if scheme is not None and scheme.get("strategy") == "attn_head" and cache_dtype in ("auto", *QUANTIZED):
+    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None) or {}
+    if scheme.get("strategy") == "attn_head":
         raise ValueError(
-            f"{flag(POLICY_KEY)} does not work together with a checkpoint that scales the KV cache of each head by "
-            "itself yet: set --kv-cache-dtype bfloat16"
+            f"{flag(POLICY_KEY)} does not work together with a checkpoint whose KV cache has a scale for each head yet: "
+            "choose one with a scale for each layer, or serve it without the flag"
         )
     backend = vllm_config.attention_config.backend
     if backend is not None and backend.name not in BACKENDS:
