@@ -11,6 +11,7 @@ from conftest import ROOT
 from transformers import AutoConfig
 
 import cake_vllm
+from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.front import gate, plugin
 
 cake_vllm.register()
@@ -136,10 +137,6 @@ def test_what_is_switched_on(llama):
         ({"kv_eviction": "cake", "kv_eviction_budget": 0}, "--kv-eviction-budget 0 is not a budget"),
         ({"kv_eviction": "cake", "disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager yet"),
         (
-            {"kv_eviction": "cake", "speculative_config": NGRAM},
-            """drafts are verified: set --kv-eviction-config '{"decode": "off"}' or drop""",
-        ),
-        (
             {"kv_eviction": "cake", "attention_config": {"backend": "FLASHINFER"}},
             "no attention backend for FLASHINFER: choose CPU_ATTN, FLASH_ATTN, TRITON_ATTN",
         ),
@@ -148,6 +145,19 @@ def test_what_is_switched_on(llama):
 def test_refused(llama, kwargs, message):
     with pytest.raises(ValueError, match=message):
         configure(llama, **kwargs)
+
+
+def test_drafts_beside_eviction_of_generated_tokens_are_verified_in_time(llama):
+    config = configure(llama, kv_eviction="cake", speculative_config=NGRAM)
+    ways = {way: KVEvictionConfig("cake", 256, {"decode": way}) for way in ("off", "window", "cake")}
+    for way in ways.values():
+        plugin.refuse_speculation(way, config)
+    # Never on a CPU, nor for n-gram drafts before vLLM 0.33.
+    config.scheduler_config.async_scheduling = True
+    plugin.refuse_speculation(ways["off"], config)
+    for way in ("window", "cake"):
+        with pytest.raises(ValueError, match="verified a step late: set --no-async-scheduling or --kv-eviction-config"):
+            plugin.refuse_speculation(ways[way], config)
 
 
 #: By what the README calls them.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from vllm.config import KVTransferConfig, SpeculativeConfig, VllmConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logger import init_logger
@@ -67,7 +67,7 @@ def switch_on(
     args.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
     vllm_config = original(args, *rest, **kwargs)
     refuse_model(vllm_config)
-    refuse_speculation(config, vllm_config.speculative_config)
+    refuse_speculation(config, vllm_config)
     choose_backend(vllm_config)
     if isinstance(args, AsyncEngineArgs):
         install_http()
@@ -107,12 +107,20 @@ def refuse_arguments(args: Any) -> None:
             raise ValueError(f"{flag(POLICY_KEY)} does not work together with {argument} yet: {fix}")
 
 
-def refuse_speculation(config: KVEvictionConfig, speculative: SpeculativeConfig | None) -> None:
-    """Refuses drafts that come from a model, whose layers would be evicted too, and drafts in what is evicted.
+def refuse_speculation(config: KVEvictionConfig, vllm_config: VllmConfig) -> None:
+    """Refuses drafts that come from a model, and drafts whose fate the scheduler learns too late.
+
+    Layers of a draft model (EAGLE and MTP have some too) lie in the blocks of the request, which go for them as well.
+    But they run after the target's layers, once for each draft, with metadata that no connector is shown: nobody could
+    score what they hold, nor lead them to where it was moved, and they would draft from blocks of other requests.
+
+    Verified a step late, the length of a request is not known when its next step is planned, so no step can be made to
+    end with a block.
 
     Raises:
         ValueError: one sentence that says what to change.
     """
+    speculative = vllm_config.speculative_config
     if speculative is None:
         return
     if speculative.method != "ngram":
@@ -120,10 +128,10 @@ def refuse_speculation(config: KVEvictionConfig, speculative: SpeculativeConfig 
             f"{flag(POLICY_KEY)} does not work together with --speculative-config of method {speculative.method} yet: "
             "use ngram or drop one of the two"
         )
-    if config.decode != "off":
+    if config.decode != "off" and vllm_config.scheduler_config.async_scheduling:
         raise ValueError(
-            f"{flag(POLICY_KEY)} cannot evict generated tokens before their drafts are verified: "
-            f"""set {flag(CONFIG_KEY)} '{{"decode": "off"}}' or drop --speculative-config"""
+            f"{flag(POLICY_KEY)} cannot evict generated tokens while their drafts are verified a step late: set "
+            f"""--no-async-scheduling or {flag(CONFIG_KEY)} '{{"decode": "off"}}', or drop --speculative-config"""
         )
 
 

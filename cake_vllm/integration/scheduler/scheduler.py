@@ -87,15 +87,24 @@ class EvictionScheduler:
     its prompt and its tokens again and be evicted at that length.
 
     In a step that evicts nothing, requests are not gone through one by one: those in prefill are in a set of their own,
-    and one that decodes is in the list of the step that fills its block.
+    and one that decodes is in the list of the step that may fill its block.
+
+    Lengths here are those of verified tokens. A block that is given back ends with a token that is computed in a step
+    without drafts, see :meth:`cut_drafts`; so what is evicted is what would be without any.
     """
 
     def __init__(
-        self, config: KVEvictionConfig, kv_cache_config: KVCacheConfig, limits: SchedulerConfig, max_model_len: int
+        self,
+        config: KVEvictionConfig,
+        kv_cache_config: KVCacheConfig,
+        limits: SchedulerConfig,
+        max_model_len: int,
+        num_drafts: int,
     ):
         self.config = config
         self.limits = limits
         self.max_model_len = max_model_len
+        self.num_drafts = num_drafts
         self.groups = evictable_groups(kv_cache_config)
         self.block_size = kv_cache_config.kv_cache_groups[self.groups[0]].kv_cache_spec.block_size
         self.stats = EvictionStats.empty()
@@ -166,7 +175,7 @@ class EvictionScheduler:
             assert tracked.config is not None
             observations.append(self._observe_prompt(tracked, tracked.config, output))
             if request_id not in self._prefilling and tracked.config.decode != "off":
-                self._look_again(tracked, tracked.request.num_computed_tokens + scheduled[request_id])
+                self._look_again(tracked, _end(tracked.request, output))
         for tracked in self._due.pop(self._step, ()):
             if self._tracked.get(tracked.request.request_id) is tracked:
                 observations.append(self._observe_decoding(tracked, output))
@@ -262,7 +271,7 @@ class EvictionScheduler:
         self, tracked: Tracked, config: KVEvictionConfig, output: SchedulerOutput
     ) -> Observation | None:
         request, policy = tracked.request, config.policy
-        end = request.num_computed_tokens + output.num_scheduled_tokens[request.request_id]
+        end = _end(request, output)
         if tracked.first_computed is None:
             tracked.first_computed = request.num_computed_tokens
         prompt_len = request.num_tokens
@@ -289,21 +298,34 @@ class EvictionScheduler:
         request, config = tracked.request, tracked.config
         if config is None or tracked.failed:
             return None
-        num_tokens = output.num_scheduled_tokens.get(request.request_id)
-        if num_tokens is None:
+        if request.request_id not in output.num_scheduled_tokens:
             self._due[self._step + 1].append(tracked)
             return None
-        end = request.num_computed_tokens + num_tokens
+        end, num_drafts = _end(request, output), _num_drafts(request, output)
         self._look_again(tracked, end)
-        if -end % self.block_size >= config.num_watched:
-            return None
-        budget = self._budget(config, request.num_prompt_tokens)
-        if tracked.by_head is None and -(-end // self.block_size) <= -(-budget // self.block_size):
+        if -(end + num_drafts) % self.block_size >= config.num_watched or self._fits(tracked, config, end):
             return None
         # Right after its prompt an eviction may not be reported yet: the next block will do.
-        can_cut = not tracked.num_pending and end % self.block_size == 0 and not self._ends_with(request, end)
+        can_cut = not (tracked.num_pending or num_drafts or end % self.block_size or self._ends_with(request, end))
+        budget = self._budget(config, request.num_prompt_tokens)
         grant = self._grant(tracked, end, budget, output) if can_cut else None
         return self._observation(tracked, end, output, grant, is_last=not config.num_rescoring)
+
+    def cut_drafts(self, request: Request) -> None:
+        """Leaves a decoding request no drafts that would be computed together with the last token of a block that is
+        to be given back: tokens before it are verified by then, and none is behind it.
+        """
+        tracked, num_tokens, size = self._tracked.get(request.request_id), request.num_tokens, self.block_size
+        if tracked is None or tracked.config is None or tracked.config.decode == "off" or tracked.failed:
+            return
+        end = -(-num_tokens // size) * size
+        if not self._fits(tracked, tracked.config, end):
+            request.spec_token_ids = request.spec_token_ids[: max(end - 1 - num_tokens, 0)]
+
+    def _fits(self, tracked: Tracked, config: KVEvictionConfig, length: int) -> bool:
+        """Whether a decoding request, not evicted so far, may be as long as that, in whole blocks."""
+        budget, size = self._budget(config, tracked.request.num_prompt_tokens), self.block_size
+        return tracked.by_head is None and -(-length // size) <= -(-budget // size)
 
     def _ends_with(self, request: Request, length: int) -> bool:
         """Whether the token after ``length`` is known to be the last: the request will not read its cache again."""
@@ -311,24 +333,25 @@ class EvictionScheduler:
         return num_output >= request.max_tokens or length + 1 >= self.max_model_len
 
     def _look_again(self, tracked: Tracked, end: int) -> None:
-        """Puts a decoding request down for the step in which it may come to the end of a block that is to be given
-        back, a token at a time.
+        """Puts a decoding request down for the first step in which it may come to the end of a block that is to be
+        given back, if all of its drafts are accepted.
         """
         config, size = tracked.config, self.block_size
         assert config is not None
         num_blocks = end // size + 1
         if tracked.by_head is None and config.budget != AUTO:
             num_blocks = max(num_blocks, -(-self._budget(config, tracked.request.num_prompt_tokens) // size) + 1)
-        missing = num_blocks * size - (end + 1)
-        self._due[self._step + 1 + max(missing - config.num_watched + 1, 0)].append(tracked)
+        missing = num_blocks * size - config.num_watched + 1 - end
+        self._due[self._step + max(-(-missing // (1 + self.num_drafts)), 1)].append(tracked)
 
     def _observation(
         self, tracked: Tracked, end: int, output: SchedulerOutput, grant: Grant | None, is_last: bool
     ) -> Observation:
-        request_id = tracked.request.request_id
+        request_id, num_drafts = tracked.request.request_id, _num_drafts(tracked.request, output)
         own = tracked.config if tracked.config is not self.config else None
-        tail = self._managers[0].req_to_blocks[request_id][(end - 1) // self.block_size].block_id
-        return Observation(request_id, end, output.num_scheduled_tokens[request_id], tail, grant, is_last, own)
+        tail = self._managers[0].req_to_blocks[request_id][(end + num_drafts - 1) // self.block_size].block_id
+        num_tokens = output.num_scheduled_tokens[request_id] - num_drafts
+        return Observation(request_id, end, num_tokens, tail, grant, is_last, own, num_drafts)
 
     def _grant(
         self, tracked: Tracked, end: int, budget: int, output: SchedulerOutput, is_prompt_end: bool | None = None
@@ -423,6 +446,17 @@ class EvictionScheduler:
             freed += manager.trade(request_id, num_blocks, columns[:num_columns])
         self._pool.free_blocks(freed)
         return max(len(freed) - pending.num_lent, 0)
+
+
+def _num_drafts(request: Request, output: SchedulerOutput) -> int:
+    """How many of the tokens that a request computes in a step may be rejected."""
+    return len(output.scheduled_spec_decode_tokens.get(request.request_id, ()))
+
+
+def _end(request: Request, output: SchedulerOutput) -> int:
+    """Logical length of a request after a step, drafts aside."""
+    num_tokens = output.num_scheduled_tokens[request.request_id]
+    return request.num_computed_tokens + num_tokens - _num_drafts(request, output)
 
 
 def kept_tokens(kept: Counts | None) -> list[int | list[int]] | None:

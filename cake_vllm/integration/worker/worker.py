@@ -33,7 +33,10 @@ class Watched:
     """What is remembered of a request between its steps or, beside the queries, between the layers of one.
 
     Attributes:
-        queries: by layer, the last queries computed so far, as many as the policy needs: ``[n, Hq, D]``.
+        queries: by layer, the last queries computed so far, as many as the policy needs and those of drafts behind
+            them: ``[n, Hq, D]``.
+        length: logical length that these go up to.
+        num_rejected: how many of these were computed for drafts that have been rejected since.
         rows: ``[groups][C]`` block ids, its logical row in this step.
         reads: by layer, what it reads, if the request is to be evicted.
         scores: by layer, if the budget is to be divided.
@@ -43,6 +46,8 @@ class Watched:
     """
 
     queries: dict[int, torch.Tensor] = field(default_factory=dict)
+    length: int = 0
+    num_rejected: int = 0
     rows: list[torch.Tensor] = field(default_factory=list)
     reads: dict[int, Reads] = field(default_factory=dict)
     scores: dict[int, LayerScore] = field(default_factory=dict)
@@ -63,8 +68,10 @@ class Batched:
     end: torch.Tensor
 
     def recent(self, query: torch.Tensor, count: int) -> torch.Tensor:
-        """Its last ``count`` queries of a step's ``[num_tokens, Hq, D]``, or all if there are fewer."""
-        count = min(count, self.what.num_tokens)
+        """Its last ``count`` queries of a step's ``[num_tokens, Hq, D]``, or all if there are fewer; those of drafts
+        come last.
+        """
+        count = min(count, self.what.num_tokens + self.what.num_drafts)
         return select_rows(query, self.end - count + torch.arange(count, device=query.device))
 
 
@@ -280,7 +287,10 @@ class EvictionWorker:
         batched = []
         for index, (what, end) in enumerate(zip(observations, ends, strict=True)):
             batched.append(Batched(what, end))
-            self._watched.setdefault(what.req_id, Watched()).rows = [of_group[index] for of_group in rows]
+            watched = self._watched.setdefault(what.req_id, Watched())
+            watched.rows = [of_group[index] for of_group in rows]
+            watched.num_rejected = max(watched.length - (what.end - what.num_tokens), 0)
+            watched.length = what.end + what.num_drafts
         return batched
 
     def _observe(self, batched: Sequence[Batched], layer_index: int, query: torch.Tensor) -> None:
@@ -295,14 +305,17 @@ class EvictionWorker:
     def _look(self, layer_index: int, place: Batched, watched: Watched, query: torch.Tensor) -> None:
         what, grant, config = place.what, place.what.grant, place.what.config or self.config
         policy, num_queries, layer = config.policy, config.policy.num_queries, self.layers[layer_index]
-        recent = layer.restore_queries(place.recent(query, num_queries))
-        if layer_index in watched.queries and len(recent) < num_queries:
-            recent = torch.cat([watched.queries.pop(layer_index), recent])
-            recent = recent[max(len(recent) - num_queries, 0) :]
+        count = num_queries + what.num_drafts
+        recent = layer.restore_queries(place.recent(query, count))
+        if layer_index in watched.queries and len(recent) < count:
+            earlier = watched.queries.pop(layer_index)
+            recent = torch.cat([earlier[: len(earlier) - watched.num_rejected], recent])
+            recent = recent[max(len(recent) - count, 0) :]
         if not what.is_last:
             watched.queries[layer_index] = recent
         if grant is None:
             return
+        recent = recent[: len(recent) - what.num_drafts]
         held = self._held.get(what.req_id)
         reads = read(self.grid, layer_index, held, watched.rows, what.end, self.block_size)
         watched.reads[layer_index] = reads
