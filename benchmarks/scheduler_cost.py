@@ -60,7 +60,7 @@ class Bench:
         if evicts:
             limits = SchedulerConfig.default_factory(max_model_len=LONGEST, max_num_batched_tokens=LONGEST)
             settings = {"kv_eviction": "cake", "kv_eviction_budget": budget}
-            self.half = EvictionScheduler(KVEvictionConfig.from_settings(settings), config, limits, LONGEST)
+            self.half = EvictionScheduler(KVEvictionConfig.from_settings(settings), config, limits, LONGEST, 0)
             self.half.bind(self.manager)
         self._hasher = get_request_block_hasher(BLOCK_SIZE, sha256_cbor) if args.caching else None
         self._count = 0

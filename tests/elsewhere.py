@@ -6,7 +6,6 @@ from typing import Any
 from unittest import mock
 
 import flash_reference
-import torch
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends import flash_attn
@@ -19,9 +18,11 @@ class InterpretedTritonImpl(EvictingTritonImpl):
     """Attention is vLLM's Triton kernel; only the kernel that writes the cache asks for a GPU's properties."""
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
-        used = slot_mapping >= 0
-        block, slot = slot_mapping[used] // kv_cache.shape[2], slot_mapping[used] % kv_cache.shape[2]
-        kv_cache[block, :, slot] = torch.cat([key, value], dim=-1)[: len(used)][used]
+        key_cache, value_cache = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        scales = layer._k_scale, layer._v_scale
+        flash_reference.reshape_and_cache_flash(
+            key, value, key_cache, value_cache, slot_mapping, self.kv_cache_dtype, *scales
+        )
 
 
 class InterpretedTritonBackend(EvictingTritonBackend):
@@ -56,8 +57,9 @@ def in_place_of_cpu_attn(backend: type) -> Iterator[None]:
 
 @contextmanager
 def flash_in_torch(wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda kernel: kernel) -> Iterator[None]:
-    """Lets vLLM find a FlashAttention, its kernels wrapped."""
+    """Lets vLLM find a FlashAttention that also takes caches of eight bits, as on Hopper; its kernels wrapped."""
     with (
+        mock.patch.object(flash_attn, "flash_attn_supports_kv_cache_dtype", return_value=True),
         mock.patch.object(flash_attn, "get_flash_attn_version", return_value=2),
         mock.patch.object(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", wrap(flash_reference.flash_attn_varlen_func)),
         mock.patch.object(

@@ -32,7 +32,7 @@ def flash_attn_varlen_func(
 
     Args:
         q: all sequences' queries, one after the other.
-        k: keys; ``block_table`` ``[R, C]`` int32 names each sequence's pages.
+        k: keys; ``block_table`` ``[R, C]`` int32 names each sequence's pages. 8-bit floats only if ``q`` is, too.
         v: values.
         out: as ``q``.
         cu_seqlens_q: ``[R + 1]`` int32, where each sequence's queries begin.
@@ -46,7 +46,8 @@ def flash_attn_varlen_func(
         softcap: bound of the logits, 0: none.
         scheduler_metadata: must be left to the kernel.
         num_splits: ignored, it changes rounding only.
-        rest: what none of these tests uses; must be empty.
+        rest: ``q_descale``, ``k_descale``, ``v_descale`` ``[R, Hkv]`` float32, ones unless ``k`` is of 8 bits; what none
+            of these tests uses must be empty.
     """
     num_sequences = len(cu_seqlens_q) - 1
     assert {cu_seqlens_q.dtype, seqused_k.dtype, block_table.dtype} == {torch.int32}
@@ -60,9 +61,12 @@ def flash_attn_varlen_func(
     assert scheduler_metadata is None
     for name in ("alibi_slopes", "dynamic_causal", "s_aux", "mask_mod", "aux_tensors"):
         assert rest.get(name) is None, name
-    for name in ("q_descale", "k_descale", "v_descale"):
-        assert rest[name].shape == (num_sequences, k.shape[2])
-        assert (rest[name] == 1).all()
+    assert q.dtype == k.dtype == v.dtype
+    descales = [rest[name] for name in ("q_descale", "k_descale", "v_descale")]
+    for descale in descales:
+        assert descale.shape == (num_sequences, k.shape[2])
+        assert descale.dtype == torch.float32
+        assert k.element_size() == 1 or (descale == 1).all()
     starts, lengths = cu_seqlens_q.tolist(), seqused_k.tolist()
     assert starts[-1] <= len(q)
     for index, length in enumerate(lengths):
@@ -72,17 +76,14 @@ def flash_attn_varlen_func(
             continue
         assert num_queries <= max_seqlen_q
         assert num_queries <= length <= max_seqlen_k
-        pages = block_table[index, : -(-length // k.shape[1])].long()
-        # [Hq, N, D]
+        pages, per_head = block_table[index, : -(-length // k.shape[1])].long(), q.shape[1] // k.shape[2]
+        # [Hq, 1, 1] and, of keys and values, [Hq, N, D]
+        scales = [descale[index].repeat_interleave(per_head).view(-1, 1, 1) for descale in descales]
         keys, values = (
-            cache[pages]
-            .flatten(0, 1)[:length]
-            .float()
-            .repeat_interleave(q.shape[1] // k.shape[2], dim=1)
-            .transpose(0, 1)
-            for cache in (k, v)
+            cache[pages].flatten(0, 1)[:length].float().repeat_interleave(per_head, dim=1).transpose(0, 1) * scale
+            for cache, scale in zip((k, v), scales[1:], strict=True)
         )
-        logits = q[rows].float().transpose(0, 1) @ keys.mT * softmax_scale
+        logits = (q[rows].float().transpose(0, 1) * scales[0]) @ keys.mT * softmax_scale
         if softcap:
             logits = softcap * (logits / softcap).tanh()
         distance = torch.arange(length - num_queries, length).unsqueeze(1) - torch.arange(length)
@@ -99,10 +100,18 @@ def reshape_and_cache_flash(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    *rest: Any,
+    kv_cache_dtype: str,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
 ) -> None:
-    """Writes ``[T, Hkv, D]`` keys and values into caches ``[num_blocks, B, Hkv, D]``; slots below 0 are padding."""
+    """Writes ``[T, Hkv, D]`` keys and values into caches ``[num_blocks, B, Hkv, D]``; slots below 0 are padding.
+
+    If ``kv_cache_dtype`` says so, these are bytes: numbers over their scale, as 8-bit floats with four bits of exponent.
+    """
     used = slot_mapping >= 0
     slots, size = slot_mapping[used], key_cache.shape[1]
-    for new, cache in ((key, key_cache), (value, value_cache)):
-        cache[slots // size, slots % size] = new[: len(slot_mapping)][used].to(cache.dtype)
+    for new, cache, scale in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
+        new = new[: len(slot_mapping)][used]
+        if kv_cache_dtype.startswith("fp8"):
+            new = (new / scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(cache.dtype)
+        cache[slots // size, slots % size] = new

@@ -84,7 +84,7 @@ class Replay:
         # What is still to be followed: evictions, each by layer and KV head; none if nothing is.
         self._choices: Iterator[list[list[torch.Tensor]]] | None = None
         self._prefilled: dict[tuple[int, ...], tuple[State, int]] = {}
-        self._state = State(DynamicCache())
+        self._state = self._start()
         # By layer, all queries of the last forward.
         self._latest: dict[int, torch.Tensor] = {}
         for index, layer in enumerate(self.model.model.layers):
@@ -131,7 +131,7 @@ class Replay:
             state, token = copy.deepcopy(self._prefill(tuple(prompt)))
             kept = self._prune(state, policy, budget, block_size)
         else:
-            state = State(DynamicCache())
+            state = self._start()
             for start in range(0, len(prompt), chunk):
                 token = self._forward(state, prompt[start : start + chunk])
                 self._note(state, policy, start)
@@ -155,6 +155,9 @@ class Replay:
                 and (state.is_evicted or num_blocks > -(-budget // block_size))
             ):
                 self._trim(state, policy, block_size, decode)
+
+    def _start(self) -> State:
+        return State(DynamicCache())
 
     def _forward(self, state: State, tokens: list[int]) -> int:
         """Computes tokens and returns the next one."""
@@ -200,7 +203,7 @@ class Replay:
     def _prefill(self, prompt: tuple[int, ...]) -> tuple[State, int]:
         """The state after the whole prompt, and the next token; computed once a prompt."""
         if prompt not in self._prefilled:
-            state = State(DynamicCache())
+            state = self._start()
             self._prefilled[prompt] = state, self._forward(state, list(prompt))
         return self._prefilled[prompt]
 

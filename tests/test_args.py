@@ -11,6 +11,7 @@ from conftest import ROOT
 from transformers import AutoConfig
 
 import cake_vllm
+from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.front import gate, plugin
 
 cake_vllm.register()
@@ -22,6 +23,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 from vllm.v1.attention.backend import AttentionImpl  # noqa: E402
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+PER_HEAD = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {},
+    "kv_cache_scheme": {"type": "float", "num_bits": 8, "strategy": "attn_head", "symmetric": True},
+}
 VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
@@ -130,10 +137,6 @@ def test_what_is_switched_on(llama):
         ({"kv_eviction": "cake", "kv_eviction_budget": 0}, "--kv-eviction-budget 0 is not a budget"),
         ({"kv_eviction": "cake", "disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager yet"),
         (
-            {"kv_eviction": "cake", "speculative_config": NGRAM},
-            """drafts are verified: set --kv-eviction-config '{"decode": "off"}' or drop""",
-        ),
-        (
             {"kv_eviction": "cake", "attention_config": {"backend": "FLASHINFER"}},
             "no attention backend for FLASHINFER: choose CPU_ATTN, FLASH_ATTN, TRITON_ATTN",
         ),
@@ -142,6 +145,19 @@ def test_what_is_switched_on(llama):
 def test_refused(llama, kwargs, message):
     with pytest.raises(ValueError, match=message):
         configure(llama, **kwargs)
+
+
+def test_drafts_beside_eviction_of_generated_tokens_are_verified_in_time(llama):
+    config = configure(llama, kv_eviction="cake", speculative_config=NGRAM)
+    ways = {way: KVEvictionConfig("cake", 256, {"decode": way}) for way in ("off", "window", "cake")}
+    for way in ways.values():
+        plugin.refuse_speculation(way, config)
+    # Never on a CPU, nor for n-gram drafts before vLLM 0.33.
+    config.scheduler_config.async_scheduling = True
+    plugin.refuse_speculation(ways["off"], config)
+    for way in ("window", "cake"):
+        with pytest.raises(ValueError, match="verified a step late: set --no-async-scheduling or --kv-eviction-config"):
+            plugin.refuse_speculation(ways[way], config)
 
 
 #: By what the README calls them.
@@ -153,7 +169,15 @@ FEATURES = {
         {"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
         "--speculative-config of method ngram_gpu yet: use ngram or drop one",
     ),
-    "quantized KV caches": ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 yet: use auto"),
+    "KV caches with a scale for each token": (
+        {"kv_cache_dtype": "fp8_per_token_head"},
+        "--kv-cache-dtype fp8_per_token_head yet: choose auto, float16, bfloat16, fp8, fp8_e4m3, fp8_e5m2",
+    ),
+    "KV caches of four bits": ({"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4 yet: choose auto, float16"),
+    "KV caches with a scale for each head": (
+        {"hf_overrides": {"quantization_config": PER_HEAD}},
+        "a checkpoint whose KV cache has a scale for each head yet: choose one with a scale for each layer, or serve",
+    ),
     "KV offloading": ({"kv_offloading_size": 1.0}, "--kv-offloading-size yet: drop one of the two"),
     "other KV connectors": (
         {"kv_transfer_config": KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")},

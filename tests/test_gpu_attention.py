@@ -11,9 +11,11 @@ from elsewhere import (
 )
 from engine import Engine
 from random_models import numbers, save_random_model
+from stored import Stored, StoredReplay, save_scaled_model
 from ties import assert_same
 
 from cake_vllm.integration.worker.gpu_attention import EvictingFlashImpl, side_by_side
+from cake_vllm.policies import create_policy
 
 
 def test_side_by_side():
@@ -55,8 +57,8 @@ def test_triton_attention_interpreted(same_elsewhere, tmp_path, is_v2, name):
     model = save_random_model(tmp_path, "llama", "LlamaForCausalLM", num_hidden_layers=3)
     prompts = [[(7 * i + j) % 250 for i in range(150 + 40 * j)] for j in range(2)]
     settings = {"kv_eviction": name, "kv_eviction_budget": 40, "kv_eviction_config": {"window": 8}}
-    impls = same_elsewhere(InterpretedTritonBackend, model, prompts, 8, max_model_len=256, **settings)
-    assert impls == [InterpretedTritonImpl] * 3
+    found = same_elsewhere(InterpretedTritonBackend, model, prompts, 8, max_model_len=256, **settings)
+    assert found == [InterpretedTritonImpl] * 3
 
 
 @pytest.fixture
@@ -76,8 +78,8 @@ def test_flash_attention_by_reference(same_elsewhere, tiny_model, flash, is_v2, 
     lengths = (40, 150, 260) if is_v2 else (40, 400, 150, 600)
     prompts = [numbers(140 + length, length) for length in lengths]
     num_tokens = 6 if is_v2 else 70
-    impls = same_elsewhere(ReferenceFlashBackend, tiny_model, prompts, num_tokens, max_model_len=1024, **settings)
-    assert impls == [EvictingFlashImpl] * 4
+    found = same_elsewhere(ReferenceFlashBackend, tiny_model, prompts, num_tokens, max_model_len=1024, **settings)
+    assert found == [EvictingFlashImpl] * 4
 
 
 @pytest.mark.engine
@@ -91,3 +93,58 @@ def test_flash_attention_beside_sliding_windows(same_elsewhere, tmp_path, flash,
     prompts = [numbers(150, 300), numbers(151, 40), numbers(152, 500)]
     impls = same_elsewhere(ReferenceFlashBackend, model, prompts, 40, max_model_len=1024, **settings)
     assert impls == [EvictingFlashImpl] * 4
+
+
+@pytest.fixture
+def replayed_elsewhere(start_engine, tmp_path):
+    """An engine with a backend in the place of the CPU's and an 8-bit cache says what a replay over it says."""
+
+    def check(backend: type, model: str, length: int, num_tokens: int, name: str, budget: int, **options) -> Stored:
+        scaled, size = save_scaled_model(tmp_path / "scaled", model), 64
+        settings = {"kv_eviction": name, "kv_eviction_budget": budget, "kv_eviction_config": options}
+        prompt = numbers(180, length)
+        with in_place_of_cpu_attn(backend):
+            engine = start_engine(scaled, skip_tokenizer_init=True, max_num_batched_tokens=size, **settings)
+            replay = StoredReplay(model)
+            replay.stored = Stored.of(engine, torch.float8_e4m3fn)
+            (served,) = engine.served([prompt], num_tokens)
+            layers = engine.vllm_config.compilation_config.static_forward_context.values()
+            assert {type(layer.impl) for layer in layers} == {backend.evicting_impl}
+            engine.shutdown()
+        assert served.choices
+        policy = create_policy(name, {"window": options["window"]})
+        chunk = size if options.get("prefill") == "progressive" else None
+        replay.verify(prompt, served, policy, budget, block_size=32, decode=options["decode"], chunk=chunk)
+        return replay.stored
+
+    return check
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param("cake", marks=pytest.mark.full), "layer-defensivekv"])
+@pytest.mark.interpreted
+def test_triton_attention_over_eight_bits(replayed_elsewhere, tmp_path, is_v2, name):
+    if not is_v2:
+        pytest.skip("needs Triton's interpreter: --runner v2")
+    model = save_random_model(tmp_path / "plain", "llama", "LlamaForCausalLM", num_hidden_layers=3)
+    replayed_elsewhere(InterpretedTritonBackend, model, 190, 8, name, 40, window=8, decode="off")
+
+
+@pytest.mark.engine
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("name", "prefill", "decode"),
+    [
+        ("cake", "exact", "cake"),
+        ("layer-defensivekv", "progressive", "window"),
+        pytest.param("layer-defensivekv", "exact", "off", marks=pytest.mark.full),
+    ],
+)
+def test_flash_attention_over_eight_bits(replayed_elsewhere, tiny_model, flash, is_v2, name, prefill, decode):
+    """Of keys, values and queries."""
+    options = {"window": 8, "prefill": prefill, "decode": decode}
+    stored = replayed_elsewhere(
+        ReferenceFlashBackend, tiny_model, 260 if is_v2 else 600, 10 if is_v2 else 70, name, 100, **options
+    )
+    assert stored.queries

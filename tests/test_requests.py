@@ -249,38 +249,3 @@ def test_lora_beside_the_base_model(tiny, tmp_path, same_on_both):
     assert_same(together[1], *engine.runs([prompt], 20, lora_request=adapter))
     assert len({tuple(run.tokens) for run in (*stock, *together)}) == 4
     assert engine.is_idle()
-
-
-@pytest.mark.contract
-@pytest.mark.alone
-def test_rejected_drafts_leave_no_trace(tiny, is_v2):
-    """Drafts fill blocks and are taken back, in rows of all kinds; a real model accepts some (``test_parallel.py``).
-
-    Alone, since n-gram drafts import Numba, and vLLM's search for kernels in all modules fails over llvmlite's.
-    """
-    if is_v2:
-        pytest.skip("vLLM's n-gram kernels do not run under Triton's interpreter: its masks have another type there")
-    options = {"kv_eviction": "cake", "kv_eviction_budget": 100, "kv_eviction_config": {"decode": "off"}}
-    prompts = [numbers(1, 300), numbers(2, 50), numbers(3, 400)]
-    wishes = [{}, {"kv_eviction": "layer-defensivekv"}, {"kv_eviction": "none"}]
-    num_tokens = 60
-
-    def serve(engine: Engine) -> list[Run]:
-        names = [
-            engine.add(prompt, num_tokens, extra_args=wish, logprobs=2, detokenize=False)
-            for wish in wishes
-            for prompt in prompts
-        ]
-        engine.run()
-        return [engine.run_of(name) for name in names]
-
-    expected = serve(tiny(**options))
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    engine: Engine = tiny(**options, speculative_config=ngram)
-    got = serve(engine)
-    counts = {metric.name: getattr(metric, "value", 0) for metric in engine.llm.get_metrics()}
-    drafts, accepted = (counts[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
-    assert drafts - accepted > 5 * num_tokens
-    for run, reference in zip(got, expected, strict=True):
-        assert_same(run, reference)
-    assert engine.is_idle()

@@ -22,6 +22,7 @@ from cake_vllm.integration.front.plugin import eviction_config
 from cake_vllm.integration.messages import EvictionReport, StepPlan
 from cake_vllm.integration.metrics import EvictionPromMetrics, EvictionStats
 from cake_vllm.integration.reports import install_news
+from cake_vllm.integration.scheduler.drafts import install_drafts
 from cake_vllm.integration.scheduler.scheduler import EvictionScheduler
 
 
@@ -33,9 +34,16 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         config = eviction_config(vllm_config)
         assert config is not None, "the connector is set up only where eviction is on"
         if role == KVConnectorRole.SCHEDULER:
-            max_model_len = vllm_config.model_config.max_model_len
-            self.scheduler = EvictionScheduler(config, kv_cache_config, vllm_config.scheduler_config, max_model_len)
+            self.scheduler = EvictionScheduler(
+                config,
+                kv_cache_config,
+                vllm_config.scheduler_config,
+                vllm_config.model_config.max_model_len,
+                vllm_config.num_speculative_tokens,
+            )
             install_news()
+            if config.decode != "off" and vllm_config.num_speculative_tokens:
+                install_drafts()
         else:
             from cake_vllm.integration.worker.worker import EvictionWorker
 

@@ -43,14 +43,15 @@ class Observation:
     """A scheduled request that the worker has to look at: its queries are kept, and with a grant it is evicted.
 
     Attributes:
-        end: logical length after this step.
+        end: logical length after this step, drafts aside.
         num_tokens: of them, computed in this step.
-        tail_block: id of the block that position ``end - 1`` lies in, in the first group. No other request's row ends
-            in it, so it tells which row of the batch this is.
+        tail_block: id of the block that the row ends in, drafts included, in the first group. No other request's row
+            ends in it, so it tells which row of the batch this is.
         grant: see :class:`Grant`.
         is_last: whether its queries may be forgotten after this step.
         config: its own settings, if they are not the engine's.
         is_noted: whether it is a chunk of a prompt whose policy takes notes.
+        num_drafts: tokens behind ``end`` that are computed in this step and may turn out to be rejected.
     """
 
     req_id: str
@@ -61,6 +62,7 @@ class Observation:
     is_last: bool = True
     config: KVEvictionConfig | None = None
     is_noted: bool = False
+    num_drafts: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from vllm.config import KVTransferConfig, SpeculativeConfig, VllmConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logger import init_logger
@@ -25,6 +25,11 @@ BACKENDS = {
     "FLASH_ATTN": "cake_vllm.integration.worker.gpu_attention.EvictingFlashBackend",
     "TRITON_ATTN": "cake_vllm.integration.worker.gpu_attention.EvictingTritonBackend",
 }
+
+#: What ``--kv-cache-dtype`` may ask for: numbers of eight bits with one scale for the keys of a layer and one for its
+#: values, and vLLM's unquantized caches.
+QUANTIZED = ("fp8", "fp8_e4m3", "fp8_e5m2")
+CACHE_DTYPES = ("auto", "float16", "bfloat16", *QUANTIZED)
 
 
 def install() -> None:
@@ -62,7 +67,7 @@ def switch_on(
     args.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
     vllm_config = original(args, *rest, **kwargs)
     refuse_model(vllm_config)
-    refuse_speculation(config, vllm_config.speculative_config)
+    refuse_speculation(config, vllm_config)
     choose_backend(vllm_config)
     if isinstance(args, AsyncEngineArgs):
         install_http()
@@ -102,12 +107,20 @@ def refuse_arguments(args: Any) -> None:
             raise ValueError(f"{flag(POLICY_KEY)} does not work together with {argument} yet: {fix}")
 
 
-def refuse_speculation(config: KVEvictionConfig, speculative: SpeculativeConfig | None) -> None:
-    """Refuses drafts that come from a model, whose layers would be evicted too, and drafts in what is evicted.
+def refuse_speculation(config: KVEvictionConfig, vllm_config: VllmConfig) -> None:
+    """Refuses drafts that come from a model, and drafts whose fate the scheduler learns too late.
+
+    Layers of a draft model (EAGLE and MTP have some too) lie in the blocks of the request, which go for them as well.
+    But they run after the target's layers, once for each draft, with metadata that no connector is shown: nobody could
+    score what they hold, nor lead them to where it was moved, and they would draft from blocks of other requests.
+
+    Verified a step late, the length of a request is not known when its next step is planned, so no step can be made to
+    end with a block.
 
     Raises:
         ValueError: one sentence that says what to change.
     """
+    speculative = vllm_config.speculative_config
     if speculative is None:
         return
     if speculative.method != "ngram":
@@ -115,10 +128,10 @@ def refuse_speculation(config: KVEvictionConfig, speculative: SpeculativeConfig 
             f"{flag(POLICY_KEY)} does not work together with --speculative-config of method {speculative.method} yet: "
             "use ngram or drop one of the two"
         )
-    if config.decode != "off":
+    if config.decode != "off" and vllm_config.scheduler_config.async_scheduling:
         raise ValueError(
-            f"{flag(POLICY_KEY)} cannot evict generated tokens before their drafts are verified: "
-            f"""set {flag(CONFIG_KEY)} '{{"decode": "off"}}' or drop --speculative-config"""
+            f"{flag(POLICY_KEY)} cannot evict generated tokens while their drafts are verified a step late: set "
+            f"""--no-async-scheduling or {flag(CONFIG_KEY)} '{{"decode": "off"}}', or drop --speculative-config"""
         )
 
 
@@ -159,8 +172,17 @@ def refuse_model(vllm_config: VllmConfig) -> None:
             f"{', '.join(model.architectures)} has: serve it up to {window} tokens, where the window cuts nothing, "
             "with --disable-sliding-window, or serve it without the flag"
         )
-    if cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
-        raise ValueError(f"{flag(POLICY_KEY)} does not work together with --kv-cache-dtype {cache_dtype} yet: use auto")
+    if cache_dtype not in CACHE_DTYPES:
+        raise ValueError(
+            f"{flag(POLICY_KEY)} does not work together with --kv-cache-dtype {cache_dtype} yet: "
+            f"choose {', '.join(CACHE_DTYPES)}"
+        )
+    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None) or {}
+    if scheme.get("strategy") == "attn_head":
+        raise ValueError(
+            f"{flag(POLICY_KEY)} does not work together with a checkpoint whose KV cache has a scale for each head "
+            "yet: choose one with a scale for each layer, or serve it without the flag"
+        )
     backend = vllm_config.attention_config.backend
     if backend is not None and backend.name not in BACKENDS:
         raise ValueError(

@@ -104,15 +104,24 @@ class EvictionScheduler:
     for some steps more; a prompt for which all of them would have to go to their floors waits instead.
 
     In a step that evicts nothing, requests are not gone through one by one: those in prefill are in a set of their own,
-    and one that decodes is in the list of the step that fills its block.
+    and one that decodes is in the list of the step that may fill its block.
+
+    Lengths here are those of verified tokens. A block that is given back ends with a token that is computed in a step
+    without drafts, see :meth:`cut_drafts`; so what is evicted is what would be without any.
     """
 
     def __init__(
-        self, config: KVEvictionConfig, kv_cache_config: KVCacheConfig, limits: SchedulerConfig, max_model_len: int
+        self,
+        config: KVEvictionConfig,
+        kv_cache_config: KVCacheConfig,
+        limits: SchedulerConfig,
+        max_model_len: int,
+        num_drafts: int,
     ):
         self.config = config
         self.limits = limits
         self.max_model_len = max_model_len
+        self.num_drafts = num_drafts
         self.groups = evictable_groups(kv_cache_config)
         self.block_size = kv_cache_config.kv_cache_groups[self.groups[0]].kv_cache_spec.block_size
         self.stats = EvictionStats.empty()
@@ -316,17 +325,31 @@ class EvictionScheduler:
         if request.request_id not in output.num_scheduled_tokens:
             self._due[self._step + 1].append(tracked)
             return None
-        end = _end(request, output)
+        end, num_drafts = _end(request, output), _num_drafts(request, output)
         self._look_again(tracked, end)
-        if -end % self.block_size >= config.num_watched:
-            return None
-        budget = config.tokens(request.num_prompt_tokens)
-        if tracked.by_head is None and -(-end // self.block_size) <= -(-budget // self.block_size):
+        if -(end + num_drafts) % self.block_size >= config.num_watched or self._fits(tracked, config, end):
             return None
         # Right after its prompt an eviction may not be reported yet: the next block will do.
-        can_cut = not tracked.num_pending and end % self.block_size == 0 and not self._ends_with(request, end)
+        can_cut = not (tracked.num_pending or num_drafts or end % self.block_size or self._ends_with(request, end))
+        budget = config.tokens(request.num_prompt_tokens)
         grant = self._grant(tracked, end, budget, output) if can_cut else None
         return self._observation(tracked, end, output, grant, is_last=not config.num_rescoring)
+
+    def cut_drafts(self, request: Request) -> None:
+        """Leaves a decoding request no drafts that would be computed together with the last token of a block that is
+        to be given back: tokens before it are verified by then, and none is behind it.
+        """
+        tracked, num_tokens, size = self._tracked.get(request.request_id), request.num_tokens, self.block_size
+        if tracked is None or tracked.config is None or tracked.config.decode == "off" or tracked.failed:
+            return
+        end = -(-num_tokens // size) * size
+        if not self._fits(tracked, tracked.config, end):
+            request.spec_token_ids = request.spec_token_ids[: max(end - 1 - num_tokens, 0)]
+
+    def _fits(self, tracked: Tracked, config: KVEvictionConfig, length: int) -> bool:
+        """Whether a decoding request, not evicted so far, may be as long as that, in whole blocks."""
+        budget, size = config.tokens(tracked.request.num_prompt_tokens), self.block_size
+        return tracked.by_head is None and -(-length // size) <= -(-budget // size)
 
     def _ends_with(self, request: Request, length: int) -> bool:
         """Whether the token after ``length`` is known to be the last: the request will not read its cache again."""
@@ -334,24 +357,25 @@ class EvictionScheduler:
         return num_output >= request.max_tokens or length + 1 >= self.max_model_len
 
     def _look_again(self, tracked: Tracked, end: int) -> None:
-        """Puts a decoding request down for the step in which it may come to the end of a block that is to be given
-        back, a token at a time.
+        """Puts a decoding request down for the first step in which it may come to the end of a block that is to be
+        given back, if all of its drafts are accepted.
         """
         config, size = tracked.config, self.block_size
         assert config is not None
         num_blocks = end // size + 1
         if tracked.by_head is None:
             num_blocks = max(num_blocks, -(-config.tokens(tracked.request.num_prompt_tokens) // size) + 1)
-        missing = num_blocks * size - (end + 1)
-        self._due[self._step + 1 + max(missing - config.num_watched + 1, 0)].append(tracked)
+        missing = num_blocks * size - config.num_watched + 1 - end
+        self._due[self._step + max(-(-missing // (1 + self.num_drafts)), 1)].append(tracked)
 
     def _observation(
         self, tracked: Tracked, end: int, output: SchedulerOutput, grant: Grant | None, is_last: bool
     ) -> Observation:
-        request_id = tracked.request.request_id
+        request_id, num_drafts = tracked.request.request_id, _num_drafts(tracked.request, output)
         own = tracked.config if tracked.config is not self.config else None
-        tail = self._managers[0].req_to_blocks[request_id][(end - 1) // self.block_size].block_id
-        return Observation(request_id, end, output.num_scheduled_tokens[request_id], tail, grant, is_last, own)
+        tail = self._managers[0].req_to_blocks[request_id][(end + num_drafts - 1) // self.block_size].block_id
+        num_tokens = output.num_scheduled_tokens[request_id] - num_drafts
+        return Observation(request_id, end, num_tokens, tail, grant, is_last, own, num_drafts=num_drafts)
 
     def _started(self, output: SchedulerOutput) -> Iterable[str]:
         """Requests that run again or for the first time."""
@@ -368,7 +392,11 @@ class EvictionScheduler:
             # Beside the prompt, what it may still generate.
             request = self._tracked[name].request
             rest, left = request.num_tokens - end, request.max_tokens - request.num_output_tokens
-            near, far = (min(rest, self.limits.max_num_batched_tokens), rest) if rest > 0 else (steps, 2 * size)
+            near, far = (
+                (min(rest, self.limits.max_num_batched_tokens), rest)
+                if rest > 0
+                else (steps * (1 + self.num_drafts), 2 * size)
+            )
             soon += -(-(end + near) // size) - -(-end // size)
             later += -(-(end + min(far, max(rest, 0) + left)) // size) - -(-end // size)
         soon, later = (blocks * len(self._every.single_type_managers) for blocks in (soon, max(soon, later)))
@@ -554,9 +582,15 @@ class EvictionScheduler:
         return max(len(freed) - pending.num_lent, 0)
 
 
+def _num_drafts(request: Request, output: SchedulerOutput) -> int:
+    """How many of the tokens that a request computes in a step may be rejected."""
+    return len(output.scheduled_spec_decode_tokens.get(request.request_id, ()))
+
+
 def _end(request: Request, output: SchedulerOutput) -> int:
-    """The logical length of a request after a step."""
-    return request.num_computed_tokens + output.num_scheduled_tokens.get(request.request_id, 0)
+    """Logical length of a request after a step, drafts aside."""
+    num_tokens = output.num_scheduled_tokens.get(request.request_id, 0)
+    return request.num_computed_tokens + num_tokens - _num_drafts(request, output)
 
 
 def _is_at_floor(tracked: Tracked) -> bool:

@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec, replace_as
 
@@ -124,6 +126,7 @@ class EvictingImpl(AttentionImpl):
 
     layer_index = -1
     num_kv_heads: int
+    kv_cache_dtype: str
 
     def __init__(self, *args: Any, **kwargs: Any):
         given: dict[str, Any] = dict(zip(_IMPL_ARGUMENTS, args, strict=False)) | kwargs
@@ -186,7 +189,7 @@ class EvictingImpl(AttentionImpl):
         queries, chosen, end = query, output, 0
         if step.index is not None:
             # [N, G, D]: one gather and one scatter, whatever owners there are.
-            queries = query.unflatten(1, (-1, one.num_heads))[step.index]
+            queries = select_rows(query.unflatten(1, (-1, one.num_heads)), step.index)
             chosen = torch.empty_like(queries, dtype=output.dtype)
         for rows in step.redirected:
             impl, cache = (one, step.grid.head_pages) if rows.by_head else (self, step.grid.pages)
@@ -205,6 +208,15 @@ class EvictingImpl(AttentionImpl):
         one.num_heads, one.num_kv_heads = self.num_heads // self.num_kv_heads, 1
         return one
 
+    @property
+    def quantized_dtype(self) -> torch.dtype | None:
+        """What the bytes of a quantized cache are; ``None``: it holds the model's own numbers."""
+        return current_platform.fp8_dtype() if is_quantized_kv_cache(self.kv_cache_dtype) else None
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Not while rows are computed apart from each other."""
+        return False
+
     @abstractmethod
     def block_layout(self, layer: Any, block_size: int) -> BlockLayout:
         """Where this backend keeps keys and values inside a head page."""
@@ -216,6 +228,13 @@ class EvictingImpl(AttentionImpl):
     @abstractmethod
     def with_lengths(self, layer: Any, metadata: Any, seq_lens: torch.Tensor) -> Any:
         """A copy of ``metadata`` with other lengths (``[R]``)."""
+
+
+def select_rows(tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    """``tensor[index]``, also where there is none for 8-bit floats."""
+    if tensor.element_size() > 1:
+        return tensor[index]
+    return tensor.view(torch.uint8)[index].view(tensor.dtype)
 
 
 _IMPL_ARGUMENTS = (

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadata
 
 from cake_vllm.integration.worker.attention import EvictingBackend, EvictingImpl, Rows
@@ -16,9 +17,14 @@ from cake_vllm.kernels import BlockLayout
 class EvictingCPUImpl(EvictingImpl, CPUAttentionBackendImpl):
     """CPU attention that shows its keys to the worker half."""
 
+    @property
+    def quantized_dtype(self) -> torch.dtype | None:
+        """See the base class."""
+        return cpu_quantized_dtype(self.kv_cache_dtype)
+
     def block_layout(self, layer: Any, block_size: int) -> BlockLayout:
         """Asks the kernel that writes the cache; see :func:`probe_block_layout`."""
-        return probe_block_layout(block_size, self.head_size, layer.kv_cache.dtype, layer.isa)
+        return probe_block_layout(block_size, self.head_size, layer.dtype, layer.isa, self.kv_cache_dtype)
 
     def with_rows(
         self, layer: Any, metadata: CPUAttentionMetadata, rows: Rows, table: torch.Tensor, seq_lens: torch.Tensor
@@ -67,25 +73,44 @@ class EvictingCPUBackend(EvictingBackend, CPUAttentionBackend):  # type: ignore[
     evicting_impl = EvictingCPUImpl
 
 
+def cpu_quantized_dtype(kv_cache_dtype: str) -> torch.dtype | None:
+    """What CPU kernels store as bytes under vLLM's name for it; ``None``: nothing."""
+    if not is_quantized_kv_cache(kv_cache_dtype):
+        return None
+    return torch.float8_e5m2 if kv_cache_dtype == "fp8_e5m2" else torch.float8_e4m3fn
+
+
 @lru_cache
-def probe_block_layout(block_size: int, head_size: int, dtype: torch.dtype, isa: str) -> BlockLayout:
+def probe_block_layout(
+    block_size: int, head_size: int, dtype: torch.dtype, isa: str, kv_cache_dtype: str
+) -> BlockLayout:
     """Finds out where the CPU kernels put each element, by letting them write one block of known numbers.
 
     The order differs by instruction set (keys transposed; pairs of channels side by side for AMX; …). Numbers are
-    written in digits of base 128, which every float type holds exactly.
+    written in digits of base 8, which every float type holds exactly, those of eight bits included.
+
+    Args:
+        block_size: positions.
+        head_size: ``D``.
+        dtype: the model's.
+        isa: vLLM's name of the kernels.
+        kv_cache_dtype: vLLM's name of what they store.
     """
-    num_elements = block_size * head_size
+    num_elements, quantized = block_size * head_size, cpu_quantized_dtype(kv_cache_dtype)
     number = torch.arange(num_elements).view(block_size, 1, head_size)
     found = torch.zeros(2, num_elements, dtype=torch.int64)
-    for power in (1, 128, 128**2):
-        cache = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype)
+    power = 1
+    while power < num_elements:
+        cache = torch.zeros(1, 1, 2 * block_size, head_size, dtype=torch.uint8 if quantized else dtype)
         keys, values = cache.chunk(2, dim=2)
-        digit = (number // power % 128).to(dtype)
+        digit = (number // power % 8).to(dtype)
         slots = torch.arange(block_size)
-        ops.cpu_attn_reshape_and_cache(digit, digit, keys, values, slots, isa, 1.0, 1.0, "auto")
-        found += power * cache.view(2, num_elements).long()
+        ops.cpu_attn_reshape_and_cache(digit, digit, keys, values, slots, isa, 1.0, 1.0, kv_cache_dtype)
+        found += power * cache.view(quantized or dtype).view(2, num_elements).float().long()
+        power *= 8
     place = found.argsort(dim=1).view(2, block_size, head_size)
     assert torch.equal(found.sort(dim=1).values, torch.arange(num_elements).expand(2, -1)), (
-        f"the CPU kernels ({isa}, {dtype}, block size {block_size}) do not store keys and values as plain elements"
+        f"the CPU kernels ({isa}, {dtype}, {kv_cache_dtype}, block size {block_size}) do not store keys and values as "
+        "plain elements"
     )
     return BlockLayout(key_index=place[0], value_index=place[1] + num_elements)

@@ -28,7 +28,7 @@ from cake_vllm.integration.messages import (
     StepPlan,
 )
 from cake_vllm.integration.scheduler.spec import evictable_groups
-from cake_vllm.integration.worker.attention import STEP, EvictingImpl, Rows, StepWork
+from cake_vllm.integration.worker.attention import STEP, EvictingImpl, Rows, StepWork, select_rows
 from cake_vllm.integration.worker.dealing import Held, Reads, move, read, redeal
 from cake_vllm.integration.worker.projections import output_projection
 from cake_vllm.kernels import BlockLayout, EvictedRows, Grid, to_device
@@ -85,7 +85,10 @@ class Watched:
     """What is remembered of a request between its steps or, beside queries and worth, between the layers of one.
 
     Attributes:
-        queries: by layer, the last queries computed so far, as many as the policy needs: ``[n, Hq, D]``.
+        queries: by layer, the last queries computed so far, as many as the policy needs and those of drafts behind
+            them: ``[n, Hq, D]``.
+        length: logical length that these go up to.
+        num_rejected: how many of these were computed for drafts that have been rejected since.
         notes: by layer, the policy's notes on its prompt, one for each token that it holds: ``[Hkv, S, ...]``.
         rows: ``[groups][C]`` block ids, its logical row in this step.
         reads: by layer, what it reads, if the request is to be evicted.
@@ -97,6 +100,8 @@ class Watched:
     """
 
     queries: dict[int, torch.Tensor] = field(default_factory=dict)
+    length: int = 0
+    num_rejected: int = 0
     notes: dict[int, torch.Tensor] = field(default_factory=dict)
     rows: list[torch.Tensor] = field(default_factory=list)
     reads: dict[int, Reads] = field(default_factory=dict)
@@ -125,14 +130,17 @@ class Batched:
     end: torch.Tensor
 
     def recent(self, query: torch.Tensor, count: int) -> torch.Tensor:
-        """Its last ``count`` queries of a step's ``[num_tokens, Hq, D]``, or all if there are fewer."""
-        count = min(count, self.what.num_tokens)
-        return self.at(query, range(self.what.end - count, self.what.end))
+        """Its last ``count`` queries of a step's ``[num_tokens, Hq, D]``, or all if there are fewer; those of drafts
+        come last.
+        """
+        count, end = min(count, self.what.num_tokens + self.what.num_drafts), self.what.end + self.what.num_drafts
+        return self.at(query, range(end - count, end))
 
     def at(self, query: torch.Tensor, positions: range) -> torch.Tensor:
         """Its queries at some positions that are computed in this step."""
         ahead = positions.step * torch.arange(len(positions), device=query.device)
-        return query.index_select(0, self.end - (self.what.end - positions.start) + ahead)
+        behind = self.what.end + self.what.num_drafts - positions.start
+        return select_rows(query, self.end - behind + ahead)
 
 
 class EvictableLayer:
@@ -151,6 +159,24 @@ class EvictableLayer:
     def layout(self) -> BlockLayout:
         """Order of the elements in a head page."""
         return self.impl.block_layout(self.module, self.block_size)
+
+    def read_keys(self, cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
+        """``[Hkv, length, D]`` keys in the model's dtype; see :meth:`BlockLayout.read_keys`."""
+        return self._restore(self.layout.read_keys(cache, table, length), self.module._k_scale_float)
+
+    def read_values(self, cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
+        """Values of the same positions."""
+        return self._restore(self.layout.read_values(cache, table, length), self.module._v_scale_float)
+
+    def restore_queries(self, queries: torch.Tensor) -> torch.Tensor:
+        """Queries in the model's dtype; some backends are given quantized ones beside a quantized cache."""
+        if queries.dtype != self.impl.quantized_dtype:
+            return queries
+        return queries.to(self.module.dtype).mul_(self.module._q_scale_float)
+
+    def _restore(self, stored: torch.Tensor, scale: float) -> torch.Tensor:
+        dtype = self.impl.quantized_dtype
+        return stored if dtype is None else stored.view(dtype).to(self.module.dtype).mul_(scale)
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -336,7 +362,10 @@ class EvictionWorker:
         batched = []
         for index, (what, end) in enumerate(zip(observations, ends, strict=True)):
             batched.append(Batched(what, end))
-            self._watched.setdefault(what.req_id, Watched()).rows = [of_group[index] for of_group in rows]
+            watched = self._watched.setdefault(what.req_id, Watched())
+            watched.rows = [of_group[index] for of_group in rows]
+            watched.num_rejected = max(watched.length - (what.end - what.num_tokens), 0)
+            watched.length = what.end + what.num_drafts
         return batched
 
     def _observe(self, batched: Sequence[Batched], layer_index: int, query: torch.Tensor) -> None:
@@ -350,17 +379,20 @@ class EvictionWorker:
 
     def _look(self, layer_index: int, place: Batched, watched: Watched, query: torch.Tensor) -> None:
         what, grant, config = place.what, place.what.grant, place.what.config or self.config
-        policy, num_queries = config.policy, config.policy.num_queries
-        recent = place.recent(query, num_queries)
-        if layer_index in watched.queries and len(recent) < num_queries:
-            recent = torch.cat([watched.queries.pop(layer_index), recent])
-            recent = recent[max(len(recent) - num_queries, 0) :]
+        policy, num_queries, layer = config.policy, config.policy.num_queries, self.layers[layer_index]
+        count = num_queries + what.num_drafts
+        recent = layer.restore_queries(place.recent(query, count))
+        if layer_index in watched.queries and len(recent) < count:
+            earlier = watched.queries.pop(layer_index)
+            recent = torch.cat([earlier[: len(earlier) - watched.num_rejected], recent])
+            recent = recent[max(len(recent) - count, 0) :]
         if not what.is_last:
             watched.queries[layer_index] = recent
         if not what.is_noted:
             watched.notes.pop(layer_index, None)
             if grant is None:
                 return
+        recent = recent[: len(recent) - what.num_drafts]
         held = self._held.get(what.req_id)
         reads = read(self.grid, layer_index, held, watched.rows, what.end, self.block_size)
         if what.is_noted:
@@ -382,7 +414,7 @@ class EvictionWorker:
             everything = torch.arange(reads.length, device=reads.table.device)
             chosen = [everything[missing * self.block_size :] for missing in reads.missing]
         elif config.decode == "cake":
-            inputs = self._inputs(policy, layer_index, place.recent(query, 1), reads)
+            inputs = self._inputs(policy, layer_index, layer.restore_queries(place.recent(query, 1)), reads)
             count = targets[0] * self.block_size - policy.protected
             chosen = list(policy.trim(inputs, count).sort(dim=-1).values)
         elif len(recent) < num_queries:
@@ -400,7 +432,8 @@ class EvictionWorker:
         positions = policy.noted(what.end - what.num_tokens, what.end)
         back = reads.length - what.end
         places = range(positions.start + back, positions.stop + back, positions.step)
-        inputs = self._inputs(None, layer_index, place.at(query, positions), reads)
+        queries = self.layers[layer_index].restore_queries(place.at(query, positions))
+        inputs = self._inputs(None, layer_index, queries, reads)
         watched.notes[layer_index] = policy.note(inputs, places, watched.notes.get(layer_index))
 
     def _inputs(self, policy: Policy | None, layer_index: int, queries: torch.Tensor, reads: Reads) -> LayerInputs:
@@ -413,10 +446,10 @@ class EvictionWorker:
         cache, table, length = self.grid.cache, reads.table, reads.length
         return LayerInputs(
             queries.transpose(0, 1),
-            there(layer.layout.read_keys(cache, table, length)),
+            there(layer.read_keys(cache, table, length)),
             layer.impl.scale,
             layer.soft_cap,
-            there(layer.layout.read_values(cache, table, length)) if policy and policy.needs_values else None,
+            there(layer.read_values(cache, table, length)) if policy and policy.needs_values else None,
             layer.output_weight if policy and policy.needs_output_weight else None,
             layer_index,
             valid=valid,

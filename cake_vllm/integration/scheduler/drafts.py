@@ -1,0 +1,29 @@
+"""Drafts beside the eviction of generated tokens.
+
+Drafts are verified in the step that computes them. A block is given back when its last token has been computed, and
+what is kept is judged by that token; so it must not share its step with drafts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from cake_vllm.integration.front.patching import wrap
+
+
+def install_drafts() -> None:
+    """Lets the scheduler half see drafts before they are scheduled (ledger: ``patches/README.md``)."""
+    wrap(Scheduler, "update_draft_token_ids", _update_draft_token_ids)
+
+
+def _update_draft_token_ids(original: Callable[..., None], self: Any, draft_token_ids: Any) -> None:
+    original(self, draft_token_ids)
+    # Other engines of this process may have other connectors.
+    half = getattr(self.connector, "scheduler", None)
+    if half is None:
+        return
+    for request_id in draft_token_ids.req_ids:
+        request = self.requests.get(request_id)
+        if request is not None and request.spec_token_ids:
+            half.cut_drafts(request)
