@@ -30,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 # Threads of the engine whose turn it is not must not spin for long.
 os.environ.setdefault("KMP_BLOCKTIME", "1")
 
+import torch
 from common import speeches, write
 from tqdm import tqdm
 
@@ -51,6 +52,7 @@ class Engine:
 
     def __init__(self, model: str, settings: dict[str, Any]):
         self._kernels = 0.0
+        self._most = 0
         if os.environ.get("TRITON_INTERPRET") == "1":
             self._interpret_kernels()
         from cake_vllm import LLM
@@ -100,6 +102,8 @@ class Engine:
             self._add(prompt, max_tokens, policy)
         begun: set[str] = set()
         self._most = 0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         while len(begun) < len(prompts):
             begun |= {output.request_id for output in self.engine.step() if output.outputs[0].token_ids}
             self._most = max(self._most, self._held())
@@ -115,12 +119,9 @@ class Engine:
 
     def memory(self) -> dict[str, int]:
         """Bytes: what requests hold of the pool now, the most since :meth:`start`, and on a GPU the most allocated."""
-        import torch
-
         found = {"held": self._held(), "most held": self._most}
         if torch.cuda.is_available():
             found["most allocated"] = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
         return found
 
     def _held(self) -> int:

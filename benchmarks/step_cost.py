@@ -92,7 +92,7 @@ class Bench:
             max_num_seqs=num_rows,
             max_model_len=longest,
             max_num_batched_tokens=2048,
-            num_gpu_blocks_override=num_rows * longest // BLOCK_SIZE + 1,
+            kv_cache_memory_bytes=2**28,
             enable_prefix_caching=False,
             **settings,
         )

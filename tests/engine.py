@@ -156,7 +156,8 @@ class Engine:
 
     def served_as(self, name: str, tokens: list[int]) -> Served:
         """A request of the last batch."""
-        return Served(tokens, next((c for key, c in self._choices.items() if key.rsplit("-", 1)[0] == name), []))
+        choices = next((c for key, c in self._choices.items() if key.rsplit("-", 1)[0] == name), [])
+        return Served(tokens, [[[head.cpu() for head in layer] for layer in eviction] for eviction in choices])
 
     def _follow(self, worker) -> None:
         """Remembers what every eviction keeps."""
@@ -164,7 +165,7 @@ class Engine:
 
         def evicting(what, *args):
             def dealing(config, num_blocks, grant, held, chosen, counts):
-                self._choices[what.req_id].append([[head.cpu() for head in layer] for layer in chosen])
+                self._choices[what.req_id].append([list(layer) for layer in chosen])
                 return deal(config, num_blocks, grant, held, chosen, counts)
 
             worker._deal = dealing

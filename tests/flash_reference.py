@@ -46,8 +46,8 @@ def flash_attn_varlen_func(
         softcap: bound of the logits, 0: none.
         scheduler_metadata: must be left to the kernel.
         num_splits: ignored, it changes rounding only.
-        rest: ``q_descale``, ``k_descale``, ``v_descale`` ``[R, Hkv]`` float32, ones unless ``k`` is of 8 bits; what none
-            of these tests uses must be empty.
+        rest: ``q_descale``, ``k_descale``, ``v_descale`` ``[R, Hkv]`` float32, ones unless ``k`` is of 8 bits; what
+            none of these tests uses must be empty.
     """
     num_sequences = len(cu_seqlens_q) - 1
     assert {cu_seqlens_q.dtype, seqused_k.dtype, block_table.dtype} == {torch.int32}
@@ -106,7 +106,7 @@ def reshape_and_cache_flash(
 ) -> None:
     """Writes ``[T, Hkv, D]`` keys and values into caches ``[num_blocks, B, Hkv, D]``; slots below 0 are padding.
 
-    If ``kv_cache_dtype`` says so, these are bytes: numbers over their scale, as 8-bit floats with four bits of exponent.
+    If ``kv_cache_dtype`` says so, these are bytes: numbers over their scale, as 8-bit floats of four exponent bits.
     """
     used = slot_mapping >= 0
     slots, size = slot_mapping[used], key_cache.shape[1]

@@ -275,7 +275,7 @@ def test_the_readme_lists_what_is_refused():
 def test_the_readme_names_tests_that_exist():
     named = set(re.findall(r"`(test_\w+\.py)`", (ROOT / "README.md").read_text()))
     assert named
-    assert named <= {file.name for file in (ROOT / "tests").glob("test_*.py")}
+    assert named <= {file.name for file in (ROOT / "tests").rglob("test_*.py")}
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,6 @@ def compare_contexts(model: str, args: argparse.Namespace) -> dict[str, dict[str
         engine = Remote(model, of_engine)
         for context in tqdm(args.contexts, desc=name):
             prompt = [(index * index + index) % args.vocabulary for index in range(context)]
-            engine("memory")
             engine("start", [prompt], 6 * (args.turns + 2), None)
             steps = [second for _ in range(args.turns) for second in engine("steps")]
             results[str(context)][name] = {"seconds": steps, **engine("memory")}

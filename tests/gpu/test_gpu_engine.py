@@ -73,7 +73,7 @@ def test_served_as_replayed(start_engine, served_model, replays, settings, name,
 def test_graphs_change_nothing(start_engine, served_model, settings, is_dry, is_v2):
     """Piecewise CUDA graphs against eager execution; rows of all kinds share a batch. Without a GPU both are eager."""
     eviction = {"kv_eviction": "cake", "kv_eviction_budget": BUDGET}
-    prompts = [numbers(70 + index, 200 + 50 * index) for index in range(2 if is_dry and is_v2 else 6)]
+    prompts = [numbers(70 + index, 250 + 50 * index) for index in range(2 if is_dry and is_v2 else 6)]
     wishes = [{}, {"kv_eviction": "layer-defensivekv"}, {"kv_eviction": "none"}]
     found = []
     for is_eager in (True, False):
