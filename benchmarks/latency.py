@@ -52,7 +52,6 @@ class Engine:
 
     def __init__(self, model: str, settings: dict[str, Any]):
         self._kernels = 0.0
-        self._most = 0
         if os.environ.get("TRITON_INTERPRET") == "1":
             self._interpret_kernels()
         from cake_vllm import LLM
@@ -101,12 +100,10 @@ class Engine:
         for prompt in prompts:
             self._add(prompt, max_tokens, policy)
         begun: set[str] = set()
-        self._most = 0
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         while len(begun) < len(prompts):
             begun |= {output.request_id for output in self.engine.step() if output.outputs[0].token_ids}
-            self._most = max(self._most, self._held())
 
     def steps(self) -> list[float]:
         """Seconds of the decode steps of a turn."""
@@ -118,8 +115,8 @@ class Engine:
         return times[1:]
 
     def memory(self) -> dict[str, int]:
-        """Bytes: what requests hold of the pool now, the most since :meth:`start`, and on a GPU the most allocated."""
-        found = {"held": self._held(), "most held": self._most}
+        """Bytes: what requests hold of the pool now, and on a GPU the most allocated since :meth:`start`."""
+        found = {"held": self._held()}
         if torch.cuda.is_available():
             found["most allocated"] = torch.cuda.max_memory_allocated()
         return found

@@ -88,11 +88,11 @@ def main() -> None:
     args.serve += ["--requests", str(args.requests), "--budget", "0.25"]
 
     results = {"contexts": compare_contexts(args.model, args)}
-    print("\n| context | engine | decode step, ms | held, MiB | most held, MiB | most allocated, MiB |")
-    print("|---|---|---|---|---|---|")
+    print("\n| context | engine | decode step, ms | held, MiB | most allocated, MiB |")
+    print("|---|---|---|---|---|")
     for context, engines in results["contexts"].items():
         for name, figures in engines.items():
-            sizes = (figures.get(kind) for kind in ("held", "most held", "most allocated"))
+            sizes = (figures.get(kind) for kind in ("held", "most allocated"))
             cells = " | ".join("-" if size is None else f"{size / 2**20:,.1f}" for size in sizes)
             print(f"| {context} | {name} | {statistics.median(figures['seconds']) * 1e3:.2f} | {cells} |")
     results["references"] = compare_references(args.model, args)
