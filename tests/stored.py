@@ -1,8 +1,8 @@
 """Quantized KV caches replayed on a plain Hugging Face model, over the very numbers that an engine stored.
 
 Rounding to eight bits turns a difference in the last bit of float32 into one of a few percent, now and then. So a
-replay of its own numbers would soon be somewhere else. This one takes each number that the engine stored, after showing that
-it is a neighbour of the model's own.
+replay of its own numbers would soon be somewhere else. This one takes each number that the engine stored, after showing
+that it is a neighbour of the model's own.
 """
 
 import json
