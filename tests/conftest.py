@@ -121,10 +121,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(fixture, files.values(), ids=files.keys(), indirect=True, scope="module")
 
 
+@pytest.fixture(scope="session")
+def is_dry(request: pytest.FixtureRequest) -> bool:
+    """Whether the GPU's tests run on the CPU."""
+    return request.config.getoption("--dry-run")
+
+
 @pytest.fixture
-def device() -> str:
-    """Where the kernels' tests run; ``gpu/`` overrides it."""
-    return "cpu"
+def device(request: pytest.FixtureRequest, is_dry) -> str:
+    """Where the kernels' tests run."""
+    return "cuda" if request.node.get_closest_marker("gpu") and not is_dry else "cpu"
+
+
+@pytest.fixture(scope="session")
+def served_model(request: pytest.FixtureRequest, is_dry) -> str:
+    """The model of the GPU's engines: ``--model``."""
+    return request.config.getoption("--model") or request.getfixturevalue("tiny_model" if is_dry else "model_dir")
 
 
 @pytest.fixture(scope="session")
