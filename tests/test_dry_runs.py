@@ -21,10 +21,14 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
+#: Runner V2 shows Triton, interpreted, which is slow: one of its tests.
+SELECTED = {"v1": [], "v2": ["-k", "served_as_replayed and TRITON_ATTN and layer-defensivekv and exact"]}
+
+
+@pytest.mark.parametrize("runner", SELECTED)
 def test_the_tests(runner):
     command = ["-m", "pytest", "-c", "pyproject.toml", "-p", "no:xdist", "--all", "-q", "tests/gpu", "--dry-run"]
-    summary = run(*command, "--runner", runner).splitlines()[-1]
+    summary = run(*command, "--runner", runner, *SELECTED[runner]).splitlines()[-1]
     assert "passed" in summary
     # V1 has no Triton here: four replays and the graphs.
     assert ("5 skipped" in summary) == (runner == "v1")
