@@ -162,7 +162,6 @@ def test_drafts_beside_eviction_of_generated_tokens_are_verified_in_time(llama):
 
 #: By what the README calls them.
 FEATURES = {
-    "pipeline parallelism": ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size yet: set it to 1"),
     "context parallelism": ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size yet: set it to 1"),
     "dual-batch overlap": ({"enable_dbo": True}, "--enable-dbo yet: drop it"),
     "draft models": (

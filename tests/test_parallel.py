@@ -17,14 +17,16 @@ pytestmark = pytest.mark.slow
 PROMPTS = [numbers(30, 700), numbers(31, 60), numbers(32, 1100)]
 
 
-def run(model: str, prompts: list[list[int]] = PROMPTS, **settings) -> list[dict]:
-    """Every worker in a process of its own; tp ranks get one thread each."""
-    job = {"model": model, "prompts": prompts, "max_tokens": 100, "settings": settings}
+def run(model: str, prompts: list[list[int]] = PROMPTS, max_tokens: int = 100, **settings) -> list[dict]:
+    """Every worker in a process of its own, with one thread if there are two; V2's find Triton's interpreter."""
+    job = {"model": model, "prompts": prompts, "max_tokens": max_tokens, "settings": settings}
     cores = sorted(os.sched_getaffinity(0))
     threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    if "tensor_parallel_size" in settings:
+    if {"tensor_parallel_size", "pipeline_parallel_size"} & set(settings):
         env |= threads
+    if env["VLLM_USE_V2_MODEL_RUNNER"] == "1":
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     script = Path(__file__).parent / "parallel.py"
     done = subprocess.run(
         [sys.executable, script], input=json.dumps(job), env=env, stdout=subprocess.PIPE, text=True, check=True
@@ -33,15 +35,15 @@ def run(model: str, prompts: list[list[int]] = PROMPTS, **settings) -> list[dict
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('[{"tokens"')))
 
 
-def compare(answers: list[dict], engine: Engine, prompts: list[list[int]]) -> None:
+def compare(answers: list[dict], engine: Engine, prompts: list[list[int]], max_tokens: int = 100) -> None:
     """An engine in this process keeps as many tokens and says the same; the second prompt alone is not evicted."""
     for prompt, ours in zip(prompts, answers, strict=True):
-        name = engine.add(prompt, 100, extra_args={"kv_eviction_report": 1}, logprobs=2, detokenize=False)
+        name = engine.add(prompt, max_tokens, extra_args={"kv_eviction_report": 1}, logprobs=2, detokenize=False)
         engine.run()
         output = engine.outputs[name]
         kept = output.kv_transfer_params["kv_eviction"]["kept_tokens"]
         assert ours["kept"] == (kept and list(kept))
-        assert len(ours["tokens"]) == 100
+        assert len(ours["tokens"]) == max_tokens
         assert same_tokens(ours["tokens"], (list(output.outputs[0].token_ids), gaps(output.outputs[0].logprobs)))
     assert [answer["kept"] is None for answer in answers] == [False, True, False]
 
@@ -86,3 +88,25 @@ def test_two_ranks_agree_where_heads_compete(tiny_model):
     # Of each layer, the head of either rank.
     assert [np.shape(counts) for counts in kept] == [(4, 2)] * 2
     assert all(140 <= np.mean(counts) <= 150 + 32 for counts in kept)
+
+
+@pytest.mark.engine
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["snapkv", pytest.param("layer-defensivekv", marks=pytest.mark.full)])
+def test_stages_share_columns(tiny, tiny_model, is_v2, name):
+    """Two pipeline stages: where layers do not compete, the same as in one; else each stage divides its own budget."""
+    if not is_v2:
+        pytest.skip("vLLM's first runner cannot run two stages on a CPU: --runner v2")
+    prompts, num_tokens = [numbers(33, 300), numbers(34, 60), numbers(35, 250)], 8
+    options = {"window": 8, "decode": "off"}
+    eviction = {"kv_eviction": name, "kv_eviction_budget": 100, "kv_eviction_config": options}
+    answers = run(tiny_model, prompts, num_tokens, **eviction, pipeline_parallel_size=2, gpu_memory_utilization=0.1)
+    if name == "snapkv":
+        compare(answers, tiny(max_model_len=2048, **eviction), prompts, num_tokens)
+        return
+    kept = [answer["kept"] for answer in answers if answer["kept"]]
+    assert [np.shape(counts) for counts in kept] == [(4, 2)] * 2
+    for counts in kept:
+        for stage in (counts[:2], counts[2:]):
+            # Beside the budget, rounding to pages, and a partial block.
+            assert 90 <= np.mean(stage) <= 100 + 2 * 32

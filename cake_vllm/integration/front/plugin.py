@@ -97,7 +97,6 @@ def refuse_arguments(args: Any) -> None:
         (args.kv_transfer_config is not None and not ours, "--kv-transfer-config", "drop one of the two"),
         (args.kv_offloading_size is not None, "--kv-offloading-size", "drop one of the two"),
         (args.disable_hybrid_kv_cache_manager is True, "--disable-hybrid-kv-cache-manager", "drop it"),
-        (args.pipeline_parallel_size > 1, "--pipeline-parallel-size", "set it to 1"),
         (args.decode_context_parallel_size > 1, "--decode-context-parallel-size", "set it to 1"),
         (args.prefill_context_parallel_size > 1, "--prefill-context-parallel-size", "set it to 1"),
         (bool(args.enable_dbo), "--enable-dbo", "drop it"),
