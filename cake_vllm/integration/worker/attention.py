@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec, replace_as
 
@@ -211,7 +210,7 @@ class EvictingImpl(AttentionImpl):
     @property
     def quantized_dtype(self) -> torch.dtype | None:
         """What the bytes of a quantized cache are; ``None``: it holds the model's own numbers."""
-        return current_platform.fp8_dtype() if is_quantized_kv_cache(self.kv_cache_dtype) else None
+        return current_platform.fp8_dtype() if is_quantized(self.kv_cache_dtype) else None
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """Not while rows are computed apart from each other."""
@@ -228,6 +227,11 @@ class EvictingImpl(AttentionImpl):
     @abstractmethod
     def with_lengths(self, layer: Any, metadata: Any, seq_lens: torch.Tensor) -> Any:
         """A copy of ``metadata`` with other lengths (``[R]``)."""
+
+
+def is_quantized(kv_cache_dtype: str) -> bool:
+    """Whether a cache holds 8-bit floats, of those that are not refused."""
+    return kv_cache_dtype.startswith("fp8")
 
 
 def select_rows(tensor: torch.Tensor, index: Any) -> torch.Tensor:

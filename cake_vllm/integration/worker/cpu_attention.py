@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from vllm import _custom_ops as ops
 from vllm import envs
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadata
 
-from cake_vllm.integration.worker.attention import EvictingBackend, EvictingImpl, Rows
+from cake_vllm.integration.worker.attention import EvictingBackend, EvictingImpl, Rows, is_quantized
 from cake_vllm.kernels import BlockLayout
 
 
@@ -75,7 +74,7 @@ class EvictingCPUBackend(EvictingBackend, CPUAttentionBackend):  # type: ignore[
 
 def cpu_quantized_dtype(kv_cache_dtype: str) -> torch.dtype | None:
     """What CPU kernels store as bytes under vLLM's name for it; ``None``: nothing."""
-    if not is_quantized_kv_cache(kv_cache_dtype):
+    if not is_quantized(kv_cache_dtype):
         return None
     return torch.float8_e5m2 if kv_cache_dtype == "fp8_e5m2" else torch.float8_e4m3fn
 
