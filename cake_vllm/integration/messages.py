@@ -37,6 +37,10 @@ class Grant:
     tail: Blocks
     prompt_len: int | None = None
 
+    def num_generated(self, end: int) -> int:
+        """Tokens generated since the prompt's end, up to ``end``, that stay; 0 where there is no such end."""
+        return 0 if self.prompt_len is None else end - self.prompt_len
+
 
 @dataclass(frozen=True)
 class Observation:

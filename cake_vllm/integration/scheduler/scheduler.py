@@ -182,7 +182,8 @@ class EvictionScheduler:
                 self._pending = {epoch: of for epoch, of in self._pending.items() if of.tracked is not tracked}
                 self._track(Tracked(tracked.request, tracked.config))
                 self._waiting = {request_id: self._waiting.pop(request_id), **self._waiting}
-        for request_id in self._started(output):
+        started = (new.req_id for new in output.scheduled_new_reqs)
+        for request_id in (*started, *output.scheduled_cached_reqs.resumed_req_ids):
             self._waiting.pop(request_id, None)
         if self.news:
             # What was not picked up by the last outputs of a request will not be.
@@ -376,10 +377,6 @@ class EvictionScheduler:
         tail = self._managers[0].req_to_blocks[request_id][(end + num_drafts - 1) // self.block_size].block_id
         num_tokens = output.num_scheduled_tokens[request_id] - num_drafts
         return Observation(request_id, end, num_tokens, tail, grant, is_last, own, num_drafts=num_drafts)
-
-    def _started(self, output: SchedulerOutput) -> Iterable[str]:
-        """Requests that run again or for the first time."""
-        return [*(new.req_id for new in output.scheduled_new_reqs), *output.scheduled_cached_reqs.resumed_req_ids]
 
     def _cuts(self, output: SchedulerOutput) -> list[CutRequest]:
         """The cuts that the next steps need; none as long as the pool has what the very next one takes."""

@@ -401,9 +401,7 @@ class EvictionWorker:
             return
         watched.reads[layer_index] = reads
         if grant.divides:
-            inputs = self._inputs(policy, layer_index, recent, reads)
-            inputs = replace(inputs, budget=grant.budget, notes=watched.notes.get(layer_index))
-            watched.scores[layer_index] = policy.judge(inputs)
+            watched.scores[layer_index] = self._judge(policy, layer_index, recent, reads, grant.budget, watched)
             return
         most = -(-grant.budget // self.block_size)
         heads = range(self.grid.num_heads)
@@ -424,6 +422,13 @@ class EvictionWorker:
             counts = [count * self.block_size - policy.protected for count in kept]
             chosen = policy.rescore(self._inputs(policy, layer_index, recent, reads), counts)
         watched.chosen[layer_index] = chosen
+
+    def _judge(
+        self, policy: Policy, layer_index: int, queries: torch.Tensor, reads: Reads, budget: int, watched: Watched
+    ) -> LayerScore:
+        """A prompt's scores in one layer, as its budget is divided."""
+        inputs = self._inputs(policy, layer_index, queries, reads)
+        return policy.judge(replace(inputs, budget=budget, notes=watched.notes.get(layer_index)))
 
     def _note(
         self, policy: Policy, layer_index: int, place: Batched, watched: Watched, query: torch.Tensor, reads: Reads
@@ -469,10 +474,11 @@ class EvictionWorker:
                 none = torch.empty(0, heads, self.layers[0].impl.head_size, device=grid.pages.device)
                 for index, reads in watched.reads.items():
                     prompt = replace(reads, length=cut.grant.prompt_len)
-                    inputs = self._inputs(policy, index, watched.queries.get(index, none), prompt)
-                    budget = cut.grant.budget - (cut.end - cut.grant.prompt_len)
-                    inputs = replace(inputs, budget=budget, notes=watched.notes.get(index))
-                    scores.append(policy.judge(inputs))
+                    queries, budget = (
+                        watched.queries.get(index, none),
+                        cut.grant.budget - cut.grant.num_generated(cut.end),
+                    )
+                    scores.append(self._judge(policy, index, queries, prompt, budget, watched))
                 watched.remember(scores)
         except Exception as error:
             watched.error = error
@@ -482,9 +488,8 @@ class EvictionWorker:
         """Moves what a request keeps, or leaves it with what it reads if its policy raises."""
         config, held, num_blocks = what.config or self.config, self._held.get(what.req_id), what.end // self.block_size
         each = self.grid.num_heads if grant.by_head else 1
-        protected, indices = config.policy.protected, range(len(self.layers))
-        if grant.prompt_len is not None:
-            protected += what.end - grant.prompt_len
+        protected = config.policy.protected + grant.num_generated(what.end)
+        indices = range(len(self.layers))
         counts = held.counts if held else ((grant.budget - protected,) * each,) * len(self.layers)
         new, moved = None, []
         self._share_failures(watched)
@@ -544,7 +549,7 @@ class EvictionWorker:
         """
         policy, by_head = config.policy, config.policy.selection != "layer"
         # What was generated since the prompt's end stays.
-        num_new = end - grant.prompt_len if grant.prompt_len is not None else 0
+        num_new = grant.num_generated(end)
         budget, protected = grant.budget - num_new, policy.protected + num_new
         if config.is_elastic and watched.worth is None:
             watched.remember([watched.scores[index] for index in range(len(self.layers))])
