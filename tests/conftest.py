@@ -208,6 +208,13 @@ def _engines() -> Iterator[dict]:
         engine.shutdown()
 
 
+@pytest.fixture(scope="module")
+def no_engine(_engines: dict) -> None:
+    """For a test that starts engines of its own: one lives at a time, vLLM keeps one KV connector per process."""
+    while _engines:
+        _engines.popitem()[1].shutdown()
+
+
 @pytest.fixture
 def tiny(start_engine, tiny_model: str):
     """Starts engines with the model of random weights and a pool that is looked through quickly after each step."""
