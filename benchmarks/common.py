@@ -24,7 +24,12 @@ def write(out: Path | None, results: Any) -> None:
     words = [Path(word).name if Path(word).is_dir() else word for word in sys.argv]
     record = {
         "command": " ".join(["python", *words]),
-        "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},
+        "machine": {
+            "cpu": cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "gpu": gpu_name(),
+            "python": platform.python_version(),
+        },
         "versions": {name: importlib.metadata.version(name) for name in ("vllm", "torch", "cake-vllm")},
         "results": results,
     }
@@ -33,6 +38,13 @@ def write(out: Path | None, results: Any) -> None:
     # Lists of numbers on a line each.
     text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found.group().split()), text)
     out.write_text(text + "\n")
+
+
+def gpu_name() -> str | None:
+    """The first GPU's name, if there is one."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def cpu_name() -> str:

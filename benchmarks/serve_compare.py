@@ -117,6 +117,7 @@ def measure(name: str, flags: list[str], args: argparse.Namespace, prompts: Path
     common = ["--dtype", args.dtype, "--block-size", str(args.block_size)]
     common += [] if args.graphs else ["--enforce-eager"]
     common += ["--max-model-len", str(args.input_len + args.output_len + 64), "--max-num-seqs", str(args.requests)]
+    common += ["--load-format", args.load_format]
     common += ["--max-num-batched-tokens", str(args.chunk), "--num-gpu-blocks-override", str(num_blocks + 1)]
     with tempfile.TemporaryDirectory() as folder, server(args.model, *common, *flags) as url:
         follower = Follower(url, args.requests * args.output_len, name)
@@ -177,6 +178,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--chunk", type=int, default=512, help="max-num-batched-tokens of the servers")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--load-format", default="auto", help="dummy: random weights")
     parser.add_argument("--graphs", action="store_true", help="without --enforce-eager")
     parser.add_argument("--warmups", type=int, default=2, help="requests before the clock starts")
     parser.add_argument("--text", action="store_true", help="prompts of real English prose instead of random tokens")

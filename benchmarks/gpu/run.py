@@ -6,11 +6,14 @@ under ``vllm bench serve``, in a pool that holds a few of the requests and in on
 layer's attention of evicted requests against flash-attn, xformers and torch on the same kept tokens.
 
     python benchmarks/gpu/run.py MODEL --out benchmarks/results/gpu.json
+
+With ``--shape``, a model of that shape with random weights and the tokenizer of MODEL. With ``--parts``, some of it.
 """
 
 import argparse
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import serve_compare
 from common import write
 from latency import Remote
 from references import Compared
+from shapes import SHAPES, save
 from tqdm import tqdm
 
 METHODS = ("cake", "layer-defensivekv")
@@ -40,17 +44,25 @@ def compare_contexts(model: str, args: argparse.Namespace) -> dict[str, dict[str
             results[str(context)][name] = {"seconds": steps, **engine("memory")}
             engine("stop")
         engine.close()
+    print("\n| context | engine | decode step, ms | held, MiB | most allocated, MiB |")
+    print("|---|---|---|---|---|")
+    for context, found in results.items():
+        for name, figures in found.items():
+            sizes = (figures.get(kind) for kind in ("held", "most allocated"))
+            cells = " | ".join("-" if size is None else f"{size / 2**20:,.1f}" for size in sizes)
+            print(f"| {context} | {name} | {statistics.median(figures['seconds']) * 1e3:.2f} | {cells} |")
     return results
 
 
 def compare_servers(model: str, args: argparse.Namespace) -> dict[str, Any]:
     """Both servers in both pools."""
-    return {
-        side: serve_compare.compare(
-            serve_compare.parser().parse_args([model, *args.serve, "--pool-prompts", str(prompts)])
-        )
-        for side, prompts in {"memory-bound": args.pool, "ample pool": args.requests + 1}.items()
-    }
+    results = {}
+    for side, prompts in {"memory-bound": args.pool, "ample pool": args.requests + 1}.items():
+        of_side = serve_compare.parser().parse_args([model, *args.serve, "--pool-prompts", str(prompts)])
+        results[side] = serve_compare.compare(of_side)
+        print(f"\n{side}:")
+        serve_compare.show(results[side])
+    return results
 
 
 def compare_references(model: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -60,6 +72,14 @@ def compare_references(model: str, args: argparse.Namespace) -> dict[str, Any]:
     prompts = [[(index * index + shift) % args.vocabulary for index in range(args.contexts[0])] for shift in range(4)]
     results = {name: remote("compare", prompts, name, args.repeats) for name in METHODS}
     remote.close()
+    print("\n| competing | reference | ours, us | reference, us | largest difference |\n|---|---|---|---|---|")
+    for name, references in results.items():
+        for reference, figures in references.items():
+            if isinstance(figures, str):
+                print(f"| {name} | {figures} | | | |")
+                continue
+            ours, theirs = (statistics.median(figures[who]) * 1e6 for who in ("ours", "theirs"))
+            print(f"| {name} | {reference} | {ours:.0f} | {theirs:.0f} | {figures['difference']:.1e} |")
     return results
 
 
@@ -73,6 +93,8 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=8, help="full requests that the smaller pool holds")
     parser.add_argument("--turns", type=int, default=30, help="of decode steps")
     parser.add_argument("--repeats", type=int, default=50, help="of a reference's call")
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--parts", nargs="+", default=["contexts", "references", "servers"], help="what is measured")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with small numbers")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     args = parser.parse_args()
@@ -86,30 +108,17 @@ def main() -> None:
         args.serve = ["--input-len", "256", "--output-len", "16", "--warmups", "0", "--dtype", "float32"]
         args.serve += ["--prefill", "exact"]
     args.serve += ["--requests", str(args.requests), "--budget", "0.25"]
+    if args.shape:
+        args.engine["load_format"] = "dummy"
+        args.serve += ["--load-format", "dummy"]
 
-    results = {"contexts": compare_contexts(args.model, args)}
-    print("\n| context | engine | decode step, ms | held, MiB | most allocated, MiB |")
-    print("|---|---|---|---|---|")
-    for context, engines in results["contexts"].items():
-        for name, figures in engines.items():
-            sizes = (figures.get(kind) for kind in ("held", "most allocated"))
-            cells = " | ".join("-" if size is None else f"{size / 2**20:,.1f}" for size in sizes)
-            print(f"| {context} | {name} | {statistics.median(figures['seconds']) * 1e3:.2f} | {cells} |")
-    results["references"] = compare_references(args.model, args)
-    print("\n| competing | reference | ours, us | reference, us | largest difference |\n|---|---|---|---|---|")
-    for name, references in results["references"].items():
-        for reference, figures in references.items():
-            if isinstance(figures, str):
-                print(f"| {name} | {figures} | | | |")
-                continue
-            ours, theirs = (statistics.median(figures[who]) * 1e6 for who in ("ours", "theirs"))
-            print(f"| {name} | {reference} | {ours:.0f} | {theirs:.0f} | {figures['difference']:.1e} |")
-    results["servers"] = compare_servers(args.model, args)
-    for side, servers in results["servers"].items():
-        print(f"\n{side}:")
-        serve_compare.show(servers)
+    with tempfile.TemporaryDirectory() as folder:
+        model = save(args.shape, args.model, Path(folder)) if args.shape else args.model
+        results = {part: PARTS[part](model, args) for part in args.parts}
     write(args.out, results)
 
+
+PARTS = {"contexts": compare_contexts, "references": compare_references, "servers": compare_servers}
 
 if __name__ == "__main__":
     main()
