@@ -79,8 +79,11 @@ class Engine:
         return {name: list(output.outputs[0].token_ids) for name, output in finished.items()}
 
     def _check_halves(self) -> None:
-        """Of every evicted request scheduler and worker hold the same columns, and no page of them is dealt twice."""
-        if not self.evicts:
+        """Of every evicted request scheduler and worker hold the same columns, and no page of them is dealt twice.
+
+        Under asynchronous scheduling the scheduler has planned a step that the worker has not seen.
+        """
+        if not self.evicts or self.vllm_config.scheduler_config.async_scheduling:
             return
         half, worker = self.scheduler.connector.scheduler, self.connector.worker
         for name, held in worker._held.items():

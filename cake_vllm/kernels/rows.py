@@ -24,7 +24,9 @@ from cake_vllm.kernels.columns import Grid
 
 def to_device(numbers: Any, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """A tensor of numbers, in lists or an array, without waiting for the device."""
-    on_host = torch.tensor(numbers, dtype=dtype, pin_memory=torch.device(device).type == "cuda")
+    on_host = torch.tensor(numbers, dtype=dtype)
+    if torch.device(device).type == "cuda":
+        on_host = on_host.pin_memory()
     return on_host.to(device, non_blocking=True)
 
 

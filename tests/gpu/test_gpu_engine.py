@@ -19,10 +19,11 @@ BUDGET, CHUNK = 150, 256
 HALF = {"dtype": torch.bfloat16, "rank_bound": 5e-2, "gap_bound": 0.1}
 
 
-@pytest.fixture(params=["FLASH_ATTN", "TRITON_ATTN"])
+@pytest.fixture(params=["FLASH_ATTN", "TRITON_ATTN", "FLASH_ATTN-async"])
 def settings(request, is_dry, is_v2):
     """Of an engine with this backend."""
-    is_flash = request.param == "FLASH_ATTN"
+    backend, _, is_async = request.param.partition("-")
+    is_flash = backend == "FLASH_ATTN"
     common = {
         "skip_tokenizer_init": True,
         "max_num_batched_tokens": CHUNK,
@@ -31,8 +32,11 @@ def settings(request, is_dry, is_v2):
     }
     if not is_dry:
         dtype = "bfloat16" if is_flash else "float32"
-        yield {**common, "block_size": 16, "dtype": dtype, "attention_config": {"backend": request.param}}
+        common |= {"block_size": 16, "dtype": dtype, "async_scheduling": bool(is_async)}
+        yield {**common, "attention_config": {"backend": backend}, "gpu_memory_utilization": 0.3}
         return
+    if is_async:
+        pytest.skip("without a GPU vLLM schedules synchronously")
     if not is_flash and not is_v2:
         pytest.skip("without a GPU Triton is interpreted: --runner v2")
     with flash_in_torch(), in_place_of_cpu_attn(ReferenceFlashBackend if is_flash else InterpretedTritonBackend):
