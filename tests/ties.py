@@ -61,17 +61,17 @@ def assert_tie(ours: torch.Tensor, theirs: torch.Tensor, *ranks: torch.Tensor, b
     return len(swapped)
 
 
-def num_swapped(run: Run, reference: Run) -> int:
+def num_swapped(run: Run, reference: Run, bound: float = RANK_BOUND) -> int:
     """How many positions one of the runs kept and the other did not, all heads together; see :func:`assert_tie`."""
     assert [layer is None for layer in run.kept] == [layer is None for layer in reference.kept]
     return sum(
-        assert_tie(ours[head], theirs[head], run.ranks[index][head], reference.ranks[index][head])
+        assert_tie(ours[head], theirs[head], run.ranks[index][head], reference.ranks[index][head], bound=bound)
         for index, (ours, theirs) in enumerate(zip(run.kept, reference.kept, strict=True))
         for head in range(len(ours) if ours is not None else 0)
     )
 
 
-def assert_same(run: Run, reference: Run) -> None:
+def assert_same(run: Run, reference: Run, rank_bound: float = RANK_BOUND, gap_bound: float = GAP_BOUND) -> None:
     """The same positions and tokens, up to ties."""
-    bound = SWAPPED_GAP_BOUND if num_swapped(run, reference) else GAP_BOUND
+    bound = max(SWAPPED_GAP_BOUND, gap_bound) if num_swapped(run, reference, rank_bound) else gap_bound
     assert same_tokens(run.tokens, (reference.tokens, reference.gaps), bound)

@@ -32,7 +32,9 @@ METHODS = ("cake", "layer-defensivekv")
 def compare_contexts(model: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Seconds of decode steps and bytes, by context and method; one engine after the other."""
     settings = {"max_model_len": max(args.contexts) + 512, **args.engine}
-    eviction = {"kv_eviction": METHODS[0], "kv_eviction_budget": args.budget}
+    if not args.dry_run:
+        settings["cudagraph_capture_sizes"] = [1, 2, 4]
+    eviction = {"kv_eviction_budget": args.budget, "kv_eviction_config": {"decode": "off"}}
     engines = {"stock": settings, **{name: settings | eviction | {"kv_eviction": name} for name in METHODS}}
     results: dict[str, dict[str, Any]] = {str(context): {} for context in args.contexts}
     for name, of_engine in engines.items():
@@ -42,6 +44,7 @@ def compare_contexts(model: str, args: argparse.Namespace) -> dict[str, dict[str
             engine("start", [prompt], 6 * (args.turns + 2), None)
             steps = [second for _ in range(args.turns) for second in engine("steps")]
             results[str(context)][name] = {"seconds": steps, **engine("memory")}
+            print(name, context, f"{statistics.median(steps) * 1e3:.2f} ms", flush=True)
             engine("stop")
         engine.close()
     print("\n| context | engine | decode step, ms | held, MiB | most allocated, MiB |")

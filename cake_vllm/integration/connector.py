@@ -54,11 +54,6 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing is handed to another engine."""
         return False
 
-    @classmethod
-    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """A full CUDA graph would replay the tables of its capture instead of the redirected ones."""
-        return True
-
     # Scheduler side
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
@@ -71,8 +66,10 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         self.scheduler.add(request)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """See :class:`EvictionScheduler`."""
-        return self.scheduler.plan(scheduler_output)
+        """See :class:`EvictionScheduler`. With evicted rows :meth:`start_load_kv` is to come before the forward."""
+        plan = self.scheduler.plan(scheduler_output)
+        scheduler_output.has_sync_kv_loads = bool(plan.redirected)
+        return plan
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """See :class:`EvictionScheduler`."""
@@ -113,7 +110,9 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         """Nothing to wait for. With drafts this hook comes after the report."""
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """No KV comes from outside."""
+        """No KV comes from outside. Runner V2 shows the metadata of full CUDA graphs here and nowhere else."""
+        if metadata := kwargs.get("attn_metadata"):
+            self.worker.replay(metadata)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """No KV comes from outside."""

@@ -128,6 +128,11 @@ class EvictedRows:
         """``[R]`` int32 slots of rows by the blocks that their last positions lie in; 0 if they are not here."""
         return self._slot_of_block[tails.long()]
 
+    @property
+    def width(self) -> int:
+        """Pages that the owner with the most reads."""
+        return max((self._most[slot] + self._num_blocks[slot] for slot in self._slots.values()), default=0)
+
     def select(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables of ``[R]`` slots.
 
@@ -136,8 +141,7 @@ class EvictedRows:
             beyond what an owner reads they are arbitrary but valid. And ``[L, R, H]`` int32, blocks by which an owner's
             length is shorter than the logical one.
         """
-        width = max(self._most[slot] + self._num_blocks[slot] for slot in self._slots.values())
-        tables = self._pages[..., :width].index_select(1, slots)
+        tables = self._pages[..., : self.width].index_select(1, slots)
         return tables.flatten(1, 2), self._num_dropped.index_select(1, slots)
 
     def _grow(self, slots: bool) -> None:

@@ -107,6 +107,7 @@ class StepWork:
         index: of each KV head's group of their queries, one after the other: its token and its head, both int64;
             ``None``: they are all of the step's, in order.
         observe: shown each layer's index and queries ``[T, Hq, D]``, post-RoPE, after its forward; or ``None``.
+        is_here: ``[T]`` bool, if the redirected rows are all of the step's, evicted or not: which results count.
     """
 
     grid: Grid
@@ -114,6 +115,7 @@ class StepWork:
     redirected: list[Rows]
     index: tuple[torch.Tensor, torch.Tensor] | None
     observe: Callable[[int, torch.Tensor], None] | None
+    is_here: torch.Tensor | None = None
 
 
 class EvictingImpl(AttentionImpl):
@@ -121,9 +123,11 @@ class EvictingImpl(AttentionImpl):
 
     Attributes:
         layer_index: rank of the layer among the evictable ones of its worker, in model order.
+        captured_step: makes a step's work of its metadata, while graphs of steps with evicted rows are captured.
     """
 
     layer_index = -1
+    captured_step: ClassVar[Callable[[Any], StepWork] | None] = None
     num_kv_heads: int
     kv_cache_dtype: str
 
@@ -161,6 +165,8 @@ class EvictingImpl(AttentionImpl):
         overwritten. If all rows were evicted it is left out. Keys and values have been written by then, by vLLM.
         """
         step: StepWork | None = getattr(attn_metadata, STEP, None)
+        if step is None and attn_metadata is not None and EvictingImpl.captured_step is not None:
+            step = EvictingImpl.captured_step(attn_metadata)
         stock = attn_metadata if step is None else step.stock
         if stock is not None:
             self._stock_forward(layer, query, key, value, kv_cache, stock, output, *args, **kwargs)
@@ -189,6 +195,7 @@ class EvictingImpl(AttentionImpl):
         if step.index is not None:
             # [N, G, D]: one gather and one scatter, whatever owners there are.
             queries = select_rows(query.unflatten(1, (-1, one.num_heads)), step.index)
+        if step.index is not None or step.is_here is not None:
             chosen = torch.empty_like(queries, dtype=output.dtype)
         for rows in step.redirected:
             impl, cache = (one, step.grid.head_pages) if rows.by_head else (self, step.grid.pages)
@@ -199,6 +206,9 @@ class EvictingImpl(AttentionImpl):
             impl._stock_forward(layer, asked, key, value, cache, own, chosen[start:end].view_as(asked))
         if step.index is not None:
             output.unflatten(1, (-1, one.num_heads))[step.index] = chosen
+        elif step.is_here is not None:
+            is_here = step.is_here.view(-1, *[1] * (output.ndim - 1))
+            torch.where(is_here, chosen.view(output.shape), output, out=output)
 
     @cached_property
     def _of_one_head(self) -> "EvictingImpl":

@@ -3,7 +3,8 @@
 Runs in every worker process and frees no block.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -30,11 +31,15 @@ from cake_vllm.integration.messages import (
 from cake_vllm.integration.scheduler.spec import evictable_groups
 from cake_vllm.integration.worker.attention import STEP, EvictingImpl, Rows, StepWork, select_rows
 from cake_vllm.integration.worker.dealing import Held, Reads, move, read, redeal
+from cake_vllm.integration.worker.graphs import ReplayedRows, install_graphs
+from cake_vllm.integration.worker.graphs import step as current_step
 from cake_vllm.integration.worker.projections import output_projection
 from cake_vllm.kernels import BlockLayout, EvictedRows, Grid, to_device
 from cake_vllm.policies import LayerInputs, LayerScore, PagedPrompt, Policy
 
 logger = init_logger("vllm.cake_vllm.worker")
+
+_MISPLACED = "evicted requests are not where the scheduler put them"
 
 
 class Worth:
@@ -213,6 +218,11 @@ class EvictionWorker:
         for index, layer in enumerate(self.layers):
             layer.impl.layer_index = index
         self.group, self.stage = get_tp_group(), get_pp_group().rank_in_group
+        install_graphs()
+        most_captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        self._most_rows = min(vllm_config.scheduler_config.max_num_seqs, most_captured)
+        self._most_blocks = -(-vllm_config.model_config.max_model_len // self.block_size) + 1
+        self._plan = StepPlan()
         self._watched: dict[str, Watched] = {}
         self._observations: list[Observation] = []
         self._cuts: tuple[Cut, ...] = ()
@@ -240,6 +250,7 @@ class EvictionWorker:
         Raises:
             RuntimeError: if a row that was evicted is not found; it would read blocks that are not its own any more.
         """
+        self._plan = plan
         for req_id in plan.released:
             self._watched.pop(req_id, None)
             self._held.pop(req_id, None)
@@ -253,12 +264,7 @@ class EvictionWorker:
             return
         # Layers of a group share one.
         metadata = [attn_metadata[layer.name] for layer in self.layers]
-        # Requests are told by the blocks of the first group.
-        first = next(of_layer for layer, of_layer in zip(self.layers, metadata, strict=True) if layer.group == 0)
-        seq_lens, table = first.seq_lens, first.block_table
-        last = ((seq_lens - 1).clamp(min=0) // self.block_size).long()
-        # Rows that only pad the batch have no length; nobody's row ends in block 0.
-        tails = table.gather(1, last.unsqueeze(1)).squeeze(1).masked_fill(seq_lens == 0, 0)
+        first, tails = self._tails(metadata)
         redirected, index, stock_lens = self._redirect(plan.redirected, first, tails)
         observe = None
         if plan.observations:
@@ -272,6 +278,55 @@ class EvictionWorker:
             if stock_lens is not None:
                 stock[id(of_layer)] = layer.impl.with_lengths(layer.module, of_layer, stock_lens)
             setattr(of_layer, STEP, StepWork(self.grid, stock[id(of_layer)], redirected, index, observe))
+
+    def replay(self, attn_metadata: dict[str, Any]) -> None:
+        """Fills the buffers that a captured step reads; called before it runs, with metadata like :meth:`begin`'s."""
+        if not current_step.replays:
+            return
+        ((by_head, count),) = self._plan.redirected.items()
+        first, tails = self._tails([attn_metadata[layer.name] for layer in self.layers])
+        slots = self._rows[by_head].find(tails)
+        torch._assert_async((slots > 0).sum() == count.num_rows, _MISPLACED)
+        self._replayed.fill(self._rows[by_head], slots, first.seq_lens, self.block_size)
+
+    def can_replay(self, plan: StepPlan) -> bool:
+        """Whether a decode step with these rows can run as it was captured."""
+        by_head = self._replayed.by_head
+        growth = max((len(of_groups[0]) for of_groups in plan.grown.values()), default=0)
+        fits = self._rows[by_head].width + growth <= self._replayed.tables.shape[2]
+        return not plan.observations and set(plan.redirected) == {by_head} and fits
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Every decode step that runs meanwhile reads the buffers that :meth:`replay` fills."""
+        EvictingImpl.captured_step = self._captured_step
+        try:
+            yield
+        finally:
+            EvictingImpl.captured_step = None
+
+    @cached_property
+    def _replayed(self) -> ReplayedRows:
+        by_head = self.config.policy.selection != "layer"
+        num_heads = self.grid.num_heads if by_head else 1
+        shape = len(self.layers), self._most_rows, num_heads, self._most_blocks
+        return ReplayedRows(by_head, *shape, self.grid.pages.device)
+
+    def _captured_step(self, metadata: Any) -> StepWork:
+        rows, num_rows = self._replayed, len(metadata.seq_lens)
+        num_owners = num_rows * rows.num_heads
+        stock = self.layers[0].impl.with_lengths(self.layers[0].module, metadata, rows.stock_lens[:num_rows])
+        tables, lengths = rows.tables[:, :num_owners], rows.lengths[:, :num_owners]
+        evicted = Rows(rows.by_head, tables, lengths, rows.starts[: num_owners + 1], num_owners, 1)
+        return StepWork(self.grid, stock, [evicted], None, None, rows.is_here[:num_rows])
+
+    def _tails(self, metadata: Sequence[Any]) -> tuple[Any, torch.Tensor]:
+        """The metadata that tells requests apart, that of the first group, and ``[R]`` blocks that its rows end in."""
+        first = next(of_layer for layer, of_layer in zip(self.layers, metadata, strict=True) if layer.group == 0)
+        last = ((first.seq_lens - 1).clamp(min=0) // self.block_size).long()
+        # Rows that only pad the batch have no length; nobody's row ends in block 0.
+        tails = first.block_table.gather(1, last.unsqueeze(1)).squeeze(1)
+        return first, tails.masked_fill(first.seq_lens == 0, 0)
 
     def finish(self) -> EvictionReport | None:
         """Evicts the requests that were granted it in this step: called after the last layer."""
@@ -300,9 +355,7 @@ class EvictionWorker:
         for by_head, count in expected.items():
             slots = self._rows[by_head].find(tails)
             is_here = slots > 0
-            torch._assert_async(
-                is_here.sum() == count.num_rows, "evicted requests are not where the scheduler put them"
-            )
+            torch._assert_async(is_here.sum() == count.num_rows, _MISPLACED)
             elsewhere |= is_here
             rows, place = self._sequences(by_head, count, slots, is_here, seq_lens, starts)
             found.append(rows)

@@ -1,0 +1,165 @@
+"""Full CUDA graphs of decode steps.
+
+vLLM's own graphs serve steps in which nothing is evicted. Runner V2's are captured a second time, over rows of which
+any may read private pages: tables and lengths lie in buffers that stay where they are, and each step fills them. What
+fits neither (a step that scores, rows with owners of the other kind, wider tables; evicted rows on runner V1) runs
+with piecewise graphs, or eagerly where there are none.
+"""
+
+import inspect
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
+from vllm.v1.worker.gpu_worker import Worker
+
+from cake_vllm.integration.front.patching import wrap
+from cake_vllm.integration.messages import StepPlan
+from cake_vllm.kernels import EvictedRows
+
+#: Bytes that the tables of captured steps may take.
+MOST_BYTES = 128 * 2**20
+
+
+class ReplayedRows:
+    """What the evicted rows of a captured decode step read: one query for each of ``R`` rows, evicted or not.
+
+    Attributes:
+        by_head: whether the owners are KV heads (``H`` of them) or layers (``H`` = 1).
+        tables: ``[L, R * H, C]`` int32.
+        lengths: ``[L, R * H]`` int32; 1 where nothing was evicted.
+        is_here: ``[R]`` bool, which rows were evicted.
+        stock_lens: ``[R]`` int32, lengths for the stock call; 1 where a row was evicted.
+        starts: ``[R * H + 1]`` int32, ascending by one.
+    """
+
+    def __init__(self, by_head: bool, num_layers: int, num_rows: int, num_heads: int, width: int, device: torch.device):
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.by_head, self.num_heads = by_head, num_heads
+        width = min(width, max(MOST_BYTES // (4 * num_layers * num_rows * num_heads), 1))
+        self.tables = zeros(num_layers, num_rows * num_heads, width)
+        self.lengths = zeros(num_layers, num_rows * num_heads)
+        self.is_here, self.stock_lens = zeros(num_rows, dtype=torch.bool), zeros(num_rows)
+        self.starts = torch.arange(num_rows * num_heads + 1, dtype=torch.int32, device=device)
+
+    def fill(self, rows: EvictedRows, slots: torch.Tensor, seq_lens: torch.Tensor, block_size: int) -> None:
+        """Writes a step's rows, ``[n]`` slots and logical lengths; what lies behind them is not read."""
+        num_rows, num_owners = len(slots), len(slots) * self.num_heads
+        is_here = slots > 0
+        tables, num_dropped = rows.select(slots)
+        lengths = torch.where(is_here.unsqueeze(1), seq_lens.view(1, -1, 1) - num_dropped * block_size, 1)
+        self.tables[:, :num_owners, : tables.shape[2]] = tables
+        self.lengths[:, :num_owners] = lengths.flatten(1)
+        self.is_here[:num_rows] = is_here
+        self.stock_lens[:num_rows] = torch.where(is_here, 1, seq_lens)
+
+
+class _Step:
+    """What this process knows of the step that is being set up.
+
+    Attributes:
+        plan: what the scheduler says of it; ``None``: it is not one of an engine with eviction, or a dummy.
+        replays: whether it runs as one of the second graphs.
+    """
+
+    plan: StepPlan | None = None
+    replays = False
+
+
+step = _Step()
+_GRAPHS = "kv_eviction_graphs"
+
+
+def install_graphs() -> None:
+    """Lets steps with evicted rows choose their graphs; called by worker processes with eviction."""
+    wrap(Worker, "execute_model", _remember_plan)
+    wrap(CudagraphDispatcher, "dispatch", _dispatch_v1)
+    wrap(CudaGraphManager, "dispatch", _dispatch_v2)
+    wrap(CudaGraphManager, "run_fullgraph", _run_full_graph)
+    wrap(ModelCudaGraphManager, "capture", _capture_twice)
+
+
+def _remember_plan(original: Callable[..., Any], worker: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    plan = scheduler_output.kv_connector_metadata
+    step.plan, step.replays = plan if isinstance(plan, StepPlan) else None, False
+    try:
+        return original(worker, scheduler_output, *args, **kwargs)
+    finally:
+        step.plan = None
+
+
+def _has_work() -> bool:
+    return step.plan is not None and bool(step.plan.observations or step.plan.redirected)
+
+
+def _dispatch_v1(original: Callable[..., Any], dispatcher: Any, *args: Any, **kwargs: Any) -> Any:
+    if not _has_work():
+        return original(dispatcher, *args, **kwargs)
+    call = inspect.signature(original).bind(dispatcher, *args, **kwargs)
+    call.arguments["invalid_modes"] = {CUDAGraphMode.FULL, *(call.arguments.get("invalid_modes") or ())}
+    return original(*call.args, **call.kwargs)
+
+
+def _dispatch_v2(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
+    found = original(manager, *args, **kwargs)
+    step.replays = False
+    if found.cg_mode != CUDAGraphMode.FULL or not _has_work():
+        return found
+    if found in getattr(manager, _GRAPHS, {}) and _worker().can_replay(step.plan):
+        step.replays = True
+        return found
+    call = inspect.signature(original).bind(manager, *args, **kwargs)
+    # Full graphs are for uniform batches.
+    call.arguments |= {"uniform_token_count": None, "max_query_len": None}
+    relaxed = original(*call.args, **call.kwargs)
+    if relaxed.cg_mode != CUDAGraphMode.FULL:
+        return relaxed
+    given = {name: call.arguments[name] for name in ("num_tokens", "num_reqs")}
+    return replace(relaxed, cg_mode=CUDAGraphMode.NONE, uniform_token_count=None, max_query_len=None, **given)
+
+
+def _run_full_graph(original: Callable[..., Any], manager: Any, desc: Any) -> Any:
+    if not step.replays:
+        return original(manager, desc)
+    with _swapped(manager, graphs=getattr(manager, _GRAPHS)):
+        return original(manager, desc)
+
+
+def _capture_twice(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> None:
+    original(manager, *args, **kwargs)
+    descs = [
+        desc
+        for desc in manager._capture_descs.get(CUDAGraphMode.FULL, ())
+        if desc.num_ubatches == 1
+        and desc.num_reqs == desc.num_tokens
+        and 1 in (desc.uniform_token_count, desc.max_query_len)
+    ]
+    is_measuring = manager._max_full_descs_to_capture is not None
+    if not descs or is_measuring or not has_kv_transfer_group():
+        return
+    again: dict[Any, Any] = {}
+    with _swapped(manager, graphs=again, _capture_descs={CUDAGraphMode.FULL: descs}), _worker().capturing():
+        original(manager, *args, **kwargs)
+    setattr(manager, _GRAPHS, again)
+
+
+def _worker() -> Any:
+    return get_kv_transfer_group().worker  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _swapped(owner: Any, **attributes: Any) -> Any:
+    before = {name: getattr(owner, name) for name in attributes}
+    vars(owner).update(attributes)
+    try:
+        yield
+    finally:
+        vars(owner).update(before)
