@@ -22,6 +22,7 @@ Every answer is a line of a JSONL beside ``--out``; a run that was interrupted g
 import argparse
 import itertools
 import json
+import os
 import random
 import shlex
 import sys
@@ -49,6 +50,8 @@ POLICIES = (
     *("full", "echo", "layer-defensivekv", "defensivekv", "cake", "adakv", "snapkv", "snapkv+echo=12"),
     *("restkv", "dropkv", "pyramidkv", "streamingllm", "random"),
 )
+#: Where a request names the tokens that it is to go on with, see ``forcing.py``.
+KEY = "forced_tokens"
 #: Methods of which a request for fewer queries has to say so, as the server may be started with more.
 OBSERVING = ("echo",)
 
@@ -204,20 +207,30 @@ def make_questions(tasks: dict[str, Task], texts: Texts, args: argparse.Namespac
 
 
 def ask(client: OpenAI, model: str, row: Row, question: Question, prompt: list[int], limit: int) -> dict[str, Any]:
-    """One answer: its figures, the share of the prompt that was kept, and the beginning of its text."""
+    """One answer: its figures, the tokens of the prompt that were kept, and the beginning of its text."""
     sample = question.sample
-    extra = {"vllm_xargs": row.xargs, "return_token_ids": True, "ignore_eos": sample.is_copy}
+    extra: dict[str, Any] = {"vllm_xargs": row.xargs, "return_token_ids": True}
     if row.observe:
         # What the prefix cache has is not looked at.
         extra["cache_salt"] = f"{row} {question.task} {question.length} {question.index} {question.part}"
+    if sample.forced:
+        extra |= {"vllm_xargs": row.xargs | {KEY: sample.forced}, "ignore_eos": True, "logprobs": 1}
+    max_tokens = len(sample.forced) or min(sample.max_tokens, limit)
     answer = client.completions.create(
-        model=model, prompt=prompt, temperature=0, max_tokens=min(sample.max_tokens, limit), extra_body=extra
+        model=model, prompt=prompt, temperature=0, max_tokens=max_tokens, extra_body=extra
     )
     choice = answer.choices[0]
-    report = ((answer.model_extra or {}).get("kv_transfer_params") or {}).get("kv_eviction", {})
+    if sample.forced:
+        if choice.token_ids != sample.forced:
+            raise RuntimeError("the server forces no tokens: start it with --logits-processors forcing:Forced")
+        best = [max(of_step.values()) for of_step in choice.logprobs.top_logprobs]
+        scores = sample.forced_scores(choice.logprobs.token_logprobs, best)
+    else:
+        scores = sample.scores(choice.text)
+    report = (getattr(answer, "kv_transfer_params", None) or {}).get("kv_eviction", {})
     kept = report.get("kept_tokens")
     record = {
-        "scores": {name: round(value, 4) for name, value in sample.scores(choice.text, choice.token_ids).items()},
+        "scores": {name: round(value, 4) for name, value in scores.items()},
         "prompt": len(prompt),
         "kept": round(float(np.concatenate([np.ravel(layer) for layer in kept]).mean()), 1) if kept else len(prompt),
         "text": choice.text[:200],
@@ -252,7 +265,10 @@ def served(url: str | None, model: str, flags: list[str]) -> Iterator[str]:
     if url:
         yield url
     else:
-        with server(model, *flags) as address:
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")))
+        )
+        with server(model, *flags, "--logits-processors", "forcing:Forced") as address:
             yield address
 
 

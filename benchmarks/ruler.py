@@ -2,8 +2,8 @@
 
 Templates and numbers are those of the package ``nvidia-long-context-eval`` 26.3 (Apache-2.0), whose own generators are
 programs with requirements of their own. What is different: a length is that of the context alone; contexts are filled
-to the sentence, word or document; sentences are split by their marks instead of NLTK; each sample has dice of its own,
-and begins elsewhere in the essays. Words come from the package ``wonderwords``, essays, SQuAD and HotpotQA from RULER's.
+to the sentence, word or document; sentences are split by their marks instead of NLTK; each sample has dice of its own
+and begins elsewhere in the essays. Words come from the package ``wonderwords``, the rest of the data from RULER's.
 """
 
 import itertools

@@ -98,15 +98,9 @@ def letter(text: str, truth: str) -> float:
     return float(found is not None and truth in found.groups())
 
 
-def right_before_error(ours: Sequence[int], truth: Sequence[int]) -> float:
-    """Share of the tokens to copy before the first error."""
-    pairs = enumerate(zip(ours, truth, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), min(len(ours), len(truth))) / len(truth)
-
-
-def right_in_place(ours: Sequence[int], truth: Sequence[int]) -> float:
-    """Share of the tokens to copy that stand in their places."""
-    return sum(a == b for a, b in zip(ours, truth, strict=False)) / len(truth)
+def before_error(is_right: Sequence[bool]) -> float:
+    """Share of the tokens before the first error: so far greedy decoding goes right."""
+    return next((index for index, right in enumerate(is_right) if not right), len(is_right)) / len(is_right)
 
 
 def _cut(text: str) -> list[str]:
@@ -127,11 +121,6 @@ TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "F1": lambda text, truths: best(token_f1)(first_line(text), truths),
     "exact": lambda text, truths: best(exact)(first_line(text), truths),
     "letter": best(letter),
-}
-#: Metrics of token ids.
-TOKEN_METRICS: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
-    "in place": right_in_place,
-    "before error": right_before_error,
 }
 
 #: LongBench's metrics by data set.

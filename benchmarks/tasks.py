@@ -5,6 +5,7 @@ one context. Contexts have ``length`` tokens at most, those of prose exactly; th
 """
 
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common import package_path, speeches
-from scores import TEXT_METRICS, TOKEN_METRICS, longbench
+from scores import TEXT_METRICS, before_error, longbench
 
 T = TypeVar("T")
 
@@ -32,7 +33,8 @@ class Sample:
         context: token ids of what is read.
         question: token ids of what comes behind it.
         prefix: token ids that the answer begins with, behind a chat's template.
-        answers: all that are accepted, or, by the metric, are to be found; of copying one, as token ids.
+        answers: all that are accepted, or, by the metric, are to be found.
+        forced: token ids that the model is made to go on with: the question is how many it would have chosen itself.
         metrics: by name, the main one first.
         max_tokens: of the answer.
         in_chat: whether it may be put into a chat's template.
@@ -42,27 +44,35 @@ class Sample:
 
     context: list[int]
     question: list[int]
-    answers: Sequence[Any]
+    answers: Sequence[str]
     metrics: tuple[str, ...]
     max_tokens: int
+    forced: Sequence[int] = ()
     prefix: Sequence[int] = ()
     in_chat: bool = True
     depth: float | None = None
     dataset: str = ""
     classes: Sequence[str] = ()
 
-    @property
-    def is_copy(self) -> bool:
-        """Whether tokens are compared; then nothing ends the answer before its time."""
-        return self.metrics[0] in TOKEN_METRICS
-
-    def scores(self, text: str, token_ids: Sequence[int]) -> dict[str, float]:
+    def scores(self, text: str) -> dict[str, float]:
         """Figures of an answer by metric."""
         if self.dataset:
             return {name: longbench(self.dataset, text, self.answers, self.classes) for name in self.metrics}
-        if self.is_copy:
-            return {name: TOKEN_METRICS[name](token_ids, self.answers[0]) for name in self.metrics}
         return {name: TEXT_METRICS[name](text, self.answers) for name in self.metrics}
+
+    def forced_scores(self, chosen: Sequence[float], best: Sequence[float]) -> dict[str, float]:
+        """Figures of forced tokens.
+
+        Args:
+            chosen: their log probabilities.
+            best: those of the likeliest tokens.
+        """
+        is_right = [own >= other for own, other in zip(chosen, best, strict=True)]
+        return {
+            "copied": sum(is_right) / len(is_right),
+            "before error": before_error(is_right),
+            "probability": math.exp(sum(chosen) / len(chosen)),
+        }
 
 
 class Texts:
@@ -173,7 +183,7 @@ def fill(texts: Texts, length: int, most: int, build: Callable[[int], tuple[str,
 
 
 def copy(texts: Texts, length: int, dice: random.Random, index: int) -> list[Sample]:
-    """Twelve tokens of the context stand again behind it; the next 40 are to follow."""
+    """Twelve tokens of the context stand again behind it; the next 40 are to follow (teacher-forced)."""
     context = texts.prose(length, dice)
     while True:
         place = dice.randrange(length // 10, length - length // 4)
@@ -181,16 +191,8 @@ def copy(texts: Texts, length: int, dice: random.Random, index: int) -> list[Sam
         if sum(context[at : at + COPY_GIVEN] == given for at in range(length)) == 1:
             break
     expected = context[place + COPY_GIVEN : place + COPY_GIVEN + COPY_ASKED]
-    return [
-        Sample(
-            context,
-            [*texts.encode("\n\n"), *given],
-            [expected],
-            ("in place", "before error"),
-            COPY_ASKED,
-            in_chat=False,
-        )
-    ]
+    question = [*texts.encode("\n\n"), *given]
+    return [Sample(context, question, [], ("copied",), COPY_ASKED, forced=expected, in_chat=False)]
 
 
 def needles(
