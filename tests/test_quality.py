@@ -5,13 +5,13 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import quality
 import scores
 from longbench import longbench_tasks
 from quality import Answers, Prompts, Question, Row, flags, interval, key_of, parser, summarize
@@ -279,37 +279,37 @@ def test_a_killed_run_goes_on(tmp_path):
         Answers(file, {**settings, "seed": 1})
 
 
-def run(model: str, out: Path, *more: str) -> str:
-    command = [sys.executable, "benchmarks/quality.py", model, "--out", str(out), "--dtype", "float32"]
-    command += ["--block-size", "32", "--server-args=--enforce-eager", "--policies", "full", "snapkv+echo=12", "echo"]
-    command += ["--budgets", "0.2", "--lengths", "400", "--tasks", "copy", "depths", *more]
-    ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER")
-    env = {name: value for name, value in os.environ.items() if name not in ours}
-    return subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
-
-
 @pytest.mark.full
 @pytest.mark.slow
-def test_served(chatty_model, tmp_path):
-    """Both ways of prefill on a real server; and a second run asks only for what is new."""
+def test_served(chatty_model, tmp_path, monkeypatch, capsys):
+    """Both ways of prefill on real servers; a second run has nothing left to ask."""
     out = tmp_path / "quality.json"
-    assert "--kv-eviction snapkv" in run(chatty_model, out, "--samples", "1")
+    command = ["benchmarks/quality.py", chatty_model, "--out", str(out), "--dtype", "float32", "--block-size", "32"]
+    command += ["--server-args=--enforce-eager", "--policies", "full", "snapkv+echo=12", "echo", "--budgets", "0.2"]
+    command += ["--lengths", "400", "--tasks", "copy", "depths", "--samples", "1", "--prefill", "exact", "progressive"]
+    ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    printed = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    assert printed.count("--kv-eviction snapkv") == printed.count("vllm serve") == 2
+
     lines = out.with_suffix(".jsonl").read_text().splitlines()
-    assert len(lines) == 1 + 3 * (1 + 5)
-    records = [json.loads(line) for line in lines[1:]]
-    for record in records:
-        whole = record["prompt"]
+    assert len(lines) == 1 + 2 * 3 * (1 + 5)
+    for record in map(json.loads, lines[1:]):
+        whole, metrics = record["prompt"], {"depths": {"found"}, "copy": {"copied", "before error", "probability"}}
         # A share of the prompt, and what rounding to blocks adds.
         assert record["kept"] == whole if record["row"] == "full" else 0.19 * whole < record["kept"] < 0.2 * whole + 64
-        assert record["scores"].keys() == (
-            {"found"} if record["task"] == "depths" else {"copied", "before error", "probability"}
-        )
-    results = json.loads(out.read_text())
-    assert results["results"]["figures"]["exact"].keys() == {"full", "snapkv+echo=12 0.2", "echo 0.2"}
-    printed = run(chatty_model, out, "--samples", "1", "--prefill", "exact", "progressive")
-    assert printed.count("vllm serve") == 1
-    assert '"prefill": "progressive"' in printed
-    assert len(out.with_suffix(".jsonl").read_text().splitlines()) == 1 + 2 * 18
+        assert record["scores"].keys() == metrics[record["task"]]
+    figures = json.loads(out.read_text())["results"]["figures"]
+    rows = {"full", "snapkv+echo=12 0.2", "echo 0.2"}
+    assert {mode: cells.keys() for mode, cells in figures.items()} == {"exact": rows, "progressive": rows}
     assert {file.name for file in tmp_path.glob("*.png")} == {
         f"quality_{kind}{mode}.png" for kind in ("", "depths_") for mode in ("exact", "progressive")
     }
+
+    # Nobody would answer.
+    monkeypatch.setattr(sys, "argv", [*command, "--url", "http://127.0.0.1:9"])
+    quality.main()
+    assert "| echo 0.2 |" in capsys.readouterr().out
+    assert out.with_suffix(".jsonl").read_text().splitlines() == lines
