@@ -20,6 +20,7 @@ Every answer is a line of a JSONL beside ``--out``; a run that was interrupted g
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -341,7 +342,7 @@ def tabulate(records: Sequence[dict[str, Any]], rows: Sequence[Row]) -> dict[str
     for mode in ("exact", "progressive"):
         for row in rows:
             of_row = [record for record in records if (record["mode"], record["row"]) == (mode, str(row))]
-            columns = sorted({(record["task"], record["length"]) for record in of_row}, key=str)
+            columns = sorted({(record["task"], record["length"]) for record in of_row})
             for task, length in columns:
                 cell = [record for record in of_row if (record["task"], record["length"]) == (task, length)]
                 table.setdefault(mode, {}).setdefault(str(row), {})[f"{task} {length}"] = summarize(cell)
@@ -513,7 +514,9 @@ def main() -> None:
     table = tabulate(answers.records, rows)
     show(table)
     write(args.out, {"settings": settings, "figures": table})
-    if args.out:
+    if args.out and importlib.util.find_spec("matplotlib") is None:
+        print("\nno pictures: matplotlib is not installed")
+    elif args.out:
         draw(table, rows, args.out)
         draw_depths(answers.records, rows, args.out)
 
