@@ -360,6 +360,11 @@ def show(table: dict[str, Any]) -> None:
         columns = list(dict.fromkeys(column for cells in by_row.values() for column in cells))
         print(f"\n{mode} prefill; mean and 95% interval over contexts\n")
         print("| | kept |" + "".join(f" {column} |" for column in columns) + "\n|---|---|" + "---|" * len(columns))
+        counts = [
+            max(len(main_metric(cells[column])["contexts"]) for cells in by_row.values() if column in cells)
+            for column in columns
+        ]
+        print("| contexts | |" + "".join(f" {count} |" for count in counts))
         for row, cells in by_row.items():
             kept = np.mean([cell["kept"] for cell in cells.values()])
             shown = [main_metric(cells[column]) if column in cells else None for column in columns]
@@ -409,6 +414,9 @@ def draw(table: dict[str, Any], rows: Sequence[Row], file: Path) -> None:
                         color=color,
                     )
             axis.set(title=column, xlabel="budget", ylim=(-0.03, 1.03), xscale="log")
+            ticks = sorted({float(row.budget) for row in rows if row.budget})
+            axis.set_xticks(ticks, [f"{tick:.0%}" if tick <= 1 else f"{tick:.0f}" for tick in ticks], minor=False)
+            axis.set_xticks([], minor=True)
             axis.grid(alpha=0.3)
         figure.legend(lines.values(), lines.keys(), loc="outside right center")
         figure.savefig(file.with_name(f"{file.stem}_{mode}.png"), dpi=110)
@@ -416,7 +424,7 @@ def draw(table: dict[str, Any], rows: Sequence[Row], file: Path) -> None:
 
 
 def draw_depths(records: Sequence[dict[str, Any]], rows: Sequence[Row], file: Path) -> None:
-    """Heat maps of needles by depth and length, a picture for each mode, a panel for each row."""
+    """Heat maps of needles by depth and length, a picture for each mode, a line of panels for each policy."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -426,13 +434,15 @@ def draw_depths(records: Sequence[dict[str, Any]], rows: Sequence[Row], file: Pa
     for mode in sorted({record["mode"] for record in found}):
         of_mode = [record for record in found if record["mode"] == mode]
         lengths, depths = (sorted({record[name] for record in of_mode}) for name in ("length", "depth"))
-        shown = [row for row in rows if any(record["row"] == str(row) for record in of_mode)]
-        wide = min(len(shown), max(len({row.budget for row in shown}) - 1, 1))
-        high = -(-len(shown) // wide)
+        asked = {record["row"] for record in of_mode}
+        by_policy = itertools.groupby((row for row in rows if str(row) in asked), key=lambda row: row.policy)
+        lines = [list(of_policy) for _, of_policy in by_policy]
+        high, wide = len(lines), max(map(len, lines))
+        shown = [row for line in lines for row in [*line, *[None] * (wide - len(line))]]
         figure, axes = pyplot.subplots(
             high, wide, figsize=(2.6 * wide + 1, 2.2 * high), layout="constrained", squeeze=False
         )
-        for axis, row in itertools.zip_longest(axes.flat, shown):
+        for axis, row in zip(axes.flat, shown, strict=True):
             if row is None:
                 axis.axis("off")
                 continue
