@@ -12,7 +12,8 @@ A method with knobs is written ``snapkv+echo=12``. Tasks: ``copy``, ``needle``, 
 conversation is the same over HTTP: its prompt is computed anew or taken from the prefix cache, exact either way, and
 evicted with the new question in sight. ``--prefill progressive``: the prompt is evicted after each chunk, and a chunk
 ends where the context does, so that the question reads what was kept without it (query-agnostic); prose in front of
-the context fills it up to whole chunks. One chunk is as long as the longest context, or ``--chunk``.
+the context fills it up to whole chunks. One chunk is as long as the longest context, or ``--chunk``. Its server
+runs one request at a time, as a step's tokens are what ends a chunk.
 
 Every answer is a line of a JSONL beside ``--out``; a run that was interrupted goes on where it was.
 
@@ -246,10 +247,8 @@ def flags(mode: str, rows: Sequence[Row], chunk: int, longest: int, args: argpar
         if (value := getattr(args, name)) is not None:
             found += [f"--{name.replace('_', '-')}", str(value)]
     if chunk:
-        # As many whole chunks in a step as there are requests: none is cut by what others take.
-        found += ["--long-prefill-token-threshold", str(chunk), "--no-enable-prefix-caching"]
-        found += ["--max-num-seqs", str(args.concurrency)]
-        found += ["--max-num-batched-tokens", str(chunk * args.concurrency)]
+        # One request at a time takes whole chunks; --long-prefill-token-threshold would not bind one that is alone.
+        found += ["--max-num-seqs", "1", "--max-num-batched-tokens", str(chunk), "--no-enable-prefix-caching"]
     evicting = [row for row in rows if row.policy != "full"]
     if evicting:
         densest = min((row for row in evicting if row.observe), key=lambda row: row.observe, default=None)

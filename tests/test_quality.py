@@ -246,7 +246,7 @@ def test_servers_are_started_with_what_their_rows_need():
     assert json.loads(Row("echo", "0.1").xargs["kv_eviction_config"]) == {"observe": 0}
     found = flags("progressive", rows, 500, 2000, args)
     assert json.loads(found[found.index("--kv-eviction-config") + 1])["observe"] == 8
-    assert found[found.index("--max-num-batched-tokens") + 1] == "2000"
+    assert found[found.index("--max-num-batched-tokens") + 1] == "500"
     assert found[-1] == "--enforce-eager"
     assert "--kv-eviction" not in flags("exact", rows[:1], 0, 2000, args)
 
