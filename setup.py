@@ -26,8 +26,12 @@ setup(
         # Kernels to compare with. They are built against the torch that is there: see README.md.
         "reference": ["flash-attn", "xformers"],
         "ray": ["ray[serve]"],
-        "bench": ["pandas", "datasets", "matplotlib"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "accelerate", "gguf", "openai"],
+        # wonderwords, rouge and jieba: words and metrics of benchmarks/quality.py.
+        "bench": ["pandas", "datasets", "matplotlib", "wonderwords", "rouge", "jieba"],
+        "test": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),
+            *("accelerate", "gguf", "openai", "matplotlib", "rouge"),
+        ],
     },
     entry_points={"vllm.general_plugins": ["cake_vllm = cake_vllm:register"]},
 )

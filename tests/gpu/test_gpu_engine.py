@@ -17,7 +17,7 @@ from cake_vllm.policies import create_policy
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 
 BUDGET, CHUNK = 150, 256
-#: FlashAttention computes in half precision: float16 resolves 1e-3, of which 30 layers make some 1e-2 (bfloat16, with an
+#: FlashAttention computes in half precision: float16 resolves 1e-3, of which 30 layers make 1e-2 (bfloat16, with an
 #: eighth of that resolution, was seen to move ranks by 1e-1).
 HALF = {"rank_bound": 5e-2, "gap_bound": 0.1}
 

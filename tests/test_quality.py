@@ -1,0 +1,315 @@
+"""The harness of quality: tasks have their answers in their contexts, metrics count right, and a run can go on."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import quality
+import scores
+from longbench import longbench_tasks
+from quality import Answers, Prompts, Question, Row, flags, interval, key_of, parser, summarize
+from ruler import RULER
+from tasks import TASKS, Sample, Texts, fill
+
+LENGTH = 1200
+#: Tasks whose contexts are prose and have exactly the length asked for.
+OF_PROSE = ("copy", "needle", "needles", "reversed", "depths")
+WORDS = ("stone", "river", "lamp", "cloud", "paper", "glass", "wheel", "field", "north", "silver")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.fixture(scope="module")
+def texts(tokenizer, tmp_path_factory) -> Texts:
+    """Over made-up packages in the form of the real ones."""
+    data, dice = tmp_path_factory.mktemp("data"), random.Random(1)
+
+    def sentence(count: int = 12) -> str:
+        return " ".join(dice.choices(WORDS, k=count)).capitalize() + "."
+
+    def paragraph() -> str:
+        return " ".join(sentence() for _ in range(5))
+
+    synthetic = data / "long_context_eval/data/synthetic/json"
+    articles = []
+    for title in ("Old_Mills", "Deep_Wells", "Tall_Ships", "High_Roads", "Long_Walls", "Wide_Gates"):
+        parts = []
+        for number in range(10):
+            asked = {
+                "question": f"Who built number {number}?",
+                "answers": [{"text": f"Builder {title} {number}"}],
+                "is_impossible": number % 3 == 2,
+            }
+            parts.append({"context": f"{paragraph()} It was built by Builder {title} {number}.", "qas": [asked]})
+        articles.append({"title": title, "paragraphs": parts})
+    hops = [
+        {
+            "question": f"Where is {number}?",
+            "answer": f"Town {number}",
+            "supporting_facts": [[f"B{number}", 0], [f"C{number}", 1], [f"C{number}", 0]],
+            "context": [[f"{name}{number}", [paragraph(), f" It is in Town {number}."]] for name in "ABCDE"],
+        }
+        for number in range(12)
+    ]
+    files = {
+        synthetic / "squad.json": {"data": articles},
+        synthetic / "hotpotqa.json": hops,
+        synthetic / "PaulGrahamEssays.json": {"text": " ".join(paragraph() for _ in range(200))},
+    }
+    for file, content in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content))
+    assets = data / "wonderwords/assets"
+    assets.mkdir(parents=True)
+    for index, kind in enumerate(("noun", "adjective", "verb")):
+        (assets / f"{kind}list.txt").write_text(
+            "\n".join(f"{word}{index}{number}" for word in WORDS for number in range(9))
+        )
+    return Texts(tokenizer, data)
+
+
+def make(texts: Texts, name: str, length: int = LENGTH, seed: int = 0) -> list[Sample]:
+    return {**TASKS, **RULER}[name](texts, length, random.Random(f"{seed}"), 0)
+
+
+@pytest.mark.parametrize("name", [*TASKS, *RULER])
+def test_answers_are_in_their_contexts(texts, name):
+    for length in (LENGTH, 2 * LENGTH):
+        samples = make(texts, name, length)
+        assert samples == make(texts, name, length), "the same seed gives the same"
+        assert samples != make(texts, name, length, seed=1)
+        for sample in samples:
+            context = texts.tokenizer.decode(sample.context)
+            assert sample.answers or sample.forced
+            assert all(answer in context for answer in sample.answers)
+            assert len(sample.context) == length if name in OF_PROSE else 0.7 * length < len(sample.context) <= length
+            question = texts.tokenizer.decode([*sample.question, *sample.prefix])
+            assert not any(answer in question for answer in sample.answers)
+
+
+def test_a_copy_begins_where_its_passage_goes_on(texts):
+    (sample,) = make(texts, "copy")
+    given = sample.question[-12:]
+    (place,) = [at for at in range(LENGTH) if sample.context[at : at + 12] == given]
+    assert sample.context[place + 12 : place + 52] == list(sample.forced)
+
+
+def test_needles_lie_where_they_should(texts):
+    samples = make(texts, "depths")
+    assert [sample.depth for sample in samples] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    for sample in samples:
+        before, _, _ = texts.tokenizer.decode(sample.context).partition(f" {sample.answers[0]}")
+        assert len(texts.encode(before)) / LENGTH == pytest.approx(sample.depth, abs=0.08)
+    (reverse,) = make(texts, "reversed")
+    context = texts.tokenizer.decode(reverse.context)
+    assert f"{reverse.answers[0]} is the special magic number for the " in context
+    (five,) = make(texts, "needles")
+    assert texts.tokenizer.decode(five.context).count("The special magic number for the") == 5
+
+
+def test_ruler_counts_words(texts):
+    for name, most in (("cwe", 10), ("fwe", 3)):
+        (sample,) = make(texts, name, 3000)
+        words = texts.tokenizer.decode(sample.context).replace("...", " ").split()
+        if name == "cwe":
+            # Behind the solved example.
+            words = words[len(words) - words[::-1].index("1.") :]
+        counts = {word: words.count(word) for word in words if not word.strip(".").isdigit()}
+        counts = (
+            {word: count for word, count in counts.items() if len(word) > 4 and word.islower()}
+            if name == "fwe"
+            else counts
+        )
+        ranked = sorted(counts, key=counts.get, reverse=True)
+        assert set(ranked[:most]) == set(sample.answers), name
+
+
+def test_contexts_are_filled(texts):
+    context, rest = fill(texts, 100, 1000, lambda units: (" stone" * units, units))
+    assert len(context) == rest == 100
+    assert fill(texts, 100, 7, lambda units: (" stone" * units, units))[1] == 7
+    with pytest.raises(SystemExit, match="2 tokens are too few"):
+        fill(texts, 2, 9, lambda units: (" stone" * 3 * units, units))
+
+
+@pytest.mark.parametrize(
+    ("metric", "text", "truths", "expected"),
+    [
+        # Words: "cat sat on mat" (the articles go) and "cat on mat": three in common, of four and of three.
+        ("F1", "The cat sat on the mat.\nMore", ["a cat, on a mat"], 2 * 3 / 7),
+        ("F1", "dog", ["cat", "Dog!"], 1.0),
+        ("F1", "", ["cat"], 0.0),
+        ("exact", "\n The Cat. \nand more", ["cat"], 1.0),
+        ("exact", "cats", ["cat"], 0.0),
+        ("found", "It is 12345, I think", ["12345", "9"], 1.0),
+        ("found", "none", ["12345"], 0.0),
+        ("all found", "ABC and xyz", ["abc", "XYZ", "q", "r"], 0.5),
+        ("letter", "The correct answer is (**B**)", ["B"], 1.0),
+        ("letter", "The correct answer is C.", ["B"], 0.0),
+        ("letter", "B", ["B"], 0.0),
+    ],
+)
+def test_metrics(metric, text, truths, expected):
+    assert scores.TEXT_METRICS[metric](text, truths) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "text", "truths", "classes", "expected"),
+    [
+        ("qasper", "the red\nhouse", ["red house", "x"], [], 1.0),
+        # One line only: "red", one of two words.
+        ("triviaqa", "\nred\nhouse", ["red house"], [], 2 * 1 / 3),
+        ("passage_count", "5 or 6, so 5", ["5"], [], 2 / 3),
+        ("passage_retrieval_en", "Paragraph 3", ["Paragraph 3"], [], 1.0),
+        ("passage_retrieval_zh", "没有", ["段落3"], [], 0.0),
+        ("trec", "Type: City, Date", ["City"], ["City", "Date", "Sport"], 0.5),
+        # A class that is part of the right one does not count against it.
+        ("trec", "Other location", ["Other location"], ["location", "Other location"], 1.0),
+        ("lcc", "# a comment\nreturn x + y\n", ["return x + z"], [], 0.92),
+        # ROUGE-L: three words in their order, of four and of five.
+        ("gov_report", "the cat sat down", ["the cat sat on mats"], [], 2 * 3 / 9),
+        ("gov_report", "", ["something"], [], 0.0),
+    ],
+)
+def test_longbench_metrics(dataset, text, truths, classes, expected):
+    assert scores.longbench(dataset, text, truths, classes) == pytest.approx(expected, abs=1e-6)
+
+
+def test_forced_tokens_are_judged_by_what_the_model_would_have_chosen():
+    sample = Sample([], [], [], ("copied",), 4, forced=[1, 2, 3, 4])
+    figures = sample.forced_scores([-0.1, -0.1, -2.0, -0.2], [-0.1, -0.1, -0.5, -0.2])
+    assert (figures["copied"], figures["before error"]) == (0.75, 0.5)
+    assert figures["probability"] == pytest.approx(0.5488, abs=1e-4)
+
+
+def test_longbench_is_read_in_its_published_form(texts, tmp_path):
+    for folder in ("data", "config"):
+        (tmp_path / folder).mkdir()
+    rows = [
+        {"context": "one two three " * 50, "input": f"Which {n}?", "answers": [f"{n}"], "all_classes": None}
+        for n in range(2)
+    ]
+    (tmp_path / "data/qasper.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "config/dataset2prompt.json").write_text(
+        '{"qasper": "Read. {context}\\n\\nQuestion: {input}\\nAnswer:"}'
+    )
+    (tmp_path / "config/dataset2maxlen.json").write_text('{"qasper": 7}')
+    v2 = tmp_path / "data.json"
+    choices = {f"choice_{letter}": f"is {letter}" for letter in "ABCD"}
+    v2.write_text(json.dumps([{"context": "long", "question": "What?", "answer": "C", **choices}]))
+    tasks = longbench_tasks(tmp_path, v2)
+    assert list(tasks) == ["longbench:qasper", "longbench2"]
+
+    samples = [tasks["longbench:qasper"](texts, 40, random.Random(0), index) for index in range(3)]
+    assert [len(of_index) for of_index in samples] == [1, 1, 0]
+    first = samples[0][0]
+    whole = texts.encode("Read. " + rows[0]["context"])
+    assert first.context == whole[:20] + whole[-20:]
+    assert texts.tokenizer.decode(first.question).startswith("\n\nQuestion: Which ")
+    assert first.max_tokens == 7
+    assert first.scores(f"It's {first.answers[0]}") == {"LongBench": pytest.approx(2 / 3)}
+    (second,) = tasks["longbench2"](texts, 400, random.Random(0), 0)
+    assert "(C) is C" in texts.tokenizer.decode(second.question)
+    assert second.scores("The correct answer is (C)") == {"letter": 1.0}
+
+
+def test_contexts_end_where_a_chunk_does(texts):
+    (sample,) = make(texts, "needle")
+    plain, chunked, chat = Prompts(texts, False), Prompts(texts, False, 500), Prompts(texts, True)
+    asked = [*sample.question, *sample.prefix]
+    assert plain.ids(sample) == [*sample.context, *asked]
+    ids = chunked.ids(sample)
+    assert ids[300:] == plain.ids(sample)
+    assert len(ids) - len(asked) == 1500
+    text = texts.tokenizer.decode(chat.ids(sample))
+    assert text.startswith("<|im_start|>")
+    assert text.endswith("<|im_start|>assistant\n" + texts.tokenizer.decode(sample.prefix))
+
+
+def test_servers_are_started_with_what_their_rows_need():
+    args = parser().parse_args(["model", "--concurrency", "4", "--server-args=--enforce-eager", "--block-size", "32"])
+    rows = [Row("full"), Row("snapkv+echo=12", "0.1"), Row("echo+observe=16", "0.1"), Row("echo+observe=8", "0.2")]
+    assert rows[0].xargs == {"kv_eviction": "none"}
+    assert json.loads(rows[1].xargs["kv_eviction_config"]) == {"echo": 12}
+    assert json.loads(Row("echo", "0.1").xargs["kv_eviction_config"]) == {"observe": 0}
+    found = flags("progressive", rows, 500, 2000, args)
+    assert json.loads(found[found.index("--kv-eviction-config") + 1])["observe"] == 8
+    assert found[found.index("--max-num-batched-tokens") + 1] == "500"
+    assert found[-1] == "--enforce-eager"
+    assert "--kv-eviction" not in flags("exact", rows[:1], 0, 2000, args)
+
+
+def test_intervals_are_over_contexts():
+    low, high = interval([0.0, 1.0] * 50)
+    assert 0.38 < low < 0.42 < 0.58 < high < 0.62
+    records = [
+        {"mode": "exact", "row": "full", "task": "depths", "length": 9, "index": index, "part": part,
+         "scores": {"found": score}, "kept": 5, "prompt": 10}
+        for index, part, score in ((0, 0, 1.0), (0, 1, 0.0), (1, 0, 1.0), (1, 1, 1.0))
+    ]  # fmt: skip
+    figures = summarize(records)
+    assert figures["found"]["contexts"] == [0.5, 1.0]
+    assert (figures["found"]["mean"], figures["kept"]) == (0.75, 0.5)
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    file, settings = tmp_path / "a.jsonl", {"model": "m", "seed": 0}
+    question = Question("copy", 9, 3, 0, Sample([], [], [], (), 0))
+    names = ("mode", "row", "task", "length", "index", "part")
+    Answers(file, settings).add(dict(zip(names, question.key("exact", Row("cake", "0.1")), strict=True)))
+    with file.open("a") as lines:
+        lines.write('{"mode": "exa')
+    again = Answers(file, settings)
+    assert [key_of(record) for record in again.records] == [question.key("exact", Row("cake", "0.1"))]
+    again.add(again.records[0])
+    assert len(Answers(file, settings).records) == 2
+    with pytest.raises(SystemExit, match="other settings \\(seed\\)"):
+        Answers(file, {**settings, "seed": 1})
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_served(chatty_model, tmp_path, monkeypatch, capsys):
+    """Both ways of prefill on real servers; a second run has nothing left to ask."""
+    out = tmp_path / "quality.json"
+    command = ["benchmarks/quality.py", chatty_model, "--out", str(out), "--dtype", "float32", "--block-size", "32"]
+    command += ["--server-args=--enforce-eager", "--policies", "full", "snapkv+echo=12", "echo", "--budgets", "0.2"]
+    command += ["--lengths", "400", "--tasks", "copy", "depths", "--samples", "1", "--prefill", "exact", "progressive"]
+    ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    printed = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    assert printed.count("--kv-eviction snapkv") == printed.count("vllm serve") == 2
+
+    lines = out.with_suffix(".jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 3 * (1 + 5)
+    for record in map(json.loads, lines[1:]):
+        whole, metrics = record["prompt"], {"depths": {"found"}, "copy": {"copied", "before error", "probability"}}
+        # A share of the prompt, and what rounding to blocks adds.
+        assert record["kept"] == whole if record["row"] == "full" else 0.19 * whole < record["kept"] < 0.2 * whole + 64
+        assert record["scores"].keys() == metrics[record["task"]]
+    figures = json.loads(out.read_text())["results"]["figures"]
+    rows = {"full", "snapkv+echo=12 0.2", "echo 0.2"}
+    assert {mode: cells.keys() for mode, cells in figures.items()} == {"exact": rows, "progressive": rows}
+    assert {file.name for file in tmp_path.glob("*.png")} == {
+        f"quality_{kind}{mode}.png" for kind in ("", "depths_") for mode in ("exact", "progressive")
+    }
+
+    # Nobody would answer.
+    monkeypatch.setattr(sys, "argv", [*command, "--url", "http://127.0.0.1:9"])
+    quality.main()
+    assert "| echo 0.2 |" in capsys.readouterr().out
+    assert out.with_suffix(".jsonl").read_text().splitlines() == lines
