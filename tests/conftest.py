@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+#: A policy in a distribution of its own.
+POLICY_PACKAGE = ROOT / "examples" / "policy"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -180,6 +182,18 @@ def chatty_model(model_dir: str, tmp_path_factory: pytest.TempPathFactory) -> st
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(Path(model_dir) / file, path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def policy_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where pip put the package with a policy of its own: a folder for Python's path."""
+    target = tmp_path_factory.mktemp("site")
+    source = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "my_policies.py"):
+        shutil.copy(POLICY_PACKAGE / name, source)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--target", target, source], check=True)
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -160,7 +160,9 @@ def test_drafts_beside_eviction_of_generated_tokens_are_verified_in_time(llama):
             plugin.refuse_speculation(ways[way], config)
 
 
-#: By what the README calls them.
+COMPATIBILITY = (ROOT / "docs" / "compatibility.md").read_text()
+
+#: By what the documentation calls them.
 FEATURES = {
     "context parallelism": ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size yet: set it to 1"),
     "dual-batch overlap": ({"enable_dbo": True}, "--enable-dbo yet: drop it"),
@@ -265,14 +267,13 @@ def test_attention_that_cannot_be_evicted(name):
         impl(8, 64, 1.0, **kwargs)
 
 
-def test_the_readme_lists_what_is_refused():
-    readme = (ROOT / "README.md").read_text()
-    (row,) = (line for line in readme.splitlines() if line.startswith("| refused at start-up"))
+def test_the_documentation_lists_what_is_refused():
+    (row,) = (line for line in COMPATIBILITY.splitlines() if line.startswith("| refused at start-up"))
     assert set(row.split("|")[2].strip().split(", ")) == {*FEATURES, *MODELS, *ATTENTION}
 
 
-def test_the_readme_names_tests_that_exist():
-    named = set(re.findall(r"`(test_\w+\.py)`", (ROOT / "README.md").read_text()))
+def test_the_documentation_names_tests_that_exist():
+    named = set(re.findall(r"`(test_\w+\.py)`", COMPATIBILITY))
     assert named
     assert named <= {file.name for file in (ROOT / "tests").rglob("test_*.py")}
 

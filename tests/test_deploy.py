@@ -142,8 +142,13 @@ def extras(tmp_path_factory) -> dict[str, set[str]]:
 
 
 def test_plain_pip_builds_nothing_that_needs_torch(extras):
-    """What the README, set-up and the images install with plain pip; the rest has an extra and two steps of its own."""
-    files = [ROOT / "README.md", ROOT / "deploy" / "setup.sh", *ROOT.glob("deploy/Dockerfile.*")]
+    """What the pages, set-up and the images install with plain pip; the rest has an extra and two steps of its own."""
+    files = [
+        ROOT / "README.md",
+        ROOT / "deploy" / "setup.sh",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("deploy/Dockerfile.*"),
+    ]
     commands = [line for file in files for line in file.read_text().splitlines() if "pip install" in line]
     plain = {command for command in commands if "--no-build-isolation" not in command}
     groups = [names for command in plain for names in re.findall(r"\[([a-z,]+)\]", command)]

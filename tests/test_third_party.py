@@ -1,43 +1,26 @@
 """A policy from another distribution: installed, listed and served."""
 
-import subprocess
-import sys
-
 import pytest
-from conftest import ROOT
+from conftest import POLICY_PACKAGE, ROOT
 from engine import Engine
 
 from cake_vllm import policies
 
-PACKAGE = ROOT / "tests" / "third_party"
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """Where pip put the package."""
-    target = tmp_path_factory.mktemp("site")
-    source = tmp_path_factory.mktemp("source")
-    for name in ("setup.py", "my_policies.py"):
-        (source / name).write_text((PACKAGE / name).read_text())
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    command += ["--target", target, source]
-    subprocess.run(command, check=True)
-    return target
-
 
 @pytest.fixture
-def third_party(installed, monkeypatch):
-    monkeypatch.syspath_prepend(installed)
+def third_party(policy_package, monkeypatch):
+    monkeypatch.syspath_prepend(policy_package)
     policies.third_party_policies.cache_clear()
     yield
     policies.third_party_policies.cache_clear()
 
 
-def test_readme_shows_the_package():
-    readme = (ROOT / "README.md").read_text()
-    source = (PACKAGE / "my_policies.py").read_text()
-    assert source.partition('"""\n\n')[2] in readme
-    assert 'entry_points={"cake_vllm.policies": ["value-norm = my_policies:ValueNorm"]}' in readme
+def test_the_documentation_shows_the_package():
+    page = (ROOT / "docs" / "writing-a-policy.md").read_text()
+    assert (POLICY_PACKAGE / "my_policies.py").read_text().partition('"""\n\n')[2] in page
+    entry = 'entry_points={"cake_vllm.policies": ["value-norm = my_policies:ValueNorm"]}'
+    assert entry in page
+    assert entry in (POLICY_PACKAGE / "setup.py").read_text()
 
 
 def test_listed(third_party):

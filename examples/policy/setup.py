@@ -1,3 +1,5 @@
+"""A distribution whose entry point makes a method of its class."""
+
 from setuptools import setup
 
 setup(

@@ -1,4 +1,4 @@
-"""A policy of somebody else's, as the README shows it."""
+"""A policy of somebody else's; the documentation shows it."""
 
 from dataclasses import dataclass
 
