@@ -35,7 +35,7 @@ def compare_contexts(model: str, args: argparse.Namespace) -> dict[str, dict[str
     if not args.dry_run:
         settings["cudagraph_capture_sizes"] = [1, 2, 4]
     eviction = {"kv_eviction_budget": args.budget, "kv_eviction_config": {"decode": "off"}}
-    engines = {"stock": settings, **{name: settings | eviction | {"kv_eviction": name} for name in METHODS}}
+    engines = {"stock": settings, **{name: settings | eviction | {"kv_eviction": name} for name in args.methods}}
     results: dict[str, dict[str, Any]] = {str(context): {} for context in args.contexts}
     for name, of_engine in engines.items():
         engine = Remote(model, of_engine)
@@ -73,7 +73,7 @@ def compare_references(model: str, args: argparse.Namespace) -> dict[str, Any]:
     settings = {"max_model_len": max(args.contexts) + 512, **args.engine, "enforce_eager": True}
     remote = Remote(model, settings | {"kv_eviction": METHODS[0], "kv_eviction_budget": args.budget}, Compared)
     prompts = [[(index * index + shift) % args.vocabulary for index in range(args.contexts[0])] for shift in range(4)]
-    results = {name: remote("compare", prompts, name, args.repeats) for name in METHODS}
+    results = {name: remote("compare", prompts, name, args.repeats) for name in args.methods}
     remote.close()
     print("\n| competing | reference | ours, us | reference, us | largest difference |\n|---|---|---|---|---|")
     for name, references in results.items():
@@ -91,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model directory, with a tokenizer")
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 16_384, 32_768, 65_536, 130_000])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--budget", type=int, default=1024)
     parser.add_argument("--requests", type=int, default=128, help="to the servers")
     parser.add_argument("--pool", type=int, default=8, help="full requests that the smaller pool holds")
