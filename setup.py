@@ -15,9 +15,12 @@ setup(
     description="KV-cache eviction for stock vLLM: every layer keeps as many tokens as its attention needs",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["cake_vllm", "cake_vllm.*"]),
+    package_data={"cake_vllm": ["py.typed"]},
+    include_package_data=False,
+    zip_safe=False,
     install_requires=["numpy", "packaging"],
     extras_require={
         # vLLM is never a plain requirement: the wheel that fits differs by machine.
@@ -26,8 +29,15 @@ setup(
         # Kernels to compare with. They are built against the torch that is there: see README.md.
         "reference": ["flash-attn", "xformers"],
         "ray": ["ray[serve]"],
+        "inspect": ["matplotlib"],
         "bench": ["pandas", "datasets", "matplotlib"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "accelerate", "gguf", "openai"],
+        "test": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "accelerate", "gguf", "openai"),
+            *("build", "matplotlib"),
+        ],
     },
-    entry_points={"vllm.general_plugins": ["cake_vllm = cake_vllm:register"]},
+    entry_points={
+        "vllm.general_plugins": ["cake_vllm = cake_vllm:register"],
+        "console_scripts": ["cake-vllm = cake_vllm.__main__:main"],
+    },
 )

@@ -24,6 +24,7 @@ from cake_vllm.config import (
     POLICY_KEY,
     REPORT_KEY,
     KVEvictionConfig,
+    argument,
     flag,
     parse_budget,
     parse_options,
@@ -110,14 +111,18 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--policy", choices=policy_names(), default="cake", help="default: %(default)s")
     parser.add_argument(
         "--budget",
-        type=parse_budget,
+        type=argument(parse_budget),
         default=DEFAULT_BUDGET,
         metavar="N|F",
         help=f"as {flag(BUDGET_KEY)} of vllm serve: tokens per layer, or a fraction of the prompt (default: "
         "%(default)s)",
     )
     parser.add_argument(
-        "--config", type=parse_options, default={}, metavar="JSON", help=f"as {flag(CONFIG_KEY)} of vllm serve"
+        "--config",
+        type=argument(parse_options),
+        default={},
+        metavar="JSON",
+        help=f"as {flag(CONFIG_KEY)} of vllm serve",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the page, HTML without other files")
     parser.add_argument("--png", type=Path, metavar="FILE", help="the picture alone")
@@ -391,7 +396,7 @@ def page(found: Inspection, figure: Any) -> str:
     del numbers["pieces"]
     share = found.is_kept.mean(axis=(0, 1))
     text = "".join(
-        f'<span style="--k:{kept:.2f}" title="position {position}: {kept:.0%}">{html.escape(piece)}</span>'
+        f'<span style="--k:{kept**0.5:.2f}" title="position {position}: {kept:.0%}">{html.escape(piece)}</span>'
         for position, (piece, kept) in enumerate(zip(found.pieces, share, strict=True))
     )
     mean = sum(sum(layer.kept) / len(layer.kept) for layer in found.layers) / len(found.layers)

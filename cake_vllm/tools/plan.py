@@ -30,6 +30,7 @@ from cake_vllm.config import (
     DEFAULT_BUDGET,
     POLICY_KEY,
     KVEvictionConfig,
+    argument,
     flag,
     parse_budget,
     parse_options,
@@ -162,14 +163,18 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--policy", choices=policy_names(), default="cake", help="default: %(default)s")
     parser.add_argument(
         "--budget",
-        type=parse_budget,
+        type=argument(parse_budget),
         default=DEFAULT_BUDGET,
         metavar="N|F|auto",
         help=f"as {flag(BUDGET_KEY)} of vllm serve: tokens per layer, a fraction of the prompt, or auto "
         "(default: %(default)s)",
     )
     parser.add_argument(
-        "--config", type=parse_options, default={}, metavar="JSON", help=f"as {flag(CONFIG_KEY)} of vllm serve"
+        "--config",
+        type=argument(parse_options),
+        default={},
+        metavar="JSON",
+        help=f"as {flag(CONFIG_KEY)} of vllm serve",
     )
     parser.add_argument("--block-size", type=positive, default=16, metavar="N", help="default: %(default)s")
     parser.add_argument("--dtype", default="auto", help="as of vllm serve (default: %(default)s)")
