@@ -12,8 +12,10 @@ from conftest import ROOT
 from engine import Engine
 
 from cake_vllm.__main__ import main
+from cake_vllm.config import KVEvictionConfig
+from cake_vllm.policies import LayerInputs
 from cake_vllm.policies.cake import Cake
-from cake_vllm.tools.inspect import read_prompt, tokenize
+from cake_vllm.tools.inspect import Inspection, Layer, Terms, draw, page, read_prompt, tokenize
 
 pytest.importorskip("matplotlib")
 LICENSE = ROOT / "LICENSE"
@@ -34,7 +36,7 @@ def inspected(model: str, tmp_path: Path, *flags: str) -> tuple[dict, str]:
     ("policy", "budget"),
     [
         ("cake", "200"),
-        *(pytest.param(*case, marks=pytest.mark.full) for case in (("layer-defensivekv", "0.1"), ("knorm", "200"))),
+        pytest.param("layer-defensivekv", "0.1", marks=pytest.mark.full),
     ],
 )
 def test_the_page_says_what_is_served(
@@ -42,7 +44,7 @@ def test_the_page_says_what_is_served(
 ):
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("</script><b>&amp; " + LICENSE.read_text()[:6000])
-    numbers, page = inspected(chatty_model, tmp_path, "--prompt", str(prompt), "--policy", policy, "--budget", budget)
+    numbers, text = inspected(chatty_model, tmp_path, "--prompt", str(prompt), "--policy", policy, "--budget", budget)
     assert capsys.readouterr().out.count("wrote ") == 2
     from transformers import AutoTokenizer
 
@@ -73,29 +75,39 @@ def test_the_page_says_what_is_served(
             expected = range(full_len) if kept[index] is None else kept[index][head].tolist()
             assert positions == [*expected, *range(full_len, len(ids))]
             assert len(positions) == layer["kept"][head % len(layer["kept"])]
-        inputs, _ = judged[index]
-        if policy == "knorm":
-            assert layer["entropy"] is layer["variance"] is layer["preference"] is None
-        else:
-            terms = cake.score(inputs).terms
-            torch.testing.assert_close(torch.tensor([layer["entropy"], layer["variance"]]), terms)
-    if policy != "knorm":
-        preferences = cake.preferences([cake.score(judged[index][0]) for index in range(4)])
-        shares = [preference / sum(preferences) for preference in preferences]
-        assert [layer["preference"] for layer in numbers["layers"]] == pytest.approx(shares, rel=1e-4)
+        terms = cake.score(judged[index][0]).terms
+        torch.testing.assert_close(torch.tensor([layer["entropy"], layer["variance"]]), terms)
+    preferences = cake.preferences([cake.score(judged[index][0]) for index in range(4)])
+    shares = [preference / sum(preferences) for preference in preferences]
+    assert [layer["preference"] for layer in numbers["layers"]] == pytest.approx(shares, rel=1e-4)
     if policy == "cake":
         counts = cake.budgets([judged[index][1] for index in range(4)], len(ids), value)
         assert [layer["budget"] for layer in numbers["layers"]] == [[count + 32] for count in counts]
     row = numbers["layers"][2]
-    assert f"<td>2</td><td>{'-' if row['entropy'] is None else format(row['entropy'], '.4g')}</td>" in page
-    assert f"<td>{' '.join(map(str, row['budget']))}</td><td>{' '.join(map(str, row['kept']))}</td>" in page
+    assert f"<td>2</td><td>{row['entropy']:.4g}</td><td>{row['variance']:.4g}</td>" in text
+    assert f"<td>{' '.join(map(str, row['budget']))}</td><td>{' '.join(map(str, row['kept']))}</td>" in text
     # It works offline, and shows what was in the prompt as text.
-    assert not re.findall(r'(?:src|href)="(?!data:)', page)
-    assert "url(" not in page
-    assert "@import" not in page
-    assert base64.b64decode(re.findall(r"data:image/png;base64,([^\"]*)", page)[0]).startswith(b"\x89PNG")
-    assert page.count("</script>") == 1
-    assert len(re.findall(r'<span style="--k:[\d.]+" title="position \d+: \d+%">', page)) == len(ids)
+    assert not re.findall(r'(?:src|href)="(?!data:)', text)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert base64.b64decode(re.findall(r"data:image/png;base64,([^\"]*)", text)[0]).startswith(b"\x89PNG")
+    assert text.count("</script>") == 1
+    assert len(re.findall(r'<span style="--k:[\d.]+" title="position \d+: \d+%">', text)) == len(ids)
+
+
+def test_methods_without_a_window_have_no_entropy():
+    """They look at no queries; the rest is shown."""
+    config = KVEvictionConfig.from_settings({"kv_eviction": "knorm", "kv_eviction_budget": 64})
+    terms = Terms(config, None)
+    inputs = LayerInputs(torch.empty(2, 0, 8), torch.randn(2, 96, 8), 1.0)
+    terms.look(0, inputs, config.policy.score(inputs))
+    assert terms.of_layers(1) == [(None, None, None)]
+    positions = [list(range(32)), list(range(64, 96))]
+    layer = Layer(0, *terms.of_layers(1)[0], [64], [64], positions)
+    report = {"policy": "knorm", "budget": 64, "kept_tokens": [64]}
+    found = Inspection("m", "KNorm()", 64, 32, (3, 2), report, [layer], ["a"] * 96)
+    assert found.is_kept.sum() == 64
+    assert "<td>0</td><td>-</td><td>-</td><td>-</td><td>64</td>" in page(found, draw(found))
 
 
 def test_each_token_has_its_text(chatty_model):

@@ -35,6 +35,7 @@ def window_model(tmp_path_factory) -> str:
 
 
 @pytest.mark.engine
+@pytest.mark.contract
 @pytest.mark.parametrize(
     ("layers", "policy", "dtype"),
     [
@@ -129,38 +130,41 @@ def test_as_many_run_at_once_as_planned(tiny, tiny_model, policy, kind, same_on_
 
 
 @pytest.mark.engine
+@pytest.mark.full
 @pytest.mark.parametrize("policy", ["cake", "layer-defensivekv"])
 def test_memory_beside_the_pool_is_what_the_worker_takes(tiny, tiny_model, policy, same_on_both, monkeypatch):
-    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=200, kv_eviction_config={"decode": "off"})
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=200, kv_eviction_config={"decode": "window"})
     worker, divide, seen = engine.connector.worker, engine.connector.worker._divide, []
 
     def dividing(config, end, grant, watched):
         scores = watched.scores.values()
         tensors = [tensor for score in scores for tensor in (score.indicator, score.terms, *score.extra)]
-        seen.append((sum(t.nbytes for t in tensors), sum(t.nbytes for t in watched.queries.values())))
+        seen.append(sum(tensor.nbytes for tensor in tensors))
         return divide(config, end, grant, watched)
 
     monkeypatch.setattr(worker, "_divide", dividing)
     monkeypatch.setattr(worker, "_rows", {of: type(rows)(worker.grid, of) for of, rows in worker._rows.items()})
     prompt_len = 1500
     for seed in range(3):
-        # Long enough that the window's queries come from two chunks.
         engine.add(numbers(seed, prompt_len), 6, extra_args={"kv_eviction": policy})
     while len(worker._held) < 3:
         engine.step()
     widest = max(int(held.used.max()) for held in worker._held.values())
     tables = sum(rows.num_bytes for rows in worker._rows.values())
+    # Scored again whenever a block is full: the last queries are always at hand.
+    queries = sum(tensor.nbytes for watched in worker._watched.values() for tensor in watched.queries.values())
     engine.run()
 
     flags = ("--policy", policy, "--budget", "200", "--context", str(prompt_len), "--output-len", "6")
+    flags += ("--config", '{"decode": "window"}', "--max-num-seqs", "3")
     found, _ = planned(tiny_model, *flags, "--kv-cache-memory", "1")
     model = found.model
     assert (model.evictable, model.kv_heads, model.query_heads, model.head_size) == (4, 2, 4, 32)
     pool = plan.Pool(0, engine.pool.num_gpu_blocks, 1, 0, 0, 0)
     assert plan.table_bytes(model, pool, 3, widest, by_head=policy != "cake") == tables
     costs = {cost.what: cost.memory for cost in found.costs}
-    assert costs["scores"] == seen[0][0]
-    assert costs["queries of the window"] == max(queries for _, queries in seen) or seen[0][1] == 0
+    assert seen == [costs["scores"]] * 3
+    assert costs["queries of the window"] == queries > 0
 
 
 @pytest.mark.parametrize("name", policy_names())

@@ -12,6 +12,7 @@ Blocks are vLLM's; where it has several groups of layers (sliding windows beside
 
 import argparse
 import dataclasses
+import importlib
 import json
 import math
 import re
@@ -334,11 +335,7 @@ def _windows(vllm_config: Any) -> list[int | None]:
 def divide(vllm_config: Any, memory: int) -> Pool:
     """vLLM's own division of a pool of ``memory`` bytes."""
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
-    from vllm.v1.core.kv_cache_utils import (
-        get_kv_cache_capacity,
-        get_kv_cache_config_from_groups,
-        get_kv_cache_groups,
-    )
+    from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec, get_kv_quant_mode
 
     model, cache = describe(vllm_config), vllm_config.cache_config
@@ -356,9 +353,13 @@ def divide(vllm_config: Any, memory: int) -> Pool:
         else FullAttentionSpec(**page)
         for index, window in enumerate(_windows(vllm_config))
     }
-    groups = get_kv_cache_groups(vllm_config, specs)
-    config = get_kv_cache_config_from_groups(vllm_config, groups, memory)
-    tokens, concurrency = get_kv_cache_capacity(vllm_config, config)
+    planning: Any = kv_cache_utils
+    if not hasattr(planning, "get_kv_cache_groups"):
+        # Since vLLM 0.33.
+        planning = importlib.import_module("vllm.v1.core.kv_cache_planning")
+    groups = planning.get_kv_cache_groups(vllm_config, specs)
+    config = planning.get_kv_cache_config_from_groups(vllm_config, groups, memory)
+    tokens, concurrency = kv_cache_utils.get_kv_cache_capacity(vllm_config, config)
     full = [group for group in groups if isinstance(group.kv_cache_spec, FullAttentionSpec)]
     others = sum(
         -(-group.kv_cache_spec.max_memory_usage_bytes(vllm_config) // group.kv_cache_spec.page_size_bytes)
