@@ -19,8 +19,6 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["cake_vllm", "cake_vllm.*"]),
     package_data={"cake_vllm": ["py.typed"]},
-    include_package_data=False,
-    zip_safe=False,
     install_requires=["numpy", "packaging"],
     extras_require={
         # vLLM is never a plain requirement: the wheel that fits differs by machine.
