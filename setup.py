@@ -16,9 +16,10 @@ setup(
     description="KV-cache eviction for stock vLLM: every layer keeps as many tokens as its attention needs",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["cake_vllm", "cake_vllm.*"]),
+    package_data={"cake_vllm": ["py.typed"]},
     install_requires=["numpy", "packaging"],
     extras_require={
         # vLLM is never a plain requirement: the wheel that fits differs by machine.
@@ -27,14 +28,18 @@ setup(
         # Kernels to compare with. They are built against the torch that is there: see docs/use.md.
         "reference": ["flash-attn", "xformers"],
         "ray": ["ray[serve]"],
+        "inspect": ["matplotlib"],
         # wonderwords, rouge and jieba: words and metrics of benchmarks/quality.py.
         "bench": ["pandas", "datasets", "matplotlib", "wonderwords", "rouge", "jieba"],
         "docs": DOCS,
         "test": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"),
-            *("accelerate", "gguf", "openai", "matplotlib", "rouge"),
+            *("accelerate", "gguf", "openai", "matplotlib", "rouge", "build"),
             *DOCS,
         ],
     },
-    entry_points={"vllm.general_plugins": ["cake_vllm = cake_vllm:register"]},
+    entry_points={
+        "vllm.general_plugins": ["cake_vllm = cake_vllm:register"],
+        "console_scripts": ["cake-vllm = cake_vllm.__main__:main"],
+    },
 )

@@ -8,7 +8,7 @@ import functools
 import logging
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 #: vLLM releases that this version was tested with: ``MIN_VLLM <= version < BELOW_VLLM``.
 MIN_VLLM = "0.32"

@@ -5,10 +5,11 @@ three names. The front-end process validates them and writes them back with the 
 that every other process reads what was decided once. Under the same names a request may ask for settings of its own.
 """
 
+import argparse
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -352,6 +353,18 @@ def parse_budget(value: Any) -> int | float | str:
     if isinstance(value, float) and 0 < value <= 1:
         return value
     raise refusal
+
+
+def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``parse`` as a type of ``argparse``, which tells its users what a ``ValueError`` says."""
+
+    def typed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return typed
 
 
 def parse_flag(key: str, value: Any) -> bool:

@@ -104,6 +104,19 @@ class Grid:
         return pages
 
 
+def columns_for(budget: int, block_size: int) -> int:
+    """Private columns that suffice however a budget is divided among the owners.
+
+    Owners round up to whole pages: ``n`` of them, with ``n * budget`` tokens in sum, need at most
+    ``n * (budget + B - 1) / B`` pages, and a policy may round a count up by one.
+
+    Args:
+        budget: mean tokens that an owner keeps.
+        block_size: ``B``, tokens in a page.
+    """
+    return -(-(budget + block_size) // block_size)
+
+
 def deal(held: np.ndarray, needs: np.ndarray, num_columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Deals the pages of private columns out, such that tokens can be moved there without a staging buffer.
 

@@ -58,6 +58,11 @@ class EvictedRows:
     def __len__(self) -> int:
         return len(self._slots)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the tables on the device."""
+        return sum(table.nbytes for table in (self._pages, self._num_pages, self._num_dropped, self._slot_of_block))
+
     def store(
         self, req_id: str, pages: np.ndarray, counts: np.ndarray, start: int, tail: Sequence[Sequence[int]]
     ) -> None:

@@ -15,6 +15,7 @@ from cake_vllm.config import (
     OFF,
     POLICY_KEY,
     KVEvictionConfig,
+    argument,
     flag,
     parse_budget,
     parse_options,
@@ -61,7 +62,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         flag(BUDGET_KEY),
-        type=_argument(parse_budget),
+        type=argument(parse_budget),
         default=argparse.SUPPRESS,
         metavar="N|F|auto",
         help="A whole number is the mean number of tokens that a layer keeps of a request, the window included; a "
@@ -70,21 +71,13 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         flag(CONFIG_KEY),
-        type=_argument(parse_options),
+        type=argument(parse_options),
         default=argparse.SUPPRESS,
         metavar="JSON",
-        help='Knobs of the policy as a JSON object, such as \'{"window": 32, "gamma": 200}\'.',
+        help='A JSON object, such as \'{"window": 32, "gamma": 200}\': the knobs of the policy; prefill, exact or '
+        "progressive; decode, off, window or cake, for the eviction of generated tokens; and with the budget auto "
+        "min_tokens and max_tokens, tokens or fractions of the prompt.",
     )
-
-
-def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    def typed(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return typed
 
 
 def _from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:

@@ -31,6 +31,7 @@ from cake_vllm.integration.scheduler.cache_manager import (
 )
 from cake_vllm.integration.scheduler.elastic import Holding, highest_cap
 from cake_vllm.integration.scheduler.spec import evictable_groups
+from cake_vllm.kernels import columns_for
 
 logger = init_logger("vllm.cake_vllm.scheduler")
 
@@ -447,7 +448,7 @@ class EvictionScheduler:
 
     def _cut_blocks(self, budget: int) -> int:
         """Blocks that a request holds at most once it is cut to ``budget`` tokens: columns and a partial block."""
-        return -(-(budget + self.block_size) // self.block_size) + 1
+        return columns_for(budget, self.block_size) + 1
 
     def _cut(self, request_id: str, end: int, holding: Holding, cap: int, output: SchedulerOutput) -> CutRequest | None:
         if not holding.given(cap):
@@ -514,9 +515,6 @@ class EvictionScheduler:
     ) -> tuple[list[list[KVCacheBlock]], int, bool] | None:
         """The private columns of an eviction: those that the request has, new ones, or blocks of its own row.
 
-        Owners round up to whole pages: ``n`` of them, with ``n * budget`` tokens in sum, need at most
-        ``n * (budget + B - 1) / B`` pages, and a policy may round a count up by one.
-
         Returns:
             By group, as many for each; how many come from the pool, and whether some are blocks of the row.
         """
@@ -527,7 +525,7 @@ class EvictionScheduler:
             return pending[-1].columns, 0, False
         cuts = [manager.cuts.get(request_id) or Cut() for manager in self._managers]
         num_held = len(cuts[0].columns)
-        needed = -(-(budget + size) // size) if divides else num_held or -(-budget // size)
+        needed = columns_for(budget, size) if divides else num_held or -(-budget // size)
         if not num_held and needed >= num_blocks:
             return None
         missing = max(needed - num_held, 0)

@@ -3,7 +3,7 @@
 Runs in every worker process and frees no block.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -232,6 +232,10 @@ class EvictionWorker:
         self.trace: dict[str, list[list[torch.Tensor] | None]] | None = None
         #: What they were chosen by, if they are traced: by request id and layer, ``[Hkv, S - w]``.
         self.trace_ranks: dict[str, dict[int, torch.Tensor]] = {}
+        #: What was done to them, if they are traced: by request id.
+        self.trace_evictions: dict[str, Eviction] = {}
+        #: Shown a layer's index, what its policy looked at, and its scores, whenever a prompt is judged.
+        self.on_judged: Callable[[int, LayerInputs, LayerScore], None] | None = None
 
     @cached_property
     def grid(self) -> Grid:
@@ -481,7 +485,11 @@ class EvictionWorker:
     ) -> LayerScore:
         """A prompt's scores in one layer, as its budget is divided."""
         inputs = self._inputs(policy, layer_index, queries, reads)
-        return policy.judge(replace(inputs, budget=budget, notes=watched.notes.get(layer_index)))
+        inputs = replace(inputs, budget=budget, notes=watched.notes.get(layer_index))
+        score = policy.judge(inputs)
+        if self.on_judged is not None:
+            self.on_judged(layer_index, inputs, score)
+        return score
 
     def _note(
         self, policy: Policy, layer_index: int, place: Batched, watched: Watched, query: torch.Tensor, reads: Reads
@@ -585,7 +593,7 @@ class EvictionWorker:
         watched.scores.clear()
         watched.reads.clear()
         kept = used * self.block_size + what.end % self.block_size
-        return Eviction(
+        eviction = Eviction(
             grant.epoch,
             grant.by_head,
             new.num_columns if new else 0,
@@ -594,6 +602,9 @@ class EvictionWorker:
             tuple(tuple(count + protected for count in layer) for layer in counts),
             failed=watched.error is not None,
         )
+        if self.trace is not None and grant.divides:
+            self.trace_evictions[what.req_id] = eviction
+        return eviction
 
     def _divide(self, config: KVEvictionConfig, end: int, grant: Grant, watched: Watched) -> Counts:
         """Divides the budget among the owners and chooses what each keeps.

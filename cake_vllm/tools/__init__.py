@@ -1,0 +1,1 @@
+"""Subcommands of ``cake-vllm``, one module each."""

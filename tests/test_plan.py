@@ -1,0 +1,282 @@
+"""``cake-vllm plan``: its numbers are vLLM's and those of the real engine."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from engine import Engine
+from random_models import numbers, save_random_model
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from cake_vllm.__main__ import main
+from cake_vllm.policies import LayerInputs, create_policy, policy_names
+from cake_vllm.tools import plan
+
+TINY = ["--dtype", "float32", "--block-size", "32", "--max-num-batched-tokens", "512"]
+MEMORY = 2**27
+
+
+def planned(model: str, *flags: str) -> tuple[plan.Plan, argparse.Namespace]:
+    parser = argparse.ArgumentParser()
+    plan.add_command(parser.add_subparsers())
+    args = parser.parse_args(["plan", model, *TINY, *flags])
+    return plan.make(args), args
+
+
+@pytest.fixture(scope="module")
+def window_model(tmp_path_factory) -> str:
+    """Every second layer has a sliding window."""
+    kinds = ["sliding_attention", "full_attention"] * 3
+    fields = {"num_hidden_layers": 6, "layer_types": kinds, "sliding_window": 128}
+    path = tmp_path_factory.mktemp("windows")
+    return save_random_model(path, "gemma2", "Gemma2ForCausalLM", query_pre_attn_scalar=32, **fields)
+
+
+@pytest.mark.engine
+@pytest.mark.contract
+@pytest.mark.parametrize(
+    ("layers", "policy", "dtype"),
+    [
+        ("full", "cake", "float32"),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (("windows", "cake", "float32"), ("windows", "none", "bfloat16"))
+        ),
+    ],
+)
+def test_the_pool_is_what_vllm_reports(start_engine, tiny_model, window_model, layers, policy, dtype, same_on_both):
+    model = tiny_model if layers == "full" else window_model
+    sizes = ["--kv-cache-memory", f"{MEMORY // 2**20}MiB", "--context", "1000", "--output-len", "24"]
+    found, _ = planned(model, *sizes, "--dtype", dtype, "--budget", "200")
+    settings = {} if policy == "none" else {"kv_eviction": policy, "kv_eviction_budget": 200}
+    engine: Engine = start_engine(
+        model,
+        skip_tokenizer_init=True,
+        kv_cache_memory_bytes=MEMORY,
+        dtype=dtype,
+        max_model_len=1024,
+        max_num_batched_tokens=512,
+        **settings,
+    )
+    cache = engine.vllm_config.cache_config
+    assert found.pool.blocks == cache.num_gpu_blocks == engine.num_free + 1
+    assert (found.pool.tokens, found.pool.concurrency) == (
+        cache.kv_cache_size_tokens,
+        cache.kv_cache_max_concurrency,
+    )
+    groups = engine.scheduler.kv_cache_config.kv_cache_groups
+    assert found.pool.groups == sum("SlidingWindow" not in type(group.kv_cache_spec).__name__ for group in groups)
+    assert (found.pool.others > 0) == (len(groups) > found.pool.groups)
+
+
+KINDS = [
+    ("cake", "exact"),
+    *(
+        pytest.param(*case, marks=pytest.mark.full)
+        for case in (("cake", "whole"), ("layer-defensivekv", "exact"), ("cake", "progressive"))
+    ),
+]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("policy", "kind"), KINDS)
+def test_as_many_run_at_once_as_planned(tiny, tiny_model, policy, kind, same_on_both):
+    """On the real engine, and each holds what was planned; a column less if its owners' pages happen to fill fewer."""
+    prompt_len, output_len, budget, size = 1000, 24, 200, 32
+    config = {"decode": "window"} if kind == "progressive" else {}
+    if kind == "progressive":
+        config["prefill"] = kind
+    block = 4 * 2 * 2 * 32 * size * 4
+    memory = 90 * block
+    found, args = planned(
+        tiny_model,
+        *("--policy", policy, "--budget", str(budget), "--config", json.dumps(config)),
+        *("--context", str(prompt_len), "--output-len", str(output_len), "--kv-cache-memory", f"{memory / 2**20}MiB"),
+    )
+    expected = found.requests[kind]
+    settings = {"kv_eviction": policy, "kv_eviction_budget": budget, "kv_eviction_config": config}
+    engine: Engine = tiny(
+        **({} if kind == "whole" else settings),
+        num_gpu_blocks_override=None,
+        kv_cache_memory_bytes=args.kv_cache_memory,
+        max_model_len=prompt_len + output_len,
+        max_num_batched_tokens=512,
+        enable_prefix_caching=False,
+    )
+    assert engine.num_free + 1 == found.pool.blocks == 90
+    names = [engine.add(numbers(seed, prompt_len), output_len) for seed in range(expected.at_once + 4)]
+    most, held = 0, set()
+    manager = engine.manager.coordinator.single_type_managers[0]
+    while engine.scheduler.requests:
+        engine.step()
+        most = max(most, engine.num_running)
+        for row in manager.req_to_blocks.values():
+            if kind == "whole" and len(row) == 32:
+                held.add(32)
+        for name, cut in getattr(manager, "cuts", {}).items():
+            held.add(len(cut.columns) + sum(not block.is_null for block in manager.req_to_blocks[name]))
+    engine.run()
+    assert len(names) == expected.at_once + 4
+    assert max(held) in (expected.decoding, expected.decoding - 1)
+    usable = found.pool.blocks - 1
+    # Whoever holds a column less than the bound leaves it to others.
+    assert expected.at_once <= most <= 1 + (usable - expected.entering) // max(min(held), 1)
+    if kind == "whole":
+        assert most == expected.at_once == 2
+    else:
+        assert most > 2 * found.requests["whole"].at_once
+
+
+@pytest.mark.engine
+@pytest.mark.full
+@pytest.mark.parametrize("policy", ["cake", "layer-defensivekv"])
+def test_memory_beside_the_pool_is_what_the_worker_takes(tiny, tiny_model, policy, same_on_both, monkeypatch):
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=200, kv_eviction_config={"decode": "window"})
+    worker, divide, seen = engine.connector.worker, engine.connector.worker._divide, []
+
+    def dividing(config, end, grant, watched):
+        scores = watched.scores.values()
+        tensors = [tensor for score in scores for tensor in (score.indicator, score.terms, *score.extra)]
+        seen.append(sum(tensor.nbytes for tensor in tensors))
+        return divide(config, end, grant, watched)
+
+    monkeypatch.setattr(worker, "_divide", dividing)
+    monkeypatch.setattr(worker, "_rows", {of: type(rows)(worker.grid, of) for of, rows in worker._rows.items()})
+    prompt_len = 1500
+    for seed in range(3):
+        engine.add(numbers(seed, prompt_len), 6, extra_args={"kv_eviction": policy})
+    while len(worker._held) < 3:
+        engine.step()
+    widest = max(int(held.used.max()) for held in worker._held.values())
+    tables = sum(rows.num_bytes for rows in worker._rows.values())
+    # Scored again whenever a block is full: the last queries are always at hand.
+    queries = sum(tensor.nbytes for watched in worker._watched.values() for tensor in watched.queries.values())
+    engine.run()
+
+    flags = ("--policy", policy, "--budget", "200", "--context", str(prompt_len), "--output-len", "6")
+    flags += ("--config", '{"decode": "window"}', "--max-num-seqs", "3")
+    found, _ = planned(tiny_model, *flags, "--kv-cache-memory", "1")
+    model = found.model
+    assert (model.evictable, model.kv_heads, model.query_heads, model.head_size) == (4, 2, 4, 32)
+    pool = plan.Pool(0, engine.pool.num_gpu_blocks, 1, 0, 0, 0)
+    assert plan.table_bytes(model, pool, 3, widest, by_head=policy != "cake") == tables
+    costs = {cost.what: cost.memory for cost in found.costs}
+    assert seen == [costs["scores"]] * 3
+    assert costs["queries of the window"] == queries > 0
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_scores_grow_as_on_short_prompts(name):
+    policy, width, heads, length = create_policy(name, {}), 16, 2, 3001
+    torch.manual_seed(0)
+    inputs = LayerInputs(
+        torch.randn(4, policy.num_queries, width),
+        torch.randn(heads, length, width),
+        0.25,
+        values=torch.randn(heads, length, width) if policy.needs_values else None,
+        output_weight=torch.randn(8, 4 * width) if policy.needs_output_weight else None,
+        budget=500,
+    )
+    score = policy.judge(inputs)
+    taken = sum(tensor.nbytes for tensor in (score.indicator, score.terms, *score.extra))
+    assert plan.score_bytes(policy, heads, length) == taken
+
+
+def test_notes_are_counted(tiny_model):
+    flags = ("--policy", "echo", "--context", "2000", "--budget", "200", "--kv-cache-memory", "1")
+    costs = [
+        {cost.what: cost.memory for cost in planned(tiny_model, *flags, "--config", json.dumps(config))[0].costs}
+        for config in ({}, {"observe": 8})
+    ]
+    assert "notes" not in costs[0]
+    # A float32 for each key of four layers and two heads.
+    assert costs[1]["notes"] == 4 * 2 * 2000 * 4
+
+
+def test_weights_are_those_of_the_files_or_else_of_the_config(tiny_model, tmp_path):
+    tensors = load_file(f"{tiny_model}/model.safetensors")
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    AutoConfig.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    flags = ("--context", "100", "--kv-cache-memory", "1")
+    for dtype, item in (("float32", 4), ("bfloat16", 2)):
+        for model in (tiny_model, str(tmp_path)):
+            assert planned(model, *flags, "--dtype", dtype)[0].weights == elements * item
+    index = {"metadata": {"total_size": 12345}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert planned(str(tmp_path), *flags)[0].weights == 12345
+    pool = planned(tiny_model, "--context", "100", "--gpu-memory", "4", "--overhead", "1GiB", "--tp", "2")[0].pool
+    assert pool.memory == int(4 * 2**30 * 0.92) - elements * 4 // 2 - 2**30
+
+
+def test_the_flags_are_vllms(tiny_model):
+    """The command line that is printed configures what was planned."""
+    import cake_vllm
+
+    cake_vllm.register()
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    for budget, context, kind in (("200", "1000", "exact"), ("200", "6000", "progressive"), ("auto", "1000", "exact")):
+        sizes = ("--budget", budget, "--context", context, "--kv-cache-memory", "8MiB", "--max-num-seqs", "64")
+        found, args = planned(tiny_model, *sizes)
+        parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", tiny_model, *found.flags])
+        config = EngineArgs.from_cli_args(parsed).create_engine_config()
+        assert config.additional_config["kv_eviction"] == "cake"
+        assert str(config.additional_config["kv_eviction_budget"]) == budget
+        assert config.additional_config["kv_eviction_config"].get("prefill", "exact") == kind
+        assert config.model_config.max_model_len == int(context) + 256
+        assert config.scheduler_config.max_num_seqs == 64
+        assert config.cache_config.kv_cache_memory_bytes == 8 * 2**20
+        assert found.requests[kind].at_once > 0
+        assert plan.as_text(found, args).endswith("--kv-cache-memory-bytes 8388608 --dtype float32")
+        if kind == "progressive":
+            assert found.requests["whole"].at_once == found.requests["exact"].at_once == 0
+            assert "prefill has to be progressive" in found.notes[0]
+    short, _ = planned(tiny_model, "--context", "230", "--budget", "200", "--kv-cache-memory", "8MiB")
+    assert not any("eviction" in part for part in short.flags)
+    assert short.requests.keys() == {"whole"}
+
+
+def test_costs_beyond_what_vllm_leaves_are_said(tiny_model):
+    sizes = ("--context", "4000", "--budget", "auto", "--gpu-memory", "1", "--overhead", "1MiB")
+    found, _ = planned(tiny_model, *sizes, "--gpu-memory-utilization", "0.99")
+    assert any("more than --gpu-memory-utilization 0.99 leaves (10.24 MiB): give 0." in note for note in found.notes)
+    assert not any("leaves" in note for note in planned(tiny_model, *sizes, "--max-num-seqs", "8")[0].notes)
+
+
+BAD = [
+    (["--gpu-memory", "much"], 2, "'much' is not a size: give a number of GiB, or one such as 512MiB"),
+    (["--gpu-memory", "1", "--kv-cache-memory", "1"], 2, "not allowed with argument"),
+    ([], 2, "one of the arguments --gpu-memory --kv-cache-memory is required"),
+    (["--gpu-memory", "1"], 1, "nothing is left for a KV pool"),
+    (["--kv-cache-memory", "1", "--budget", "0"], 2, "argument --budget: --kv-eviction-budget '0' is not a budget"),
+    (["--kv-cache-memory", "1", "--budget", "20"], 1, "--kv-eviction-budget 20 leaves nothing beside the window"),
+    (["--kv-cache-memory", "1", "--config", '{"gama": 1}'], 1, "--kv-eviction-config: unknown key 'gama'"),
+    (["--kv-cache-memory", "1", "--output-len", "9000"], 1, "max_model_len"),
+    (["--kv-cache-memory", "1", "--block-size", "0"], 2, "'0' is not a whole number above 0"),
+]
+
+
+@pytest.mark.parametrize(("flags", "status", "message"), BAD)
+def test_errors_are_a_sentence(tiny_model, capsys, flags, status, message):
+    try:
+        got = main(["plan", tiny_model, "--context", "1000", *flags])
+    except SystemExit as ended:
+        got = ended.code
+    assert got == status
+    assert message in capsys.readouterr().err
+
+
+def test_quantized_weights_without_files_have_to_be_given(tmp_path, capsys):
+    scheme = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    save = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+    AutoConfig.for_model(
+        "llama", architectures=["LlamaForCausalLM"], quantization_config=scheme, **save
+    ).save_pretrained(tmp_path)
+    line = ["plan", str(tmp_path), "--context", "1000", "--gpu-memory", "8"]
+    assert main(line) == 1
+    assert "not how large: give --weights" in capsys.readouterr().err
+    assert main([*line, "--weights", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"] == 2**30
