@@ -183,6 +183,7 @@ def test_prometheus_evaluates_the_rules(url):
     "command",
     [
         ["check", "config", "deploy/prometheus/prometheus.yml"],
+        ["check", "config", "deploy/prometheus/prometheus.ray.yml"],
         ["check", "rules", "deploy/prometheus/rules.yml"],
         ["test", "rules", "tests/alerts.yml"],
     ],

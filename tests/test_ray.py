@@ -19,7 +19,7 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from random_models import numbers
 
 pytest.importorskip("ray.serve", reason="no ray[serve] here")
@@ -81,7 +81,7 @@ class Application:
         scaling["policy"]["policy_kwargs"]["waiting"] = 1
         (folder / "serve.yaml").write_text(yaml.safe_dump(config))
         env = {**os.environ, "PYTHONPATH": f"{RAY}:{ROOT}", "RAY_TMPDIR": str(folder), "VLLM_CPU_KVCACHE_SPACE": "1"}
-        # Several engines on few cores: threads that wait for each other would wait for each other's engines.
+        # Several engines on few cores: their threads would wait for each other.
         env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_metrics_report_interval_ms": "1000"}
         for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"):
@@ -190,6 +190,16 @@ def test_two_replicas_are_one_server(chatty_model, folder):
             assert not first.usage.prompt_tokens_details.cached_tokens
             turns = prompt + first.choices[0].token_ids + numbers(200 + number, 20)
             assert answer(url, number, turns).usage.prompt_tokens_details.cached_tokens >= 256
+
+        # Streams pass as they are, and so do refusals.
+        client = OpenAI(base_url=f"{url}/v1", api_key="none")
+        chat = {"model": "demo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 16, "temperature": 0}
+        whole = client.chat.completions.create(**chat).choices[0].message.content
+        parts = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**chat, stream=True)]
+        assert len(parts) > 8
+        assert "".join(parts) == whole
+        with pytest.raises(BadRequestError, match="kv_eviction 'cade' is unknown"):
+            client.chat.completions.create(**chat, extra_body={"vllm_xargs": {"kv_eviction": "cade"}})
 
         # All three replicas evicted, and Ray's metrics say so.
         wait_until(lambda: len(application.series("vllm_kv_eviction_requests_total")) == 3)
