@@ -224,11 +224,15 @@ def _engines() -> Iterator[dict]:
         engine.shutdown()
 
 
-@pytest.fixture(scope="module")
-def no_engine(_engines: dict) -> None:
-    """For a test that starts engines of its own: one lives at a time, vLLM keeps one KV connector per process."""
-    while _engines:
-        _engines.popitem()[1].shutdown()
+@pytest.fixture(scope="session")
+def no_engine(_engines: dict):
+    """Ends what runs, for tests that start engines of their own: vLLM keeps one KV connector per process."""
+
+    def end() -> None:
+        while _engines:
+            _engines.popitem()[1].shutdown()
+
+    return end
 
 
 @pytest.fixture
@@ -242,7 +246,7 @@ def tiny(start_engine, tiny_model: str):
 
 
 @pytest.fixture
-def start_engine(_engines: dict, model_dir: str):
+def start_engine(_engines: dict, no_engine, model_dir: str):
     """Starts an engine with the given arguments, or hands out the one that runs with just those.
 
     One engine lives at a time: vLLM keeps one KV connector per process.
@@ -252,8 +256,7 @@ def start_engine(_engines: dict, model_dir: str):
     def start(model: str = model_dir, **kwargs) -> Engine:
         key = repr((model, sorted(kwargs.items())))
         if key not in _engines or not hasattr(_engines[key], "core"):
-            while _engines:
-                _engines.popitem()[1].shutdown()
+            no_engine()
             _engines[key] = Engine(model, **kwargs)
         engine = _engines[key]
         assert engine.is_idle(), "a test left requests behind"
