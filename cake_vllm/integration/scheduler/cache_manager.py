@@ -48,7 +48,7 @@ class ExactSlidingWindowManager(ExactPrefixManager, SlidingWindowManager):
 
 
 @dataclass
-class Cut:
+class Owned:
     """What a request that is or will be evicted has beside its row.
 
     Attributes:
@@ -74,7 +74,7 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
     def __init__(self, kv_cache_spec: Any, **kwargs):
         kwargs["max_admission_blocks_per_request"] = kv_cache_spec.max_request_blocks
         super().__init__(kv_cache_spec, **kwargs)
-        self.cuts: dict[str, Cut] = {}
+        self.cuts: dict[str, Owned] = {}
 
     @classmethod
     def find_longest_cache_hit(
@@ -102,7 +102,7 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
         """Private columns for the row's first ``num_blocks`` blocks.
 
         Args:
-            request_id: it has a :class:`Cut`.
+            request_id: it has a :class:`Owned`.
             num_blocks: full blocks.
             columns: its private columns from now on, among those that it had and the blocks of its row.
 

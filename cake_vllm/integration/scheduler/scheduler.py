@@ -18,14 +18,13 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
 from cake_vllm.config import REPORT_KEY, KVEvictionConfig
-from cake_vllm.integration.messages import Blocks, Counts, Eviction, Grant, Observation, Redirected, StepPlan
-from cake_vllm.integration.messages import Cut as CutRequest
+from cake_vllm.integration.messages import Blocks, Counts, Cut, Eviction, Grant, Observation, Redirected, StepPlan
 from cake_vllm.integration.metrics import EvictionStats
 from cake_vllm.integration.reports import report
 from cake_vllm.integration.scheduler.cache_manager import (
-    Cut,
     EvictingManager,
     ExactPrefixManager,
+    Owned,
     compute_at_least,
     num_shared,
 )
@@ -89,7 +88,7 @@ class Pending:
     columns: list[list[KVCacheBlock]]
     num_lent: int
     in_place: bool
-    cut: Cut
+    cut: Owned
 
 
 class EvictionScheduler:
@@ -379,7 +378,7 @@ class EvictionScheduler:
         num_tokens = output.num_scheduled_tokens[request_id] - num_drafts
         return Observation(request_id, end, num_tokens, tail, grant, is_last, own, num_drafts=num_drafts)
 
-    def _cuts(self, output: SchedulerOutput) -> list[CutRequest]:
+    def _cuts(self, output: SchedulerOutput) -> list[Cut]:
         """The cuts that the next steps need; none as long as the pool has what the very next one takes."""
         size = self.block_size
         ends = {
@@ -442,7 +441,7 @@ class EvictionScheduler:
         assert tracked.prompt_len is not None
         least = tracked.config.least_tokens(tracked.prompt_len) + end - tracked.prompt_len
         manager, request_id = self._managers[0], tracked.request.request_id
-        row, cut = manager.req_to_blocks[request_id], manager.cuts.get(request_id) or Cut()
+        row, cut = manager.req_to_blocks[request_id], manager.cuts.get(request_id) or Owned()
         held = len(row) - max(num_shared(row), cut.num_traded) + len(cut.columns)
         return Holding(held * len(self._managers), self._cut_blocks(least) * len(self._managers))
 
@@ -450,7 +449,7 @@ class EvictionScheduler:
         """Blocks that a request holds at most once it is cut to ``budget`` tokens: columns and a partial block."""
         return columns_for(budget, self.block_size) + 1
 
-    def _cut(self, request_id: str, end: int, holding: Holding, cap: int, output: SchedulerOutput) -> CutRequest | None:
+    def _cut(self, request_id: str, end: int, holding: Holding, cap: int, output: SchedulerOutput) -> Cut | None:
         if not holding.given(cap):
             return None
         tracked = self._cuttable[request_id]
@@ -461,7 +460,7 @@ class EvictionScheduler:
         tracked.cut_to.append(grant.budget)
         own = tracked.config if tracked.config is not self.config else None
         row = _ids(manager.req_to_blocks[request_id][: -(-end // self.block_size)] for manager in self._managers)
-        return CutRequest(request_id, end, row, grant, own)
+        return Cut(request_id, end, row, grant, own)
 
     def _grant(
         self,
@@ -523,7 +522,7 @@ class EvictionScheduler:
         if pending:
             # What an eviction under way leaves is not known yet.
             return pending[-1].columns, 0, False
-        cuts = [manager.cuts.get(request_id) or Cut() for manager in self._managers]
+        cuts = [manager.cuts.get(request_id) or Owned() for manager in self._managers]
         num_held = len(cuts[0].columns)
         needed = columns_for(budget, size) if divides else num_held or -(-budget // size)
         if not num_held and needed >= num_blocks:

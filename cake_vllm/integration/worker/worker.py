@@ -5,7 +5,7 @@ Runs in every worker process and frees no block.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -29,179 +29,18 @@ from cake_vllm.integration.messages import (
     StepPlan,
 )
 from cake_vllm.integration.scheduler.spec import evictable_groups
-from cake_vllm.integration.worker.attention import STEP, EvictingImpl, Rows, StepWork, select_rows
+from cake_vllm.integration.worker.attention import STEP, EvictingImpl, Rows, StepWork
 from cake_vllm.integration.worker.dealing import Held, Reads, move, read, redeal
 from cake_vllm.integration.worker.graphs import ReplayedRows, install_graphs
 from cake_vllm.integration.worker.graphs import step as current_step
-from cake_vllm.integration.worker.projections import output_projection
-from cake_vllm.kernels import BlockLayout, EvictedRows, Grid, to_device
+from cake_vllm.integration.worker.layers import EvictableLayer
+from cake_vllm.integration.worker.watched import Batched, Watched
+from cake_vllm.kernels import EvictedRows, Grid, to_device
 from cake_vllm.policies import LayerInputs, LayerScore, PagedPrompt, Policy
 
 logger = init_logger("vllm.cake_vllm.worker")
 
 _MISPLACED = "evicted requests are not where the scheduler put them"
-
-
-class Worth:
-    """What the positions of a prompt are worth, kept for whenever memory is short; in half precision.
-
-    Every cut chooses among all positions by the same scores, as far as they are still there: cut in several steps, a
-    request keeps what it would keep if it were cut at once.
-
-    Attributes:
-        places: by layer, for each KV head the ``[n]`` ascending positions of the candidates that it holds; none before
-            the first cut, when it holds them all.
-    """
-
-    def __init__(self, scores: Sequence[LayerScore]):
-        self._scores = [_cast(score, torch.bfloat16) for score in scores]
-        self.places: dict[int, list[torch.Tensor]] = {}
-
-    @property
-    def scores(self) -> list[LayerScore]:
-        """Of all layers, over the whole prompt."""
-        return [_cast(score, torch.float32) for score in self._scores]
-
-    def in_cache(self, layer: int, ranks: torch.Tensor, missing: Sequence[int]) -> torch.Tensor:
-        """``[Hkv, C]`` ranks of positions as ranks of what a layer holds, where ``missing`` entries are not there."""
-        if layer not in self.places:
-            return ranks
-        rows = [row[place] for row, place in zip(ranks, self.places[layer], strict=True)]
-        return torch.stack(
-            [torch.nn.functional.pad(row, (n, 0), value=float("-inf")) for row, n in zip(rows, missing, strict=True)]
-        )
-
-    def keep(self, layer: int, chosen: Sequence[torch.Tensor], cached: PagedPrompt, missing: Sequence[int]) -> None:
-        """What a layer holds from now on: of what it held, for each head the ``chosen`` entries of full blocks."""
-        num_candidates = cached.prompt_len - cached.window
-        rest = torch.arange(cached.full_len, max(num_candidates, cached.full_len), device=chosen[0].device)
-        places = [torch.cat([head[head < num_candidates], rest]) - n for head, n in zip(chosen, missing, strict=True)]
-        if layer in self.places:
-            places = [before[head] for before, head in zip(self.places[layer], places, strict=True)]
-        self.places[layer] = places
-
-
-def _cast(score: LayerScore, dtype: torch.dtype) -> LayerScore:
-    return replace(score, indicator=score.indicator.to(dtype), extra=tuple(tensor.to(dtype) for tensor in score.extra))
-
-
-@dataclass
-class Watched:
-    """What is remembered of a request between its steps or, beside queries and worth, between the layers of one.
-
-    Attributes:
-        queries: by layer, the last queries computed so far, as many as the policy needs and those of drafts behind
-            them: ``[n, Hq, D]``.
-        length: logical length that these go up to.
-        num_rejected: how many of these were computed for drafts that have been rejected since.
-        notes: by layer, the policy's notes on its prompt, one for each token that it holds: ``[Hkv, S, ...]``.
-        rows: ``[groups][C]`` block ids, its logical row in this step.
-        reads: by layer, what it reads, if the request is to be evicted.
-        scores: by layer, if the budget is to be divided.
-        chosen: by layer, for each KV head the positions to keep, whole pages of them.
-        ranks: by layer, what they were chosen by, if that is traced.
-        error: what the policy raised.
-        worth: of its prompt, once it was cut; in place of queries and notes.
-    """
-
-    queries: dict[int, torch.Tensor] = field(default_factory=dict)
-    length: int = 0
-    num_rejected: int = 0
-    notes: dict[int, torch.Tensor] = field(default_factory=dict)
-    rows: list[torch.Tensor] = field(default_factory=list)
-    reads: dict[int, Reads] = field(default_factory=dict)
-    scores: dict[int, LayerScore] = field(default_factory=dict)
-    chosen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    ranks: dict[int, torch.Tensor] = field(default_factory=dict)
-    error: Exception | None = None
-    worth: Worth | None = None
-
-    def remember(self, scores: Sequence[LayerScore]) -> None:
-        """What the prompt is worth, instead of what that was found by."""
-        self.worth = Worth(scores)
-        self.queries.clear()
-        self.notes.clear()
-
-
-@dataclass(frozen=True)
-class Batched:
-    """Where an observed request lies in the batch; on the device, so that nothing has to wait for it.
-
-    Attributes:
-        end: ``[1]``, behind its last query token.
-    """
-
-    what: Observation
-    end: torch.Tensor
-
-    def recent(self, query: torch.Tensor, count: int) -> torch.Tensor:
-        """Its last ``count`` queries of a step's ``[num_tokens, Hq, D]``, or all if there are fewer; those of drafts
-        come last.
-        """
-        count, end = min(count, self.what.num_tokens + self.what.num_drafts), self.what.end + self.what.num_drafts
-        return self.at(query, range(end - count, end))
-
-    def at(self, query: torch.Tensor, positions: range) -> torch.Tensor:
-        """Its queries at some positions that are computed in this step."""
-        ahead = positions.step * torch.arange(len(positions), device=query.device)
-        behind = self.what.end + self.what.num_drafts - positions.start
-        return select_rows(query, self.end - behind + ahead)
-
-
-class EvictableLayer:
-    """One attention layer: its module and its backend."""
-
-    def __init__(self, name: str, module: Any, group: int, block_size: int):
-        self.name = name
-        self.module = module
-        self.group = group
-        self.block_size = block_size
-        self.impl: EvictingImpl = module.impl
-        self.soft_cap = float(getattr(self.impl, "logits_soft_cap", 0) or 0)
-        self._output_weight: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @property
-    def layout(self) -> BlockLayout:
-        """Order of the elements in a head page."""
-        return self.impl.block_layout(self.module, self.block_size)
-
-    def read_keys(self, cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
-        """``[Hkv, length, D]`` keys in the model's dtype; see :meth:`BlockLayout.read_keys`."""
-        return self._restore(self.layout.read_keys(cache, table, length), self.module._k_scale_float)
-
-    def read_values(self, cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
-        """Values of the same positions."""
-        return self._restore(self.layout.read_values(cache, table, length), self.module._v_scale_float)
-
-    def restore_queries(self, queries: torch.Tensor) -> torch.Tensor:
-        """Queries in the model's dtype; some backends are given quantized ones beside a quantized cache."""
-        if queries.dtype != self.impl.quantized_dtype:
-            return queries
-        return queries.to(self.module.dtype).mul_(self.module._q_scale_float)
-
-    def _restore(self, stored: torch.Tensor, scale: float) -> torch.Tensor:
-        dtype = self.impl.quantized_dtype
-        return stored if dtype is None else stored.view(dtype).to(self.module.dtype).mul_(scale)
-
-    @property
-    def output_weight(self) -> torch.Tensor:
-        """``[hidden, Hq * D]``, the weight of the projection behind the layer.
-
-        Read off the projection's answer to the unit vectors, because kernels may have repacked or quantized the
-        weight itself, and kept until its answer to one mixed vector changes: vLLM reloads weights in place and tells
-        nobody.
-        """
-        projection = output_projection(self.module)
-        size, device = projection.input_size_per_partition, self.module.kv_cache.device
-
-        def apply(inputs: torch.Tensor) -> torch.Tensor:
-            # Its method and not itself: this rank's part alone, without bias.
-            return projection.quant_method.apply(projection, inputs, None)
-
-        answer = apply(torch.arange(1, size + 1, device=device).cos()[None].to(self.module.dtype))
-        if self._output_weight is None or not torch.equal(answer, self._output_weight[0]):
-            self._output_weight = answer, apply(torch.eye(size, dtype=self.module.dtype, device=device)).T.contiguous()
-        return self._output_weight[1]
 
 
 class EvictionWorker:
