@@ -422,27 +422,3 @@ def test_events_tell_what_the_prefix_cache_has(tiny, same_on_both):
     assert cached
     assert removed
     assert engine.stats()["requests"] == 12
-
-
-def test_a_planned_eviction_keeps_its_columns(tiny, same_on_both, monkeypatch):
-    """The report of a chunk comes when the next chunk's eviction is planned, which may use any of the columns."""
-    settings = {"kv_eviction": "layer-defensivekv", "kv_eviction_budget": 100, "kv_eviction_config": PROGRESSIVE}
-    engine = tiny(**settings, max_num_batched_tokens=192, max_model_len=1024)
-    prompts = [numbers(91 + index, 900) for index in range(2)]
-    runs = []
-    for is_late in (False, True):
-        engine.forget_prefixes()
-        with monkeypatch.context() as patch:
-            if is_late:
-                late = Late(engine.scheduler.connector.scheduler, patch)
-                # The halves agree again when the report is there.
-                patch.setattr(engine, "_check_halves", lambda: None)
-            names = [engine.add(prompt, 40) for prompt in prompts]
-            done: dict[str, list[int]] = {}
-            while len(done) < len(names):
-                done |= engine.step()
-            if is_late:
-                late.deliver()
-        runs.append([done[name] for name in names])
-    assert runs[0] == runs[1]
-    assert engine.stats()["requests"]
