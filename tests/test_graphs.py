@@ -59,7 +59,7 @@ def rehearsed(engine):
 
 @pytest.mark.engine
 @pytest.mark.interpreted
-@pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
+@pytest.mark.parametrize("name", ["cake", pytest.param("layer-defensivekv", marks=pytest.mark.contract)])
 def test_a_replayed_step_is_the_eager_one(start_engine, tiny_model, is_v2, name):
     settings = {"kv_eviction": name, "kv_eviction_budget": BUDGET, "kv_eviction_config": {"window": 8, "decode": "off"}}
     settings |= {"skip_tokenizer_init": True, "max_num_batched_tokens": 256, "max_model_len": 1024}
@@ -113,6 +113,7 @@ def config(start_engine, tiny_model):
 
 
 @pytest.mark.engine
+@pytest.mark.contract
 @pytest.mark.parametrize("situation", PLANS)
 def test_which_graphs_a_step_gets(same_on_both, config, situation):
     plan, of_v1, of_v2 = PLANS[situation]
