@@ -55,7 +55,7 @@ def test_its_metadata(built):
     assert (metadata["Name"], metadata["Version"]) == ("cake-vllm", VERSION)
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata.get_payload(decode=True).decode().strip() == (ROOT / "README.md").read_text().strip()
-    extras = {"cpu", "cuda", "reference", "ray", "inspect", "bench", "test"}
+    extras = {"cpu", "cuda", "reference", "ray", "inspect", "deploy", "bench", "docs", "test"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     required = metadata.get_all("Requires-Dist")
     # A plain requirement of vLLM would pull the build for CUDA onto a machine without a GPU.
