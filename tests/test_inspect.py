@@ -42,6 +42,7 @@ def inspected(model: str, tmp_path: Path, *flags: str) -> tuple[dict, str]:
 def test_the_page_says_what_is_served(
     start_engine, no_engine, chatty_model, tmp_path, policy, budget, same_on_both, capsys
 ):
+    no_engine()
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("</script><b>&amp; " + LICENSE.read_text()[:6000])
     numbers, text = inspected(chatty_model, tmp_path, "--prompt", str(prompt), "--policy", policy, "--budget", budget)
@@ -147,6 +148,7 @@ def test_errors_are_a_sentence(chatty_model, tmp_path, capsys, flags, message):
 @pytest.mark.engine
 @pytest.mark.full
 def test_a_prompt_of_which_nothing_leaves(no_engine, chatty_model, tmp_path, capsys, same_on_both):
+    no_engine()
     assert main(["inspect", chatty_model, *FLAGS, "--prompt", "a b c", "--out", str(tmp_path / "o.html")]) == 1
     assert "nothing was evicted of 3 tokens, in blocks of 32, with --kv-eviction-budget 1024" in capsys.readouterr().err
 

@@ -20,18 +20,14 @@ import numpy as np
 from cake_vllm.config import (
     BUDGET_KEY,
     CONFIG_KEY,
-    DEFAULT_BUDGET,
     POLICY_KEY,
     REPORT_KEY,
     KVEvictionConfig,
-    argument,
     flag,
-    parse_budget,
-    parse_options,
 )
-from cake_vllm.policies import LayerInputs, LayerScore, policy_names
+from cake_vllm.policies import LayerInputs, LayerScore
 from cake_vllm.policies.cake import Cake
-from cake_vllm.tools.plan import positive, size
+from cake_vllm.tools.plan import add_eviction, positive, size
 
 #: Columns of the map at most; longer prompts have several positions in one.
 NUM_BINS = 800
@@ -108,25 +104,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="a directory, or a name that vLLM can look up")
     parser.add_argument("--prompt", required=True, metavar="FILE|TEXT", help="a file of text, or the text itself")
     parser.add_argument("--chat", action="store_true", help="put it into the model's chat template, as the user's turn")
-    parser.add_argument("--policy", choices=policy_names(), default="cake", help="default: %(default)s")
-    parser.add_argument(
-        "--budget",
-        type=argument(parse_budget),
-        default=DEFAULT_BUDGET,
-        metavar="N|F",
-        help=f"as {flag(BUDGET_KEY)} of vllm serve: tokens per layer, or a fraction of the prompt (default: "
-        "%(default)s)",
-    )
-    parser.add_argument(
-        "--config",
-        type=argument(parse_options),
-        default={},
-        metavar="JSON",
-        help=f"as {flag(CONFIG_KEY)} of vllm serve",
-    )
+    add_eviction(parser, "N|F", "tokens per layer, or a fraction of the prompt")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the page, HTML without other files")
     parser.add_argument("--png", type=Path, metavar="FILE", help="the picture alone")
-    parser.add_argument("--dtype", default="auto", help="as of vllm serve (default: %(default)s)")
     parser.add_argument(
         "--block-size", type=positive, metavar="N", help="as of vllm serve (default: 32 on a CPU, else vLLM's)"
     )

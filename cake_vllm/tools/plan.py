@@ -161,24 +161,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--output-len", type=positive, default=256, metavar="N", help="tokens that it generates (default: %(default)s)"
     )
-    parser.add_argument("--policy", choices=policy_names(), default="cake", help="default: %(default)s")
-    parser.add_argument(
-        "--budget",
-        type=argument(parse_budget),
-        default=DEFAULT_BUDGET,
-        metavar="N|F|auto",
-        help=f"as {flag(BUDGET_KEY)} of vllm serve: tokens per layer, a fraction of the prompt, or auto "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--config",
-        type=argument(parse_options),
-        default={},
-        metavar="JSON",
-        help=f"as {flag(CONFIG_KEY)} of vllm serve",
-    )
+    add_eviction(parser, "N|F|auto", "tokens per layer, a fraction of the prompt, or auto")
     parser.add_argument("--block-size", type=positive, default=16, metavar="N", help="default: %(default)s")
-    parser.add_argument("--dtype", default="auto", help="as of vllm serve (default: %(default)s)")
     parser.add_argument("--kv-cache-dtype", default="auto", help="as of vllm serve (default: %(default)s)")
     parser.add_argument("--tp", type=positive, default=1, metavar="N", help="tensor-parallel GPUs (default: 1)")
     parser.add_argument(
@@ -209,6 +193,26 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="numbers in bytes, for programs")
     parser.set_defaults(run=run)
+
+
+def add_eviction(parser: argparse.ArgumentParser, budgets: str, described: str) -> None:
+    """Adds a method, its budget and its knobs, as ``vllm serve`` has them, and the model's dtype."""
+    parser.add_argument("--policy", choices=policy_names(), default="cake", help="default: %(default)s")
+    parser.add_argument(
+        "--budget",
+        type=argument(parse_budget),
+        default=DEFAULT_BUDGET,
+        metavar=budgets,
+        help=f"as {flag(BUDGET_KEY)} of vllm serve: {described} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--config",
+        type=argument(parse_options),
+        default={},
+        metavar="JSON",
+        help=f"as {flag(CONFIG_KEY)} of vllm serve",
+    )
+    parser.add_argument("--dtype", default="auto", help="as of vllm serve (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ fits neither (a step that scores, rows with owners of the other kind, wider tabl
 with piecewise graphs, or eagerly where there are none.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -76,6 +77,8 @@ class _Step:
 
 step = _Step()
 _GRAPHS = "kv_eviction_graphs"
+# Of vLLM's functions, which are asked every step.
+_signature = functools.cache(inspect.signature)
 
 
 def install_graphs() -> None:
@@ -103,7 +106,7 @@ def _has_work() -> bool:
 def _dispatch_v1(original: Callable[..., Any], dispatcher: Any, *args: Any, **kwargs: Any) -> Any:
     if not _has_work():
         return original(dispatcher, *args, **kwargs)
-    call = inspect.signature(original).bind(dispatcher, *args, **kwargs)
+    call = _signature(original).bind(dispatcher, *args, **kwargs)
     call.arguments["invalid_modes"] = {CUDAGraphMode.FULL, *(call.arguments.get("invalid_modes") or ())}
     return original(*call.args, **call.kwargs)
 
@@ -116,7 +119,7 @@ def _dispatch_v2(original: Callable[..., Any], manager: Any, *args: Any, **kwarg
     if found in getattr(manager, _GRAPHS, {}) and _worker().can_replay(step.plan):
         step.replays = True
         return found
-    call = inspect.signature(original).bind(manager, *args, **kwargs)
+    call = _signature(original).bind(manager, *args, **kwargs)
     # Full graphs are for uniform batches.
     call.arguments |= {"uniform_token_count": None, "max_query_len": None}
     relaxed = original(*call.args, **call.kwargs)

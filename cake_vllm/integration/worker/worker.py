@@ -40,8 +40,6 @@ from cake_vllm.policies import LayerInputs, LayerScore, PagedPrompt, Policy
 
 logger = init_logger("vllm.cake_vllm.worker")
 
-_MISPLACED = "evicted requests are not where the scheduler put them"
-
 
 class EvictionWorker:
     """Per-worker state: watched requests and evicted rows."""
@@ -128,8 +126,7 @@ class EvictionWorker:
             return
         ((by_head, count),) = self._plan.redirected.items()
         first, tails = self._tails([attn_metadata[layer.name] for layer in self.layers])
-        slots = self._rows[by_head].find(tails)
-        torch._assert_async((slots > 0).sum() == count.num_rows, _MISPLACED)
+        slots = self._slots(by_head, count, tails)
         self._replayed.fill(self._rows[by_head], slots, first.seq_lens, self.block_size)
 
     def can_replay(self, plan: StepPlan) -> bool:
@@ -196,9 +193,8 @@ class EvictionWorker:
         seq_lens, starts = metadata.seq_lens, metadata.query_start_loc
         found, places, elsewhere = [], [], torch.zeros_like(seq_lens, dtype=torch.bool)
         for by_head, count in expected.items():
-            slots = self._rows[by_head].find(tails)
+            slots = self._slots(by_head, count, tails)
             is_here = slots > 0
-            torch._assert_async(is_here.sum() == count.num_rows, _MISPLACED)
             elsewhere |= is_here
             rows, place = self._sequences(by_head, count, slots, is_here, seq_lens, starts)
             found.append(rows)
@@ -211,6 +207,14 @@ class EvictionWorker:
             return found, index, None
         num_new = (starts[1:] - starts[:-1])[: len(seq_lens)]
         return found, index, torch.where(elsewhere, num_new, seq_lens).to(seq_lens.dtype)
+
+    def _slots(self, by_head: bool, count: Redirected, tails: torch.Tensor) -> torch.Tensor:
+        """``[R]`` slots of the batch's rows of one kind, 0 for the others; there are as many as the scheduler says."""
+        slots = self._rows[by_head].find(tails)
+        torch._assert_async(
+            (slots > 0).sum() == count.num_rows, "evicted requests are not where the scheduler put them"
+        )
+        return slots
 
     def _sequences(
         self,
