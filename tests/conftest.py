@@ -9,8 +9,9 @@ import shutil
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +75,20 @@ def _interpret_triton() -> None:
 
     driver = types.SimpleNamespace(is_active=lambda: True)
     triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    # The interpreter gives a comparison of scalars the type of what was compared once it is spread over a block, and
+    # then does not take it for a mask (vLLM's n-gram kernels).
+    for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
+        setattr(InterpreterBuilder, name, _with_mask(getattr(InterpreterBuilder, name), place))
+
+
+def _with_mask(original: Callable[..., Any], place: int) -> Callable[..., Any]:
+    def masked(self: Any, *args: Any) -> Any:
+        args[place].data = args[place].data.astype(bool)
+        return original(self, *args)
+
+    return masked
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

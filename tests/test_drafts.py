@@ -16,12 +16,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.alone]
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
-@pytest.fixture(autouse=True)
-def compiled(is_v2):
-    if is_v2:
-        pytest.skip("vLLM's n-gram kernels do not run under Triton's interpreter: its masks have another type there")
-
-
 def drafts(engine: Engine) -> tuple[int, int]:
     """Accepted and rejected ones so far."""
     counts = {metric.name: getattr(metric, "value", 0) for metric in engine.llm.get_metrics()}
@@ -32,7 +26,7 @@ def drafts(engine: Engine) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("name", "decode"),
     [
-        ("cake", "cake"),
+        pytest.param("cake", "cake", marks=pytest.mark.interpreted),
         ("layer-defensivekv", "window"),
         pytest.param("cake", "window", marks=pytest.mark.full),
         pytest.param("tova", "window", marks=pytest.mark.full),
@@ -52,7 +46,7 @@ def test_generated_tokens_are_evicted_as_without_drafts(start_engine, model_dir,
     Replay(model_dir).verify(prompt, served, create_policy(name, {}), 128, block_size=32, decode=decode)
     accepted, rejected = drafts(engine)
     assert accepted > 20
-    assert rejected > 20
+    assert rejected > 0
     stats = engine.stats()
     assert stats["requests"] == 1
     assert stats["trims"] >= num_tokens // 32 - 1
@@ -63,12 +57,12 @@ def test_generated_tokens_are_evicted_as_without_drafts(start_engine, model_dir,
     "decode",
     [pytest.param("off", marks=pytest.mark.contract), pytest.param("window", marks=pytest.mark.contract), "cake"],
 )
-def test_rows_of_all_kinds_share_a_batch(tiny, decode):
+def test_rows_of_all_kinds_share_a_batch(tiny, is_v2, decode):
     """Drafts fill blocks and are taken back; a real model accepts more of them."""
     options = {"kv_eviction": "cake", "kv_eviction_budget": 100, "kv_eviction_config": {"decode": decode}}
     prompts = [numbers(1, 300), numbers(2, 50), numbers(3, 400)]
     wishes = [{}, {"kv_eviction": "layer-defensivekv"}, {"kv_eviction": "none"}]
-    num_tokens = 100
+    num_tokens = 40 if is_v2 else 100
 
     def serve(engine: Engine) -> list[Run]:
         names = [
