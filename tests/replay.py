@@ -186,7 +186,7 @@ class Replay:
                 continue
             if decode == "cake":
                 keep = list(policy.trim(inputs, targets[0] - policy.protected).sort(dim=-1).values)
-                ranks = policy.trim_ranks(inputs)
+                ranks = policy.trim_ranks(inputs, targets[0] - policy.protected)
             else:
                 kept = [min(length, target) for length, target in zip(lengths, targets, strict=True)]
                 counts, num_cached = [count - policy.protected for count in kept], inputs.keys.shape[1]

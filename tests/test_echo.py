@@ -258,10 +258,43 @@ def test_protected_first_positions_when_the_current_token_judges():
     assert all(set(head.tolist()) >= set(range(5)) for head in kept)
 
 
+@pytest.mark.parametrize("name", policy_names())
+def test_a_share_of_the_budget_for_both_ends(name):
+    """Half of it for the first positions, half for the last ones before the window, out of the budget."""
+    plain = small(name)
+    policy, shape = replace(plain, protect=type(plain.protect)(first=2, boundary=0.4)), Shape(prompt_len=300)
+    judged = [policy.judge(layer) for layer in shape.layers(policy)]
+    before_window = 300 - getattr(policy, "window", policy.protected)
+    for budget in (60, 96):
+        half = budget // 5
+        ends = {*range(half), *range(before_window - half, before_window)}
+        scores = policy.settle(judged, budget)
+        counts = policy.head_budgets(scores, 300, budget)
+        assert sum(map(sum, counts)) + policy.protected * 6 <= budget * 6 + 6
+        kept = [
+            set(head.tolist())
+            for score, of_layer in zip(scores, counts, strict=True)
+            for head in policy.keep(score, of_layer, 300, budget / 300)
+        ]
+        assert all(head >= ends for head in kept)
+        # It is a share: what lies between is chosen as before.
+        assert any(head - ends - {*range(before_window, 300)} for head in kept)
+    (layer,) = Shape(num_layers=1).layers(policy)
+    length = layer.keys.shape[1]
+    for head in policy.rescore(layer, [40 - policy.protected] * 2):
+        assert set(head.tolist()) >= set(range(8))
+        last = length - getattr(policy, "window", policy.protected)
+        assert set(head.tolist()) >= set(range(last - 8, last))
+    if "cake" in policy.decodes:
+        kept = policy.trim(replace(layer, queries=layer.queries[:, -1:]), 40 - policy.window)
+        assert all(set(head.tolist()) >= {*range(8), *range(last - 8, last)} for head in kept)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protect": {"last": 4}}, "unknown key 'last' in protect; known keys: first"),
+        ({"protect": {"last": 4}}, "unknown key 'last' in protect; known keys: boundary, first"),
+        ({"protect": {"boundary": 0.6}}, "protect: boundary must be a share of the budget from 0 to 0.5, not 0.6"),
         ({"protect": {"first": "4"}}, "protect.first must be of type int, not '4'"),
         ({"protect": {"first": -1}}, "protect: first must be at least 0, not -1"),
         ({"protect": 4}, "protect must be of type object, not 4"),

@@ -84,13 +84,24 @@ class Protect:
 
     Attributes:
         first: leading positions, such as a chat template's and a system prompt's.
+        boundary: share of the budget, in [0, 0.5], for both ends of the prompt: half of it for leading positions
+            (:attr:`first` among them), half for the last ones before the window.
     """
 
     first: int = 0
+    boundary: float = 0.0
 
     def __post_init__(self) -> None:
         if self.first < 0:
             raise ValueError(f"protect: first must be at least 0, not {self.first}")
+        if not 0 <= self.boundary <= 0.5:
+            raise ValueError(f"protect: boundary must be a share of the budget from 0 to 0.5, not {self.boundary}")
+
+    def spans(self, budget: float) -> tuple[int, int]:
+        """Leading positions, and last ones before the window, that stay under ``budget`` tokens."""
+        # Budgets come back from shares of a length, hence the little more.
+        half = int(self.boundary * budget / 2 + 1e-6)
+        return max(self.first, half), half
 
 
 @dataclass(frozen=True)
@@ -206,10 +217,10 @@ class Policy(ABC):
     def head_budgets(self, scores: Sequence[LayerScore], prompt_len: int, budget: float) -> list[list[int]]:
         """The counts per layer and KV head; by default the layer's for each of its heads.
 
-        Layers divide what the protected first positions leave, as if these were not there.
+        Layers divide what protected spans leave, as if these were not there.
         """
-        first = min(self.protect.first, max(int(budget) - self.protected, 0))
-        counts = [first + count for count in self.budgets(scores, prompt_len - first, budget - first)]
+        spans = min(sum(self.protect.spans(budget)), max(int(budget) - self.protected, 0))
+        counts = [spans + count for count in self.budgets(scores, prompt_len - spans, budget - spans)]
         return [[count] * len(score.indicator) for count, score in zip(counts, scores, strict=True)]
 
     def judge(self, inputs: LayerInputs) -> LayerScore:
@@ -223,15 +234,33 @@ class Policy(ABC):
     def ranks(
         self, score: LayerScore, prompt_len: int, keep_ratio: float, counts: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """:meth:`rank`, with what is not there below everything that is, and protected first positions above it."""
+        """:meth:`rank`, with what is not there below everything that is, and protected spans above it."""
         ranks = self.rank(score, prompt_len, keep_ratio, counts)
-        return self.raise_first(ranks if score.valid is None else _mask(ranks, score.valid), score.valid)
+        ranks = ranks if score.valid is None else _mask(ranks, score.valid)
+        in_window = max(getattr(self, "window", 0) - self.protected, 0)
+        return self.raise_spans(ranks, score.valid, keep_ratio * prompt_len, in_window)
 
-    def raise_first(self, ranks: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-        """``[Hkv, N]`` ranks with the protected first positions above all others; ``valid`` as in the scores."""
-        if not self.protect.first:
-            return ranks
-        return ranks.masked_fill(leading(self.protect.first, ranks, valid), float("inf"))
+    def raise_spans(
+        self, ranks: torch.Tensor, valid: torch.Tensor | None, budget: float, in_window: int = 0
+    ) -> torch.Tensor:
+        """Ranks with the protected spans above all others.
+
+        Args:
+            ranks: ``[Hkv, N]``.
+            valid: as in the scores.
+            budget: mean number of tokens that a head may keep.
+            in_window: how many of the ``N``, the last, lie in the window, where that competes too.
+        """
+        first, last = self.protect.spans(budget)
+        if first:
+            ranks = ranks.masked_fill(leading(first, ranks, valid), float("inf"))
+        if last:
+            end = ranks.shape[1] - in_window
+            ranks = ranks.clone()
+            ranks[:, max(end - last, 0) : end] = float("inf")
+            if valid is not None:
+                ranks = _mask(ranks, valid)
+        return ranks
 
     def rank(
         self, score: LayerScore, prompt_len: int, keep_ratio: float, counts: Sequence[int] | None = None

@@ -125,19 +125,19 @@ class Cake(Policy):
         In the paged engine this runs once per block instead of once per token: when a layer holds one full block
         more than its budget needs, it gives one back; and the cache stays in ascending order.
         """
-        best = self.trim_ranks(inputs).topk(count, dim=-1).indices
+        best = self.trim_ranks(inputs, count).topk(count, dim=-1).indices
         num_heads, num_cached, _ = inputs.keys.shape
         last = torch.arange(num_cached - self.window, num_cached, device=best.device)
         return torch.cat([best, last.expand(num_heads, -1)], dim=1)
 
-    def trim_ranks(self, inputs: LayerInputs) -> torch.Tensor:
-        """``[Hkv, N - w]`` float32 by which :meth:`trim` chooses among the ``N`` cached entries."""
+    def trim_ranks(self, inputs: LayerInputs, count: int) -> torch.Tensor:
+        """``[Hkv, N - w]`` float32 by which :meth:`trim` chooses ``count`` of the ``N`` cached entries."""
         queries = inputs.queries.unflatten(0, (len(inputs.keys), -1))
         logits = attention_logits(queries, inputs.keys, inputs.scale, inputs.logits_soft_cap)
         attention = logits.softmax(dim=-1)[:, :, 0, : -self.window]
         pooled = average_pool(attention, self.pool_kernel).mean(dim=1)
         ranks = finite(echoed(pooled, self.echo, None, SINKS + self.pool_kernel // 2))
-        return self.raise_first(ranks, None)
+        return self.raise_spans(ranks, None, count + self.window)
 
 
 @dataclass(frozen=True)
