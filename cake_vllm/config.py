@@ -155,6 +155,8 @@ class KVEvictionConfig:
             if preset not in PRESETS:
                 raise ValueError(f"{flag(CONFIG_KEY)}: unknown preset {preset!r}; choose {', '.join(sorted(PRESETS))}")
             options = dict(zip(TAUS, PRESETS[preset], strict=True)) | options
+        if self.is_progressive:
+            options = {**policy_class(self.policy_name).when_progressive, **options}
         try:
             return create_policy(self.policy_name, options, beside)
         except ValueError as error:
@@ -311,16 +313,16 @@ def _merge_wishes(server: KVEvictionConfig, wishes: Mapping[str, Any]) -> dict[s
 
 def _refuse_costly(server: KVEvictionConfig, config: KVEvictionConfig) -> None:
     """A request must not take more of what it shares with others than the server's settings or the defaults do."""
-    default = create_policy(config.policy_name, {})
+    default = KVEvictionConfig(config.policy_name, config.budget, {"prefill": config.prefill}).policy
     for knob in COSTLY_KNOBS:
         value = getattr(config.policy, knob, 0)
         most = max(getattr(policy, knob, 0) for policy in (server.policy, default))
         if value > most:
             raise ValueError(f"{CONFIG_KEY}: {knob} of a request may be {most} at most, not {value}: ask for less")
     observed = getattr(config.policy, "observe", 0)
-    densest = getattr(server.policy, "observe", 0)
+    densest = min(filter(None, (getattr(policy, "observe", 0) for policy in (server.policy, default))), default=0)
     if observed and not 0 < densest <= observed:
-        allowed = f"0, or at least the server's {densest}" if densest else "0, as the server's is"
+        allowed = f"0, or at least {densest}" if densest else "0, as the server's is"
         raise ValueError(f"{CONFIG_KEY}: observe of a request may be {allowed}, not {observed}")
 
 

@@ -72,6 +72,21 @@ def test_a_request_sets_its_own_floor():
     assert (elastic.tokens(1000), elastic.decode) == (1000, "off")
 
 
+def test_a_question_that_is_not_known_yet_asks_for_the_prompts_own_queries():
+    """Under progressive prefill ``echo`` observes, unless it is told not to; a request may ask for as much."""
+    assert parse(**{"": "echo"}).policy.observe == 0
+    observing = parse(**{"": "echo", "_config": {"prefill": "progressive"}})
+    assert observing.policy.observe == 8
+    assert KVEvictionConfig.from_settings(observing.settings()).policy.observe == 8
+    assert parse(**{"": "echo", "_config": {"prefill": "progressive", "observe": 0}}).policy.observe == 0
+    server = parse(**{"": "snapkv", "_config": {"prefill": "progressive"}})
+    assert server.for_request({"kv_eviction": "echo"}, 4096).policy.observe == 8
+    sparse = {"kv_eviction": "echo", "kv_eviction_config": {"observe": 20}}
+    assert server.for_request(sparse, 4096).policy.observe == 20
+    with pytest.raises(ValueError, match="observe of a request may be 0, or at least 8, not 4"):
+        server.for_request({"kv_eviction": "echo", "kv_eviction_config": {"observe": 4}}, 4096)
+
+
 BAD = [
     ({"": "cade"}, "--kv-eviction 'cade' is unknown: choose none, .*cake"),
     (

@@ -52,6 +52,6 @@ def test_notes_are_taken_of_what_is_computed(start_engine, model_dir, text_ids):
 
 def test_a_request_may_not_observe_more_than_the_server(start_engine, text_ids):
     engine: Engine = start_engine(kv_eviction="echo", kv_eviction_budget=128, kv_eviction_config=KNOBS)
-    with pytest.raises(VLLMValidationError, match="observe of a request may be 0, or at least the server's 5, not 4"):
+    with pytest.raises(VLLMValidationError, match="observe of a request may be 0, or at least 5, not 4"):
         engine.add(text_ids[:300], 1, extra_args={"kv_eviction_config": '{"observe": 4}'})
     assert len(engine.generate([text_ids[:300]], 4, extra_args={"kv_eviction_config": '{"observe": 50}'})[0]) == 4

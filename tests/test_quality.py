@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import quality
 import scores
 from longbench import longbench_tasks
-from quality import Answers, Prompts, Question, Row, flags, interval, key_of, parser, summarize
+from quality import Answers, Prompts, Question, Row, compare, flags, interval, key_of, parser, summarize
 from ruler import RULER
 from tasks import TASKS, Sample, Texts, fill
 
@@ -262,6 +262,21 @@ def test_intervals_are_over_contexts():
     figures = summarize(records)
     assert figures["found"]["contexts"] == [0.5, 1.0]
     assert (figures["found"]["mean"], figures["kept"]) == (0.75, 0.5)
+
+
+def test_a_policy_is_compared_with_the_better_of_others():
+    def cell(*contexts: float) -> dict:
+        return {"kept": 0.1, "found": {"mean": sum(contexts) / len(contexts), "contexts": list(contexts)}}
+
+    by_row = {"full": {"needle 9": cell(1, 1, 1), "copy 9": cell(1, 1, 1)}, "echo 0.1": {"needle 9": cell(0, 0.2, 0.1)}}
+    by_row |= {"cake 0.1": {"needle 9": cell(0.5, 0.7, 0.7)}, "snapkv 0.1": {"needle 9": cell(1, 0, 0)}}
+    found = compare({"exact": by_row}, "echo", ["cake", "snapkv"], ["0.1", "0.2"])
+    assert found["exact"].keys() == {"needle 9"}
+    figures = found["exact"]["needle 9"]["0.1"]
+    assert figures["better"] == "cake"
+    assert figures["mean"] == pytest.approx(-1.6 / 3)
+    assert figures["low"] == pytest.approx(-0.6)
+    assert figures["high"] == pytest.approx(-0.5)
 
 
 def test_a_killed_run_goes_on(tmp_path):

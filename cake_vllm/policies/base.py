@@ -17,9 +17,10 @@ Symbols used in every docstring: ``L`` layers, ``Hq`` query heads, ``Hkv`` KV he
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 
@@ -118,12 +119,15 @@ class Policy(ABC):
         decodes: the ways in which it can evict generated tokens, its default first: ``"off"`` lets a request grow by
             its output, ``"window"`` scores the cache again with the last queries (:meth:`rescore`), ``"cake"`` with
             the current one (:meth:`trim`).
+        when_progressive: knobs that have other defaults where a prompt is evicted after every chunk, before its
+            question is known.
     """
 
     needs_values = False
     needs_output_weight = False
     selection: ClassVar[str] = "layer"
     decodes: ClassVar[tuple[str, ...]] = ("off", "window")
+    when_progressive: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     protect: Protect = field(default=Protect(), kw_only=True)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 
@@ -45,13 +46,15 @@ class Echo(Policy):
         window: number of last prompt tokens whose queries judge, and which always stay.
         pool_kernel: width of the pooling over positions, odd.
         echo: positions after which an inherited worth is halved; 0 for none.
-        observe: every how many-th query of the whole prompt judges beside the window; 0 for none.
+        observe: every how many-th query of the whole prompt judges beside the window; 0 for none, which is the default
+            but under progressive prefill (8).
         protect: the protected first positions pass nothing on; by default the attention sinks.
     """
 
     needs_values = True
     needs_output_weight = True
     selection = "all"
+    when_progressive = MappingProxyType({"observe": 8})
 
     window: int = 32
     pool_kernel: int = 5
