@@ -6,6 +6,8 @@ from typing import Any
 from unittest import mock
 
 import flash_reference
+from engine import Engine
+from ties import assert_same
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends import flash_attn
@@ -67,3 +69,25 @@ def flash_in_torch(wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = la
         ),
     ):
         yield
+
+
+def same_elsewhere(
+    start_engine: Callable[..., Engine],
+    backend: type,
+    model: str,
+    prompts: list[list[int]],
+    num_tokens: int,
+    **kwargs: Any,
+) -> list[type]:
+    """An engine with ``backend`` in the place of the CPU's keeps and says the same; returns what its layers are."""
+    kwargs = {"skip_tokenizer_init": True, "max_num_batched_tokens": 64, **kwargs}
+    expected = start_engine(model, **kwargs).runs(prompts, num_tokens)
+    assert any(run.kept for run in expected)
+    with in_place_of_cpu_attn(backend):
+        engine = start_engine(model, **kwargs, seed=1)
+        got = engine.runs(prompts, num_tokens)
+        layers = list(engine.vllm_config.compilation_config.static_forward_context.values())
+        engine.shutdown()
+    for run, reference in zip(got, expected, strict=True):
+        assert_same(run, reference)
+    return [type(layer.impl) for layer in layers]

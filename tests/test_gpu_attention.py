@@ -1,5 +1,8 @@
 """The GPU backends on the CPU, with Triton interpreted and FlashAttention's kernel in torch; on a GPU: see ``gpu/``."""
 
+from functools import partial
+
+import elsewhere
 import pytest
 import torch
 from elsewhere import (
@@ -9,10 +12,8 @@ from elsewhere import (
     flash_in_torch,
     in_place_of_cpu_attn,
 )
-from engine import Engine
 from random_models import numbers, save_random_model
 from stored import Stored, StoredReplay, save_scaled_model
-from ties import assert_same
 
 from cake_vllm.integration.worker.gpu_attention import EvictingFlashImpl, side_by_side
 from cake_vllm.policies import create_policy
@@ -28,22 +29,8 @@ def test_side_by_side():
 
 @pytest.fixture
 def same_elsewhere(start_engine):
-    """Puts a backend in the place of the CPU's; its engine must keep and say the same, and its layers are returned."""
-
-    def check(backend: type, model: str, prompts: list[list[int]], num_tokens: int, **kwargs) -> list:
-        kwargs = {"skip_tokenizer_init": True, "max_num_batched_tokens": 64, **kwargs}
-        expected = start_engine(model, **kwargs).runs(prompts, num_tokens)
-        assert any(run.kept for run in expected)
-        with in_place_of_cpu_attn(backend):
-            engine: Engine = start_engine(model, **kwargs, seed=1)
-            got = engine.runs(prompts, num_tokens)
-            layers = list(engine.vllm_config.compilation_config.static_forward_context.values())
-            engine.shutdown()
-        for run, reference in zip(got, expected, strict=True):
-            assert_same(run, reference)
-        return [type(layer.impl) for layer in layers]
-
-    return check
+    """See :func:`elsewhere.same_elsewhere`."""
+    return partial(elsewhere.same_elsewhere, start_engine)
 
 
 @pytest.mark.engine
