@@ -33,20 +33,20 @@ class ReferenceFlashInferBackend(EvictingFlashInferBackend):
 class Gpu:
     """This platform, of another capability."""
 
-    def __init__(self, capability: tuple[int, int]):
-        self.capability = DeviceCapability(*capability)
+    def __init__(self, capability: tuple[int, int] | None):
+        self.capability = DeviceCapability(*capability) if capability else None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(current_platform, name)
 
-    def get_device_capability(self) -> DeviceCapability:
+    def get_device_capability(self) -> DeviceCapability | None:
         return self.capability
 
     def is_device_capability(self, asked: int) -> bool:
-        return self.capability.to_int() == asked
+        return self.capability is not None and self.capability.to_int() == asked
 
     def is_device_capability_family(self, asked: int) -> bool:
-        return self.capability.to_int() // 10 == asked // 10
+        return self.capability is not None and self.capability.to_int() // 10 == asked // 10
 
 
 class copy_page_indices:

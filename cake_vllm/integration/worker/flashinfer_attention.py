@@ -122,7 +122,7 @@ class EvictingFlashInferImpl(HeadMajorImpl, FlashInferImpl):  # type: ignore[mis
             ends = (-(-lengths // layer.kv_cache.shape[2])).cumsum(0, dtype=torch.int32)
             starts = torch.nn.functional.pad(ends, (1, 0))
             prefill = replace(prefill, seq_lens=lengths, cum_seq_lens_kv=starts)
-        return replace(metadata, decode=decode, prefill=prefill)
+        return replace(metadata, decode=decode, prefill=prefill, seq_lens=seq_lens)
 
 
 class EvictingFlashInferBackend(HeadMajorBackend, FlashInferBackend):  # type: ignore[misc]
