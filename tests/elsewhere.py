@@ -82,14 +82,19 @@ def same_elsewhere(
     model: str,
     prompts: list[list[int]],
     num_tokens: int,
+    drafts: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> list[type]:
-    """An engine with ``backend`` in the place of the CPU's keeps and says the same; returns what its layers are."""
+    """An engine with ``backend`` in the place of the CPU's, and ``drafts``, keeps and says what one does without.
+
+    Returns:
+        What its layers are.
+    """
     kwargs = {"skip_tokenizer_init": True, "max_num_batched_tokens": 64, **kwargs}
     expected = start_engine(model, **kwargs).runs(prompts, num_tokens)
     assert any(run.kept for run in expected)
     with in_place_of_cpu_attn(backend):
-        engine = start_engine(model, **kwargs, seed=1)
+        engine = start_engine(model, **kwargs, seed=1, speculative_config=drafts)
         got = engine.runs(prompts, num_tokens)
         layers = list(engine.vllm_config.compilation_config.static_forward_context.values())
         engine.shutdown()

@@ -228,9 +228,13 @@ def trtllm_batch_decode_with_kv_cache(
 ) -> None:
     """Rows are read on the device; TensorRT-LLM's kernels, and with ``backend="xqa"`` those of :func:`xqa`."""
     assert rest.pop("backend", "xqa") in ("trtllm-gen", "xqa")
+    starts, mask = rest.pop("q_cu_seq_lens", None), rest.pop("mask", None)
+    # Of the drafts of each row among themselves; they are causal here.
+    assert (mask is None) == (q_len_per_req == 1)
     assert not any(rest.values()), rest
     name = "decode by lengths on the device"
-    starts = torch.arange(len(seq_lens) + 1) * q_len_per_req
+    starts = torch.arange(len(seq_lens) + 1) * q_len_per_req if starts is None else starts
+    assert (starts.diff() <= q_len_per_req).all()
     _by_tables(
         name,
         query,

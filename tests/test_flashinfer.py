@@ -45,7 +45,7 @@ def test_flashinfer_by_reference(start_engine, tiny_model, is_v2, gpu, name, pre
     """Prompts of all kinds, in batches that mix them; evicted rows are planned with their new tokens alone."""
     settings = {"kv_eviction": name, "kv_eviction_budget": 100, "max_model_len": 1024}
     settings["kv_eviction_config"] = {"window": 8, "prefill": prefill, "decode": "window"}
-    lengths, num_tokens = ((40, 150, 260), 6) if is_v2 else ((40, 400, 150, 600), 40)
+    lengths, num_tokens = ((260, 40), 6) if is_v2 else ((40, 400, 150, 600), 40)
     prompts = [numbers(140 + length, length) for length in lengths]
     capability, has_trtllm, kernels = KERNELS[gpu]
     flashinfer_reference.calls.clear()
@@ -92,14 +92,16 @@ def test_flashinfer_beside_sliding_windows(start_engine, tmp_path, same_on_both)
 @pytest.mark.alone
 @pytest.mark.parametrize("gpu", ["ampere", "hopper"])
 def test_flashinfer_with_drafts(start_engine, tiny_model, same_on_both, gpu):
-    """Native kernels read evicted rows as long as they were, XQA those that it can."""
+    """Rows with drafts are a prefill to native kernels, which read evicted ones as long as they were; not to XQA."""
     settings = {"kv_eviction": "cake", "kv_eviction_budget": 100, "max_model_len": 1024}
-    settings["speculative_config"] = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    settings["speculative_config"] |= {"prompt_lookup_min": 1}
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     prompts = [numbers(150, 150) * 2, numbers(151, 40), numbers(152, 500)]
     capability, has_trtllm, _ = KERNELS[gpu]
+    flashinfer_reference.calls.clear()
     with flashinfer_in_torch(capability, has_trtllm):
-        same_elsewhere(start_engine, ReferenceFlashInferBackend, tiny_model, prompts, 40, **settings)
+        same_elsewhere(start_engine, ReferenceFlashInferBackend, tiny_model, prompts, 40, drafts, **settings)
+    longest = {kernel: max(map(max, calls)) for kernel, calls in flashinfer_reference.calls.items()}
+    assert longest["prefill"] > 500 if gpu == "ampere" else longest["decode by lengths on the device"] < 200
 
 
 @pytest.mark.engine
