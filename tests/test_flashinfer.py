@@ -5,6 +5,7 @@ from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import flashinfer_reference
+import numpy as np
 import pytest
 import torch
 from elsewhere import replayed_elsewhere, same_elsewhere
@@ -15,7 +16,8 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends import fa_utils, flash_attn
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from cake_vllm.integration.worker import flashinfer_attention
+from cake_vllm.integration.messages import Redirected, StepPlan
+from cake_vllm.integration.worker import flashinfer_attention, graphs
 from cake_vllm.integration.worker.flashinfer_attention import EvictingFlashInferImpl
 from cake_vllm.integration.worker.gpu_attention import EvictingFlashBackend, EvictingTritonBackend
 
@@ -29,11 +31,10 @@ KERNELS = {
 
 
 @pytest.mark.engine
-@pytest.mark.interpreted
 @pytest.mark.parametrize(
     ("gpu", "name", "prefill"),
     [
-        ("ampere", "layer-defensivekv", "exact"),
+        pytest.param("ampere", "layer-defensivekv", "exact", marks=pytest.mark.interpreted),
         ("blackwell", "cake", "progressive"),
         pytest.param("ampere", "cake", "progressive", marks=full),
         pytest.param("hopper", "cake", "exact", marks=full),
@@ -119,6 +120,21 @@ def test_flashinfer_over_eight_bits(start_engine, tmp_path, is_v2):
             start_engine, tmp_path / "scaled", ReferenceFlashInferBackend, model, 190, 8, "cake", 40, **options
         )
     assert stored.queries
+
+
+@pytest.mark.parametrize("req_idx", [None, np.array([5, 3])])
+def test_a_missed_row_is_an_error(monkeypatch, req_idx):
+    """Rows are requests' places on runner V1, and places are looked up on V2."""
+    requests = SimpleNamespace(req_id_to_index={"a": 0, "b": 1} if req_idx is None else {"a": 5, "b": 3, "c": 4})
+    runner = SimpleNamespace(input_batch=requests, req_states=requests)
+    worker = SimpleNamespace(evicted=lambda plan, known: {*known} & {"b", "c"})
+    monkeypatch.setattr(graphs, "_worker", lambda: worker)
+    monkeypatch.setattr(graphs.step, "runner", runner)
+    monkeypatch.setattr(graphs.step, "plan", StepPlan(redirected={False: Redirected(1, 1, 1)}))
+    assert graphs.evicted_rows(req_idx).tolist() == [1]
+    monkeypatch.setattr(graphs.step, "plan", StepPlan(redirected={False: Redirected(2, 2, 1)}))
+    with pytest.raises(RuntimeError, match="not where the scheduler put them"):
+        graphs.evicted_rows(req_idx)
 
 
 BESIDE = {
