@@ -64,9 +64,7 @@ class copy_page_indices:
 
 
 @contextmanager
-def flashinfer_in_torch(
-    capability: tuple[int, int], has_trtllm: bool, beside: type = EvictingFlashBackend
-) -> Iterator[None]:
+def flashinfer_in_torch(capability: tuple[int, int], has_trtllm: bool) -> Iterator[None]:
     """Lets vLLM choose FlashInfer's kernels as on a GPU of this capability, with or without TensorRT-LLM's at hand."""
     gpu = Gpu(capability)
     with ExitStack() as patches:
@@ -78,7 +76,7 @@ def flashinfer_in_torch(
                 "flashinfer_xqa_batch_decode_with_kv_cache": flashinfer_reference.xqa_batch_decode_with_kv_cache,
             },
             support: {"current_platform": gpu, "has_nvidia_artifactory": lambda: has_trtllm},
-            flashinfer_attention: {"choose_beside": lambda *_: beside},
+            flashinfer_attention: {"choose_beside": lambda *_: EvictingFlashBackend},
         }.items():
             patches.enter_context(mock.patch.multiple(owner, **attributes))
         if not HAS_TRITON:

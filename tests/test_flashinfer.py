@@ -8,7 +8,7 @@ import flashinfer_reference
 import numpy as np
 import pytest
 import torch
-from elsewhere import replayed_elsewhere, same_elsewhere
+from elsewhere import same_elsewhere
 from flashinfer_elsewhere import Gpu, ReferenceFlashInferBackend, flashinfer, flashinfer_in_torch
 from random_models import numbers, save_random_model
 from test_graphs import rehearse
@@ -105,23 +105,6 @@ def test_flashinfer_with_drafts(start_engine, tiny_model, same_on_both, gpu):
     assert longest["prefill"] > 500 if gpu == "ampere" else longest["decode by lengths on the device"] < 200
 
 
-@pytest.mark.engine
-@full
-@pytest.mark.slow
-@pytest.mark.interpreted
-def test_flashinfer_over_eight_bits(start_engine, tmp_path, is_v2):
-    """On Blackwell queries are of eight bits, too; evicted rows are Triton's."""
-    if not is_v2:
-        pytest.skip("needs Triton's interpreter: --runner v2")
-    model = save_random_model(tmp_path / "plain", "llama", "LlamaForCausalLM", num_hidden_layers=3)
-    options = {"window": 8, "decode": "off"}
-    with flashinfer_in_torch((10, 0), True, EvictingTritonBackend):
-        stored = replayed_elsewhere(
-            start_engine, tmp_path / "scaled", ReferenceFlashInferBackend, model, 190, 8, "cake", 40, **options
-        )
-    assert stored.queries
-
-
 @pytest.mark.parametrize("req_idx", [None, np.array([5, 3])])
 def test_a_missed_row_is_an_error(monkeypatch, req_idx):
     """Rows are requests' places on runner V1, and places are looked up on V2."""
@@ -138,34 +121,33 @@ def test_a_missed_row_is_an_error(monkeypatch, req_idx):
 
 
 BESIDE = {
-    # Capability, FlashAttention's version there, head size, type, KV cache, and what serves evicted rows.
-    "Hopper": ((9, 0), 3, 128, "float16", "auto", EvictingFlashBackend),
-    "Blackwell": ((10, 0), 4, 128, "bfloat16", "auto", EvictingFlashBackend),
-    "pages too small for its kernel": ((10, 0), 4, 256, "float16", "auto", EvictingTritonBackend),
-    "no FlashAttention": ((10, 0), None, 128, "float16", "auto", EvictingTritonBackend),
-    "8 bits": ((10, 0), 4, 128, "float16", "fp8", EvictingTritonBackend),
-    "float32": ((9, 0), 3, 128, "float32", "auto", EvictingTritonBackend),
-    "a CPU": (None, None, 128, "float16", "auto", EvictingTritonBackend),
+    # Capability, FlashAttention's version there, head size, type, and what serves evicted rows.
+    "Hopper": ((9, 0), 3, 128, "float16", EvictingFlashBackend),
+    "Blackwell": ((10, 0), 4, 128, "bfloat16", EvictingFlashBackend),
+    "pages too small for its kernel": ((10, 0), 4, 256, "float16", EvictingTritonBackend),
+    "no FlashAttention": ((10, 0), None, 128, "float16", EvictingTritonBackend),
+    "float32": ((9, 0), 3, 128, "float32", EvictingTritonBackend),
+    "a CPU": (None, None, 128, "float16", EvictingTritonBackend),
 }
 
 
 @pytest.mark.parametrize("situation", BESIDE)
 def test_what_serves_evicted_rows(monkeypatch, situation):
-    capability, version, head_size, dtype, kv_cache_dtype, expected = BESIDE[situation]
+    capability, version, head_size, dtype, expected = BESIDE[situation]
     for module in (fa_utils, flashinfer_attention):
         monkeypatch.setattr(module, "current_platform", Gpu(capability))
     for module in (flash_attn, flashinfer_attention):
         monkeypatch.setattr(module, "get_flash_attn_version", lambda **_: version)
     config = SimpleNamespace(
         model_config=SimpleNamespace(dtype=getattr(torch, dtype), get_head_size=lambda: head_size),
-        cache_config=SimpleNamespace(block_size=16, cache_dtype=kv_cache_dtype),
+        cache_config=SimpleNamespace(block_size=16, cache_dtype="auto"),
     )
     for module, name in (
         (flashinfer_attention, "get_current_vllm_config"),
         (flash_attn, "get_current_vllm_config_or_none"),
     ):
         monkeypatch.setattr(module, name, lambda: config)
-    assert flashinfer_attention.choose_beside(head_size, kv_cache_dtype, False) is expected
+    assert flashinfer_attention.choose_beside(head_size, False) is expected
 
 
 CHOICES = {
@@ -173,7 +155,8 @@ CHOICES = {
     "Blackwell": ((10, 0), "auto", None, "FLASHINFER", "FLASHINFER"),
     "Hopper": ((9, 0), "auto", None, "FLASH_ATTN", "FLASH_ATTN"),
     "blocks that are split": ((10, 0), "auto", 128, "FLASH_ATTN", "FLASHINFER"),
-    "e5m2": ((10, 0), "fp8_e5m2", None, "TRITON_ATTN", "FLASHINFER"),
+    "8 bits": ((10, 0), "fp8_e4m3", None, "TRITON_ATTN", "FLASHINFER"),
+    "8 bits of another kind": ((10, 0), "fp8_e5m2", None, "TRITON_ATTN", "FLASHINFER"),
 }
 
 
