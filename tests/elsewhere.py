@@ -2,16 +2,23 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import flash_reference
+import torch
+from engine import Engine
+from random_models import numbers
+from stored import Stored, StoredReplay, save_scaled_model
+from ties import assert_same
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.registry import _ATTN_OVERRIDES, AttentionBackendEnum
 
 from cake_vllm.integration.worker.gpu_attention import EvictingFlashBackend, EvictingTritonBackend, EvictingTritonImpl
+from cake_vllm.policies import create_policy
 
 
 class InterpretedTritonImpl(EvictingTritonImpl):
@@ -67,3 +74,63 @@ def flash_in_torch(wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = la
         ),
     ):
         yield
+
+
+def same_elsewhere(
+    start_engine: Callable[..., Engine],
+    backend: type,
+    model: str,
+    prompts: list[list[int]],
+    num_tokens: int,
+    drafts: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> list[type]:
+    """An engine with ``backend`` in the place of the CPU's, and ``drafts``, keeps and says what one does without.
+
+    Returns:
+        What its layers are.
+    """
+    kwargs = {"skip_tokenizer_init": True, "max_num_batched_tokens": 64, **kwargs}
+    expected = start_engine(model, **kwargs).runs(prompts, num_tokens)
+    assert any(run.kept for run in expected)
+    with in_place_of_cpu_attn(backend):
+        engine = start_engine(model, **kwargs, seed=1, speculative_config=drafts)
+        got = engine.runs(prompts, num_tokens)
+        layers = list(engine.vllm_config.compilation_config.static_forward_context.values())
+        engine.shutdown()
+    for run, reference in zip(got, expected, strict=True):
+        assert_same(run, reference)
+    return [type(layer.impl) for layer in layers]
+
+
+def replayed_elsewhere(
+    start_engine: Callable[..., Engine],
+    folder: Path,
+    backend: type,
+    model: str,
+    length: int,
+    num_tokens: int,
+    name: str,
+    budget: int,
+    **options: Any,
+) -> Stored:
+    """An engine with ``backend`` in the place of the CPU's and an 8-bit cache says what a replay over it says.
+
+    The model with its scales is saved in ``folder``; returns what the engine stored.
+    """
+    scaled, size = save_scaled_model(folder, model), 64
+    settings = {"kv_eviction": name, "kv_eviction_budget": budget, "kv_eviction_config": options}
+    prompt = numbers(180, length)
+    with in_place_of_cpu_attn(backend):
+        engine = start_engine(scaled, skip_tokenizer_init=True, max_num_batched_tokens=size, **settings)
+        replay = StoredReplay(model)
+        replay.stored = Stored.of(engine, torch.float8_e4m3fn)
+        (served,) = engine.served([prompt], num_tokens)
+        layers = engine.vllm_config.compilation_config.static_forward_context.values()
+        assert {type(layer.impl) for layer in layers} == {backend.evicting_impl}
+        engine.shutdown()
+    assert served.choices
+    policy = create_policy(name, {"window": options["window"]})
+    chunk = size if options.get("prefill") == "progressive" else None
+    replay.verify(prompt, served, policy, budget, block_size=32, decode=options["decode"], chunk=chunk)
+    return replay.stored

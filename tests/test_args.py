@@ -54,16 +54,12 @@ def test_registering_twice_wraps_once():
     assert EngineArgs.create_engine_config is before
 
 
-@pytest.mark.parametrize(
-    ("family", "asked", "chosen"), [(100, None, "FLASH_ATTN"), (100, "TRITON_ATTN", "TRITON_ATTN"), (90, None, None)]
-)
-def test_the_backend_that_vllm_would_choose_is_never_refused(llama, monkeypatch, family, asked, chosen):
-    """On Blackwell that is FlashInfer."""
-    monkeypatch.setattr(plugin.current_platform, "is_device_capability_family", lambda asked_for: asked_for == family)
+@pytest.mark.parametrize("asked", [None, *plugin.BACKENDS])
+def test_the_attention_backend_is_left_as_it_was(llama, asked):
+    """What vLLM then chooses by itself on a GPU: ``test_flashinfer.py``."""
     attention = {"backend": asked} if asked else {}
-    for policy, expected in (("cake", chosen), ("none", asked)):
-        backend = configure(llama, kv_eviction=policy, attention_config=attention).attention_config.backend
-        assert (backend and backend.name) == expected
+    backend = configure(llama, kv_eviction="cake", attention_config=attention).attention_config.backend
+    assert (backend and backend.name) == asked
 
 
 @pytest.mark.parametrize("cls", [EngineArgs, AsyncEngineArgs])
@@ -137,8 +133,8 @@ def test_what_is_switched_on(llama):
         ({"kv_eviction": "cake", "kv_eviction_budget": 0}, "--kv-eviction-budget 0 is not a budget"),
         ({"kv_eviction": "cake", "disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager yet"),
         (
-            {"kv_eviction": "cake", "attention_config": {"backend": "FLASHINFER"}},
-            "no attention backend for FLASHINFER: choose CPU_ATTN, FLASH_ATTN, TRITON_ATTN",
+            {"kv_eviction": "cake", "attention_config": {"backend": "FLEX_ATTENTION"}},
+            "no attention backend for FLEX_ATTENTION: choose CPU_ATTN, FLASH_ATTN, FLASHINFER, TRITON_ATTN",
         ),
     ],
 )

@@ -1,5 +1,8 @@
 """The GPU backends on the CPU, with Triton interpreted and FlashAttention's kernel in torch; on a GPU: see ``gpu/``."""
 
+from functools import partial
+
+import elsewhere
 import pytest
 import torch
 from elsewhere import (
@@ -7,15 +10,10 @@ from elsewhere import (
     InterpretedTritonImpl,
     ReferenceFlashBackend,
     flash_in_torch,
-    in_place_of_cpu_attn,
 )
-from engine import Engine
 from random_models import numbers, save_random_model
-from stored import Stored, StoredReplay, save_scaled_model
-from ties import assert_same
 
 from cake_vllm.integration.worker.gpu_attention import EvictingFlashImpl, side_by_side
-from cake_vllm.policies import create_policy
 
 
 def test_side_by_side():
@@ -28,22 +26,8 @@ def test_side_by_side():
 
 @pytest.fixture
 def same_elsewhere(start_engine):
-    """Puts a backend in the place of the CPU's; its engine must keep and say the same, and its layers are returned."""
-
-    def check(backend: type, model: str, prompts: list[list[int]], num_tokens: int, **kwargs) -> list:
-        kwargs = {"skip_tokenizer_init": True, "max_num_batched_tokens": 64, **kwargs}
-        expected = start_engine(model, **kwargs).runs(prompts, num_tokens)
-        assert any(run.kept for run in expected)
-        with in_place_of_cpu_attn(backend):
-            engine: Engine = start_engine(model, **kwargs, seed=1)
-            got = engine.runs(prompts, num_tokens)
-            layers = list(engine.vllm_config.compilation_config.static_forward_context.values())
-            engine.shutdown()
-        for run, reference in zip(got, expected, strict=True):
-            assert_same(run, reference)
-        return [type(layer.impl) for layer in layers]
-
-    return check
+    """See :func:`elsewhere.same_elsewhere`."""
+    return partial(elsewhere.same_elsewhere, start_engine)
 
 
 @pytest.mark.engine
@@ -97,27 +81,8 @@ def test_flash_attention_beside_sliding_windows(same_elsewhere, tmp_path, flash,
 
 @pytest.fixture
 def replayed_elsewhere(start_engine, tmp_path):
-    """An engine with a backend in the place of the CPU's and an 8-bit cache says what a replay over it says."""
-
-    def check(backend: type, model: str, length: int, num_tokens: int, name: str, budget: int, **options) -> Stored:
-        scaled, size = save_scaled_model(tmp_path / "scaled", model), 64
-        settings = {"kv_eviction": name, "kv_eviction_budget": budget, "kv_eviction_config": options}
-        prompt = numbers(180, length)
-        with in_place_of_cpu_attn(backend):
-            engine = start_engine(scaled, skip_tokenizer_init=True, max_num_batched_tokens=size, **settings)
-            replay = StoredReplay(model)
-            replay.stored = Stored.of(engine, torch.float8_e4m3fn)
-            (served,) = engine.served([prompt], num_tokens)
-            layers = engine.vllm_config.compilation_config.static_forward_context.values()
-            assert {type(layer.impl) for layer in layers} == {backend.evicting_impl}
-            engine.shutdown()
-        assert served.choices
-        policy = create_policy(name, {"window": options["window"]})
-        chunk = size if options.get("prefill") == "progressive" else None
-        replay.verify(prompt, served, policy, budget, block_size=32, decode=options["decode"], chunk=chunk)
-        return replay.stored
-
-    return check
+    """See :func:`elsewhere.replayed_elsewhere`."""
+    return partial(elsewhere.replayed_elsewhere, start_engine, tmp_path / "scaled")
 
 
 @pytest.mark.engine

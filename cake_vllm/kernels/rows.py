@@ -58,6 +58,9 @@ class EvictedRows:
     def __len__(self) -> int:
         return len(self._slots)
 
+    def __contains__(self, req_id: str) -> bool:
+        return req_id in self._slots
+
     @property
     def num_bytes(self) -> int:
         """Memory of the tables on the device."""

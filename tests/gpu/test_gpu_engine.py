@@ -1,6 +1,7 @@
 """The engine on a GPU against the Hugging Face replay, and CUDA graphs against eager execution.
 
-With ``--dry-run``: over a reference of FlashAttention's kernel, and, on ``--runner v2``, Triton interpreted.
+With ``--dry-run``: over references of FlashAttention's and FlashInfer's kernels, and, on ``--runner v2``, Triton
+interpreted.
 """
 
 import sys
@@ -29,11 +30,11 @@ BUDGET, CHUNK = 150, 256
 HALF = {"rank_bound": 5e-2, "gap_bound": 0.1}
 
 
-@pytest.fixture(params=["FLASH_ATTN", "TRITON_ATTN", "FLASH_ATTN-async"])
+@pytest.fixture(params=["FLASH_ATTN", "TRITON_ATTN", "FLASH_ATTN-async", "FLASHINFER"])
 def settings(request, is_dry, is_v2):
-    """Of an engine with this backend; FlashAttention computes in half precision."""
+    """Of an engine with this backend; but for Triton they compute in half precision."""
     backend, _, is_async = request.param.partition("-")
-    is_flash = backend == "FLASH_ATTN"
+    is_flash = backend != "TRITON_ATTN"
     common = {
         "skip_tokenizer_init": True,
         "max_num_batched_tokens": CHUNK,
@@ -41,6 +42,8 @@ def settings(request, is_dry, is_v2):
         "max_model_len": 1024,
     }
     if not is_dry:
+        if backend == "FLASHINFER":
+            pytest.importorskip("flashinfer")
         dtype = "float16" if is_flash else "float32"
         common |= {"block_size": 16, "dtype": dtype, "async_scheduling": bool(is_async)}
         yield {**common, "attention_config": {"backend": backend}, "gpu_memory_utilization": 0.3}
@@ -49,6 +52,12 @@ def settings(request, is_dry, is_v2):
         pytest.skip("without a GPU vLLM schedules synchronously")
     if not is_flash and not is_v2:
         pytest.skip("without a GPU Triton is interpreted: --runner v2")
+    if backend == "FLASHINFER":
+        from flashinfer_elsewhere import ReferenceFlashInferBackend, flashinfer_in_torch
+
+        with flashinfer_in_torch((9, 0), has_trtllm=True), in_place_of_cpu_attn(ReferenceFlashInferBackend):
+            yield {**common, "seed": 2}
+        return
     with flash_in_torch(), in_place_of_cpu_attn(ReferenceFlashBackend if is_flash else InterpretedTritonBackend):
         yield common
 

@@ -7,7 +7,6 @@ from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from cake_vllm.config import CONFIG_KEY, POLICY_KEY, KVEvictionConfig, flag
@@ -23,6 +22,7 @@ CONNECTOR = "KVEvictionConnector"
 BACKENDS = {
     "CPU_ATTN": "cake_vllm.integration.worker.cpu_attention.EvictingCPUBackend",
     "FLASH_ATTN": "cake_vllm.integration.worker.gpu_attention.EvictingFlashBackend",
+    "FLASHINFER": "cake_vllm.integration.worker.flashinfer_attention.EvictingFlashInferBackend",
     "TRITON_ATTN": "cake_vllm.integration.worker.gpu_attention.EvictingTritonBackend",
 }
 
@@ -68,7 +68,6 @@ def switch_on(
     vllm_config = original(args, *rest, **kwargs)
     refuse_model(vllm_config)
     refuse_speculation(config, vllm_config)
-    choose_backend(vllm_config)
     if isinstance(args, AsyncEngineArgs):
         install_http()
     resolved = config.resolve(vllm_config.model_config.hf_text_config)
@@ -77,13 +76,6 @@ def switch_on(
     logger.info("KV eviction is on: budget %s, %s, tau preset: %s", resolved.budget, resolved.policy, preset)
     logger.info("KV eviction uses the KV connector %s", CONNECTOR)
     return vllm_config
-
-
-def choose_backend(vllm_config: VllmConfig) -> None:
-    """Where vLLM by itself would take FlashInfer, and the user did not choose, takes FLASH_ATTN, which can evict."""
-    if vllm_config.attention_config.backend is None and current_platform.is_device_capability_family(100):
-        vllm_config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN
-        logger.info("KV eviction chooses FLASH_ATTN, because FLASHINFER, vLLM's first choice on this GPU, cannot evict")
 
 
 def refuse_arguments(args: Any) -> None:

@@ -66,7 +66,7 @@ def evictable_groups(kv_cache_config: KVCacheConfig) -> list[int]:
     if not found:
         raise RuntimeError(
             "--kv-eviction found no layer to evict from: this model has no full-attention layer, its layers have "
-            "KV caches of different shapes, or vLLM chose an attention backend other than CPU_ATTN, FLASH_ATTN and "
-            "TRITON_ATTN (set --attention-backend)"
+            "KV caches of different shapes, or vLLM chose an attention backend other than CPU_ATTN, FLASH_ATTN, "
+            "FLASHINFER and TRITON_ATTN (set --attention-backend)"
         )
     return found

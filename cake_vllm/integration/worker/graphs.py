@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
@@ -68,10 +69,12 @@ class _Step:
 
     Attributes:
         plan: what the scheduler says of it; ``None``: it is not one of an engine with eviction, or a dummy.
+        runner: vLLM's model runner, which has the batch.
         replays: whether it runs as one of the second graphs.
     """
 
     plan: StepPlan | None = None
+    runner: Any = None
     replays = False
 
 
@@ -93,14 +96,34 @@ def install_graphs() -> None:
 def _remember_plan(original: Callable[..., Any], worker: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
     plan = scheduler_output.kv_connector_metadata
     step.plan, step.replays = plan if isinstance(plan, StepPlan) else None, False
+    step.runner = worker.model_runner
     try:
         return original(worker, scheduler_output, *args, **kwargs)
     finally:
-        step.plan = None
+        step.plan = step.runner = None
 
 
 def _has_work() -> bool:
     return step.plan is not None and bool(step.plan.observations or step.plan.redirected)
+
+
+def evicted_rows(req_idx: np.ndarray | None) -> np.ndarray:
+    """Rows of the step's batch that were evicted, for what is planned on the host before a connector is asked.
+
+    Args:
+        req_idx: ``[R]`` places of its requests among those of the runner; ``None`` on runner V1: they are rows.
+
+    Raises:
+        RuntimeError: if there are not as many as the scheduler says.
+    """
+    if step.plan is None or not step.plan.redirected:
+        return np.empty(0, dtype=np.int64)
+    requests = step.runner.input_batch if req_idx is None else step.runner.req_states
+    places = [requests.req_id_to_index[name] for name in _worker().evicted(step.plan, requests.req_id_to_index)]
+    rows = np.array(places, dtype=np.int64) if req_idx is None else np.isin(req_idx, places).nonzero()[0]
+    if len(rows) != sum(count.num_rows for count in step.plan.redirected.values()):
+        raise RuntimeError("evicted requests are not where the scheduler put them")
+    return rows
 
 
 def _dispatch_v1(original: Callable[..., Any], dispatcher: Any, *args: Any, **kwargs: Any) -> Any:

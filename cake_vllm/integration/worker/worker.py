@@ -3,7 +3,7 @@
 Runs in every worker process and frees no block.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -119,6 +119,10 @@ class EvictionWorker:
             if stock_lens is not None:
                 stock[id(of_layer)] = layer.impl.with_lengths(layer.module, of_layer, stock_lens)
             setattr(of_layer, STEP, StepWork(self.grid, stock[id(of_layer)], redirected, index, observe))
+
+    def evicted(self, plan: StepPlan, known: Iterable[str]) -> set[str]:
+        """Those of the ``known`` requests whose rows are redirected in a step that is being set up."""
+        return {name for name in known for rows in self._rows.values() if name in rows}.difference(plan.released)
 
     def replay(self, attn_metadata: dict[str, Any]) -> None:
         """Fills the buffers that a captured step reads; called before it runs, with metadata like :meth:`begin`'s."""
