@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from cake_vllm.config import CONFIG_KEY, POLICY_KEY, KVEvictionConfig, flag
+from cake_vllm.config import BUDGET_KEY, CONFIG_KEY, POLICY_KEY, KVEvictionConfig, flag
 from cake_vllm.integration.front.requests import install_http, install_requests
 from cake_vllm.integration.reports import install_states
 
@@ -30,6 +30,10 @@ BACKENDS = {
 #: values, and vLLM's unquantized caches.
 QUANTIZED = ("fp8", "fp8_e4m3", "fp8_e5m2")
 CACHE_DTYPES = ("auto", "float16", "bfloat16", *QUANTIZED)
+
+#: Methods of speculation without and with attention layers of their own.
+DRAFTS_WITHOUT_CACHE = ("ngram", "ngram_gpu", "suffix", "medusa")
+DRAFT_MODELS = ("eagle", "eagle3", "mtp", "draft_model")
 
 
 def install() -> None:
@@ -80,10 +84,16 @@ def switch_on(
 
 
 def choose_backend(vllm_config: VllmConfig) -> None:
-    """Where vLLM by itself would take FlashInfer, and the user did not choose, takes FLASH_ATTN, which can evict."""
+    """Where vLLM by itself would take FlashInfer, and the user did not choose, takes FLASH_ATTN, which can evict.
+
+    A model that drafts takes what the target takes, for it shares its blocks.
+    """
     if vllm_config.attention_config.backend is None and current_platform.is_device_capability_family(100):
         vllm_config.attention_config.backend = AttentionBackendEnum.FLASH_ATTN
         logger.info("KV eviction chooses FLASH_ATTN, because FLASHINFER, vLLM's first choice on this GPU, cannot evict")
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.attention_backend is None:
+        speculative.attention_backend = vllm_config.attention_config.backend
 
 
 def refuse_arguments(args: Any) -> None:
@@ -107,14 +117,14 @@ def refuse_arguments(args: Any) -> None:
 
 
 def refuse_speculation(config: KVEvictionConfig, vllm_config: VllmConfig) -> None:
-    """Refuses drafts that come from a model, and drafts whose fate the scheduler learns too late.
+    """Refuses drafts that eviction cannot serve, and drafts whose fate the scheduler learns too late.
 
-    Layers of a draft model (EAGLE and MTP have some too) lie in the blocks of the request, which go for them as well.
-    But they run after the target's layers, once for each draft, with metadata that no connector is shown: nobody could
-    score what they hold, nor lead them to where it was moved, and they would draft from blocks of other requests.
+    Layers that draft lie in the blocks of the request and keep there what is most recent, so one page of theirs must be
+    as large as one of the target's, and their passes such that rows can be told apart: first the tokens of the step,
+    then a token for each row.
 
     Verified a step late, the length of a request is not known when its next step is planned, so no step can be made to
-    end with a block.
+    end with a block, and nothing that ends there can be cut.
 
     Raises:
         ValueError: one sentence that says what to change.
@@ -122,16 +132,61 @@ def refuse_speculation(config: KVEvictionConfig, vllm_config: VllmConfig) -> Non
     speculative = vllm_config.speculative_config
     if speculative is None:
         return
-    if speculative.method != "ngram":
+    if speculative.method not in (*DRAFTS_WITHOUT_CACHE, *DRAFT_MODELS):
         raise ValueError(
             f"{flag(POLICY_KEY)} does not work together with --speculative-config of method {speculative.method} yet: "
-            "use ngram or drop one of the two"
+            f"use one of {', '.join((*DRAFTS_WITHOUT_CACHE, *DRAFT_MODELS))}, or drop one of the two"
         )
-    if config.decode != "off" and vllm_config.scheduler_config.async_scheduling:
+    if speculative.method in DRAFT_MODELS:
+        refuse_draft_model(vllm_config)
+    if (config.decode != "off" or config.is_elastic) and vllm_config.scheduler_config.async_scheduling:
+        what = "cut requests when memory is short" if config.is_elastic else "evict generated tokens"
+        fix = (
+            f"{flag(BUDGET_KEY)} to a number" if config.is_elastic else f"""{flag(CONFIG_KEY)} '{{"decode": "off"}}'"""
+        )
         raise ValueError(
-            f"{flag(POLICY_KEY)} cannot evict generated tokens while their drafts are verified a step late: set "
-            f"""--no-async-scheduling or {flag(CONFIG_KEY)} '{{"decode": "off"}}', or drop --speculative-config"""
+            f"{flag(POLICY_KEY)} cannot {what} while drafts are verified a step late: set --no-async-scheduling or "
+            f"{fix}, or drop --speculative-config"
         )
+
+
+def refuse_draft_model(vllm_config: VllmConfig) -> None:
+    """Refuses models that draft in a way that eviction cannot serve.
+
+    Raises:
+        ValueError: one sentence that says what it is.
+    """
+    speculative, model = vllm_config.speculative_config, vllm_config.model_config
+    assert speculative is not None
+    draft, parallel = speculative.draft_model_config, vllm_config.parallel_config
+    backends = (speculative.attention_backend, vllm_config.attention_config.backend)
+    checks = [
+        (draft.use_mla, "multi-head latent attention (MLA)"),
+        (speculative.use_gemma4_mtp(), "the KV cache of the target"),
+        (speculative.use_step3p5_mtp() or speculative.use_multi_module_mtp(), "several modules that take turns"),
+        (speculative.parallel_drafting, "parallel_drafting"),
+        (speculative.disable_padded_drafter_batch, "disable_padded_drafter_batch"),
+        (backends[0] not in (None, backends[1]), "an attention_backend that is not the target's"),
+        (
+            speculative.kv_cache_dtype not in (None, vllm_config.cache_config.cache_dtype),
+            "a kv_cache_dtype that is not the target's",
+        ),
+        (
+            speculative.draft_parallel_config.tensor_parallel_size != parallel.tensor_parallel_size,
+            "a draft_tensor_parallel_size that is not the target's",
+        ),
+        (
+            (draft.get_num_kv_heads(parallel), draft.get_head_size())
+            != (model.get_num_kv_heads(parallel), model.get_head_size()),
+            "KV heads of another number or size than the target's",
+        ),
+    ]
+    for refused, what in checks:
+        if refused:
+            raise ValueError(
+                f"{flag(POLICY_KEY)} does not work together with a --speculative-config of {what} yet: use another "
+                "draft model, ngram, or drop one of the two"
+            )
 
 
 def window_cuts(window: int | None, max_model_len: int) -> bool:
