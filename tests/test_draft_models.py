@@ -16,6 +16,7 @@ from test_drafts import drafts
 from ties import Run, assert_same
 
 from cake_vllm import policies
+from cake_vllm.integration.worker import graphs
 from cake_vllm.integration.worker.dealing import keep_recent
 from cake_vllm.policies import create_policy
 from cake_vllm.policies.streamingllm import StreamingLLM
@@ -233,6 +234,7 @@ class Attended:
         self.keys[end - num_new : end], self.values[end - num_new : end] = key[:num_new], value[:num_new]
         seen = torch.ones(num_new, end, dtype=torch.bool).tril(end - num_new)
         if self.held is not None:
+            assert graphs.step.plan.redirected, "drafts choose their graphs by it"
             start, count = self.held.start * BLOCK, len(self.held.drafted)
             seen[:, BLOCK : start - (count - 1) * BLOCK] = False
             self.num_checked += count < self.held.start
@@ -273,6 +275,7 @@ def test_a_head_reads_the_first_block_and_the_last_ones(tiny, speculation, monke
     monkeypatch.setattr(attended.worker, "begin", attended.before)
     engine.generate([numbers(70, 600)], 8 if is_v2 else 120)
     assert attended.num_checked > (8 if is_v2 else 100)
+    assert graphs.step.plan is None
 
 
 @pytest.mark.engine

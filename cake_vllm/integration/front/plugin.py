@@ -161,8 +161,7 @@ def refuse_draft_model(vllm_config: VllmConfig) -> None:
     draft, parallel = speculative.draft_model_config, vllm_config.parallel_config
     backends = (speculative.attention_backend, vllm_config.attention_config.backend)
     checks = [
-        (draft.use_mla, "multi-head latent attention (MLA)"),
-        (speculative.use_gemma4_mtp(), "the KV cache of the target"),
+        (speculative.use_gemma4_mtp(), "layers that read the target's KV cache"),
         (speculative.use_step3p5_mtp() or speculative.use_multi_module_mtp(), "several modules that take turns"),
         (speculative.parallel_drafting, "parallel_drafting"),
         (speculative.disable_padded_drafter_batch, "disable_padded_drafter_batch"),
@@ -184,8 +183,8 @@ def refuse_draft_model(vllm_config: VllmConfig) -> None:
     for refused, what in checks:
         if refused:
             raise ValueError(
-                f"{flag(POLICY_KEY)} does not work together with a --speculative-config of {what} yet: use another "
-                "draft model, ngram, or drop one of the two"
+                f"{flag(POLICY_KEY)} does not work together with a --speculative-config with {what} yet: use another, "
+                "or drop one of the two"
             )
 
 
