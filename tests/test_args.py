@@ -164,6 +164,10 @@ def test_drafts_beside_eviction_of_generated_tokens_are_verified_in_time(llama):
         plugin.refuse_speculation(KVEvictionConfig("cake", "auto", {}), config)
 
 
+#: What the documentation calls those of the following two tests.
+DRAFTERS = "models that draft in parallel or with another KV cache than the target's"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -314,7 +318,7 @@ def test_attention_that_cannot_be_evicted(name):
 
 def test_the_documentation_lists_what_is_refused():
     (row,) = (line for line in COMPATIBILITY.splitlines() if line.startswith("| refused at start-up"))
-    assert set(row.split("|")[2].strip().split(", ")) == {*FEATURES, *MODELS, *ATTENTION}
+    assert set(row.split("|")[2].strip().split(", ")) == {*FEATURES, DRAFTERS, *MODELS, *ATTENTION}
 
 
 def test_the_documentation_names_tests_that_exist():
