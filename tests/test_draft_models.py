@@ -14,6 +14,7 @@ from random_models import numbers, save_random_eagle
 from replay import Replay
 from test_drafts import drafts
 from ties import Run, assert_same
+from vllm.platforms import current_platform
 
 from cake_vllm import policies
 from cake_vllm.integration.worker import graphs
@@ -104,11 +105,10 @@ def serve(engine: Engine, num_tokens: int, poison: bool = False) -> tuple[list[R
 @pytest.mark.parametrize(
     ("method", "name", "options"),
     [
-        ("eagle", "cake", {"decode": "off"}),
+        pytest.param("eagle", "cake", {"decode": "off"}, marks=pytest.mark.contract),
         ("draft_model", "cake", {"decode": "cake"}),
         pytest.param("draft_model", "tova", {"decode": "off"}, marks=pytest.mark.full),
-        pytest.param("eagle3", "tova", {"decode": "window", "prefill": "progressive"}, marks=pytest.mark.full),
-        pytest.param("eagle", "cake", {"decode": "cake", "prefill": "progressive"}, marks=pytest.mark.full),
+        pytest.param("eagle3", "tova", {"decode": "window"}, marks=pytest.mark.full),
     ],
 )
 def test_rows_of_all_kinds_share_a_batch(tiny, speculation, is_v2, method, name, options):
@@ -149,7 +149,7 @@ class HeadStreaming(StreamingLLM):
         pytest.param("streamingllm", "off", "progressive", marks=pytest.mark.full),
         pytest.param("head-streaming", "window", "progressive", marks=pytest.mark.full),
         ("head-streaming", "off", "exact"),
-        ("streamingllm", "window", "exact"),
+        pytest.param("streamingllm", "window", "exact", marks=pytest.mark.contract),
     ],
 )
 def test_who_reads_what_the_target_reads_drafts_what_it_says(
@@ -246,8 +246,10 @@ class Attended:
             scale=self.impl.scale,
             enable_gqa=True,
         )
+        # Weights are random and so is what they make: some of these numbers are in the hundreds.
+        bound = 1e-4 * max(float(expected.abs().max()), 1)
         torch.testing.assert_close(
-            output[:num_new].view(num_new, -1, 32), expected.transpose(0, 1), atol=1e-4, rtol=1e-4
+            output[:num_new].view(num_new, -1, 32), expected.transpose(0, 1), atol=bound, rtol=1e-4
         )
         return output
 
@@ -342,3 +344,40 @@ def test_a_real_model_drafts_for_itself(start_engine, model_dir, text_ids, same_
     Replay(model_dir).verify(prompt, served, create_policy("cake", {}), 256, block_size=BLOCK)
     accepted, rejected = drafts(engine)
     assert accepted > rejected
+
+
+@pytest.mark.engine
+@pytest.mark.full
+def test_drafts_that_are_verified_a_step_late(tiny, speculation, monkeypatch, same_on_both):
+    """Under asynchronous scheduling, which vLLM turns off on a CPU, though it runs there."""
+    settings = {"kv_eviction": "streamingllm", "kv_eviction_budget": 4 * BLOCK, "max_num_batched_tokens": 256}
+    settings |= {"kv_eviction_config": {"n_sink": BLOCK, "decode": "off"}, "max_model_len": 1024}
+    wishes = [(300, {}), (50, {}), (420, {"kv_eviction": "none"}), (700, {}), (90, {})]
+
+    def serve(engine: Engine) -> list[Run]:
+        names = [
+            engine.add(numbers(60 + seed, length), 100, extra_args=wish, logprobs=2, detokenize=False)
+            for seed, (length, wish) in enumerate(wishes)
+        ]
+        engine.run()
+        return [engine.run_of(name) for name in names]
+
+    expected = serve(tiny(**settings))
+    platform = type(current_platform)
+    check = platform.check_and_update_config
+
+    def checked(vllm_config) -> None:
+        is_late = vllm_config.scheduler_config.async_scheduling
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = is_late
+
+    monkeypatch.setattr(platform, "check_and_update_config", staticmethod(checked))
+    engine: Engine = tiny(**settings, speculative_config=speculation("draft_model"), seed=1)
+    assert engine.vllm_config.scheduler_config.async_scheduling
+    for run, reference in zip(serve(engine), expected, strict=True):
+        assert_same(run, reference)
+    assert engine.stats()["requests"] == 2
+    accepted, rejected = drafts(engine)
+    assert rejected <= NUM_DRAFTS * (2 + len(wishes))
+    assert accepted > 300
+    engine.shutdown()
