@@ -85,3 +85,17 @@ def save_random_eagle(path: Path, method: str) -> str:
     save_file(weights, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(config))
     return str(path)
+
+
+def save_random_mtp(path: Path) -> str:
+    """A mixture of experts with two layers, and a third that drafts."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    save_random_model(path, "glm4_moe", "Glm4MoeForCausalLM", num_hidden_layers=3, **experts)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}))
+    weights = load_file(path / "model.safetensors")
+    names = ("enorm", "hnorm", "shared_head.norm")
+    weights |= {f"model.layers.2.{name}.weight": torch.ones(64) for name in names}
+    weights["model.layers.2.eh_proj.weight"] = 0.1 * torch.randn(64, 2 * 64)
+    save_file(weights, path / "model.safetensors")
+    return str(path)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from engine import Engine
-from random_models import numbers, save_random_eagle
+from random_models import numbers, save_random_eagle, save_random_mtp
 from replay import Replay
 from test_drafts import drafts
 from ties import Run, assert_same
@@ -27,14 +27,14 @@ NUM_DRAFTS, BLOCK = 3, 32
 
 @pytest.fixture
 def speculation(tiny_model, tmp_path_factory) -> Callable[[str], dict]:
-    """The configuration of a method; a draft model is the target itself."""
+    """The configuration of a method; a draft model is the target itself, and so is the model of an MTP layer."""
 
     def of(method: str) -> dict:
-        path = tmp_path_factory.getbasetemp() / method
-        model = tiny_model if method == "draft_model" else str(path)
-        if method != "draft_model" and not path.exists():
-            path.mkdir()
-            save_random_eagle(path, method)
+        path, model = tmp_path_factory.getbasetemp() / method, tiny_model
+        if method != "draft_model":
+            model = str(path)
+            if not path.exists():
+                save_random_mtp(path) if method == "mtp" else save_random_eagle(path, method)
         return {"method": method, "model": model, "num_speculative_tokens": NUM_DRAFTS}
 
     return of
@@ -260,15 +260,22 @@ class Attended:
     [
         ("eagle3", "layer-defensivekv", {"decode": "window"}),
         pytest.param("eagle", "cake", {"decode": "cake", "prefill": "progressive"}, marks=pytest.mark.full),
+        pytest.param("mtp", "cake", {"decode": "off"}, marks=pytest.mark.full),
     ],
 )
-def test_a_head_reads_the_first_block_and_the_last_ones(tiny, speculation, monkeypatch, is_v2, method, name, options):
+def test_a_head_reads_the_first_block_and_the_last_ones(
+    start_engine, tiny_model, speculation, monkeypatch, is_v2, method, name, options
+):
     """Through prefill in chunks, drafts that are rejected, and blocks given back."""
-    engine: Engine = tiny(
+    draft = speculation(method)
+    engine: Engine = start_engine(
+        draft["model"] if method == "mtp" else tiny_model,
+        skip_tokenizer_init=True,
+        num_gpu_blocks_override=200,
         kv_eviction=name,
         kv_eviction_budget=100,
         kv_eviction_config=options,
-        speculative_config=speculation(method),
+        speculative_config=draft,
         max_num_batched_tokens=256,
         max_model_len=1024,
     )
@@ -380,4 +387,9 @@ def test_drafts_that_are_verified_a_step_late(tiny, speculation, monkeypatch, sa
     accepted, rejected = drafts(engine)
     assert rejected <= NUM_DRAFTS * (2 + len(wishes))
     assert accepted > 300
+    # How long a request is, is not known in time to cut it.
+    engine.add(numbers(70, 300), 20, extra_args={"kv_eviction_budget": "auto"})
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.step()
+        assert not engine.scheduler.connector.scheduler._cuttable
     engine.shutdown()
