@@ -185,6 +185,8 @@ def test_draft_models_that_are_refused(llama, tmp_path, change, message):
     speculation = {"method": "draft_model", "model": llama, "num_speculative_tokens": 2}
     kwargs = {"kv_eviction": "cake", "tensor_parallel_size": 1 + ("draft_tensor_parallel_size" in change)}
     assert configure(llama, **kwargs, speculative_config=speculation).num_lookahead_tokens == 2
+    both = configure(llama, **kwargs, attention_config={"backend": "TRITON_ATTN"}, speculative_config=speculation)
+    assert both.speculative_config.attention_backend.name == "TRITON_ATTN"
     if "model" in change:
         change = {"model": str(tmp_path / change["model"])}
     with pytest.raises(ValueError, match=f"with a --speculative-config with {message} yet: use another, or drop"):

@@ -56,12 +56,15 @@ class EvictionWorker:
         self.layers = [layer for layer in every if not layer.impl.is_draft]
         #: Those of a model that drafts. They lie in the same blocks, and run after the target's.
         self.draft_layers = [layer for layer in every if layer.impl.is_draft]
+        self._every_layer = [*self.layers, *self.draft_layers]
         for index, layer in enumerate(self._every_layer):
             layer.impl.layer_index = index
+        if len({layer.group for layer in self.draft_layers}) > 1:
+            raise RuntimeError("--kv-eviction needs the layers of the draft model in one KV cache group: use another")
         for layer in self.draft_layers:
             layer.impl.work_of_pass = self._work_of_pass
         speculative = vllm_config.speculative_config
-        # A model that is no head of the target is given what was sampled as a token more.
+        # A model that is no head of the target is given the sampled token beside the step's.
         self._more_drafted = int(speculative is not None and speculative.uses_draft_model())
         self.group, self.stage = get_tp_group(), get_pp_group().rank_in_group
         install_graphs()
@@ -96,10 +99,6 @@ class EvictionWorker:
         every = self._every_layer
         return Grid.of([layer.module.kv_cache for layer in every], [layer.group for layer in every])
 
-    @property
-    def _every_layer(self) -> list[EvictableLayer]:
-        return [*self.layers, *self.draft_layers]
-
     @cached_property
     def _rows(self) -> dict[bool, EvictedRows]:
         return {by_head: EvictedRows(self._every_grid, by_head) for by_head in (False, True)}
@@ -126,7 +125,7 @@ class EvictionWorker:
         if not attn_metadata or not (plan.observations or plan.redirected):
             return
         # Layers of a group share one.
-        metadata = [attn_metadata[layer.name] for layer in self.layers]
+        metadata = [attn_metadata[layer.name] for layer in self._every_layer]
         first = self._first(metadata)
         tails = self._tails(first)
         redirected, index, stock_lens = self._redirect(plan.redirected, first, tails)
@@ -135,7 +134,7 @@ class EvictionWorker:
             observe = partial(self._observe, self._find(plan.observations, metadata, tails))
             self._observations.extend(plan.observations)
         stock: dict[int, Any] = {}
-        for layer, of_layer in zip(self.layers, metadata, strict=True):
+        for layer, of_layer in zip(self._every_layer, metadata, strict=True):
             if id(of_layer) in stock:
                 continue
             stock[id(of_layer)] = of_layer if not redirected else None
@@ -148,7 +147,7 @@ class EvictionWorker:
         if not current_step.replays:
             return
         ((by_head, count),) = self._plan.redirected.items()
-        first = self._first([attn_metadata[layer.name] for layer in self.layers])
+        first = self._first([attn_metadata[layer.name] for layer in self._every_layer])
         slots = self._slots(by_head, count, self._tails(first))
         self._replayed.fill(self._rows[by_head], slots, first.seq_lens, self.block_size)
 
@@ -208,7 +207,8 @@ class EvictionWorker:
 
     def _first(self, metadata: Sequence[Any]) -> Any:
         """The metadata that tells requests apart, that of the first group."""
-        return next(of_layer for layer, of_layer in zip(self.layers, metadata, strict=True) if layer.group == 0)
+        every = zip(self._every_layer, metadata, strict=True)
+        return next(of_layer for layer, of_layer in every if layer.group == 0)
 
     def _tails(self, metadata: Any) -> torch.Tensor:
         """``[R]`` blocks that rows end in."""
@@ -320,7 +320,8 @@ class EvictionWorker:
         torch._assert_async((matches.sum(dim=1) == 1).all(), "requests are not where the scheduler put them")
         place = matches.int().argmax(dim=1, keepdim=True)
         ends = metadata[0].query_start_loc[1:][place]
-        tables = {layer.group: of_layer.block_table for layer, of_layer in zip(self.layers, metadata, strict=True)}
+        every = zip(self._every_layer, metadata, strict=True)
+        tables = {layer.group: of_layer.block_table for layer, of_layer in every}
         rows = [tables[group].index_select(0, place.squeeze(1)) for group in sorted(tables)]
         batched = []
         for index, (what, end) in enumerate(zip(observations, ends, strict=True)):
@@ -494,8 +495,7 @@ class EvictionWorker:
                 self.trace_ranks[what.req_id] = watched.ranks.copy()
         else:
             pages, used = self._as_it_is(what, grant, watched, new, moved)
-        self._unsettled += [copy] if copy else []
-        self._unsettled.append(partial(self._store, what.req_id, grant, pages, used, num_blocks, drafted))
+        self._unsettled.append(partial(self._store, what.req_id, grant, pages, used, num_blocks, drafted, copy))
         watched.chosen.clear()
         watched.ranks.clear()
         watched.scores.clear()
@@ -623,9 +623,18 @@ class EvictionWorker:
         return self._every_grid.part(slice(len(self.layers), None))
 
     def _store(
-        self, req_id: str, grant: Grant, pages: np.ndarray, used: np.ndarray, start: int, drafted: Sequence[int]
+        self,
+        req_id: str,
+        grant: Grant,
+        pages: np.ndarray,
+        used: np.ndarray,
+        start: int,
+        drafted: Sequence[int],
+        copy: Callable[[], None] | None,
     ) -> None:
-        """From now on a request reads these pages, and its draft layers those of ``drafted``."""
+        """From now on a request reads these pages, and its draft layers those of ``drafted``, which ``copy`` fills."""
+        if copy is not None:
+            copy()
         if self.draft_layers:
             columns = [drafted] * (1 + max(self._draft_grid.group_of))
             theirs = self._draft_grid.homes(columns, grant.by_head).T
