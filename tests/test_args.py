@@ -193,6 +193,15 @@ def test_draft_models_that_are_refused(llama, tmp_path, change, message):
         configure(llama, **kwargs, speculative_config=speculation | change)
 
 
+def test_draft_models_beside_sliding_windows_are_refused(llama, tmp_path):
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+    gemma = save_config(tmp_path / "gemma", "gemma2", "Gemma2ForCausalLM", hidden_size=64, vocab_size=128, **layers)
+    for target, draft in ((gemma, llama), (llama, gemma)):
+        speculation = {"method": "draft_model", "model": draft, "num_speculative_tokens": 2}
+        with pytest.raises(ValueError, match="with sliding-window layers, the target's or its own, yet: use another"):
+            configure(target, kv_eviction="cake", speculative_config=speculation)
+
+
 @pytest.mark.parametrize(
     ("model_type", "modules", "message"),
     [("mtp", 2, "several modules that take turns"), ("gemma4_mtp", 1, "layers that read the target's KV cache")],

@@ -161,6 +161,8 @@ def refuse_draft_model(vllm_config: VllmConfig) -> None:
     draft, parallel = speculative.draft_model_config, vllm_config.parallel_config
     backends = (speculative.attention_backend, vllm_config.attention_config.backend)
     checks = [
+        # vLLM's draft models write by the rows of the first KV cache group, whichever theirs is.
+        (_has_windows(model) or _has_windows(draft), "sliding-window layers, the target's or its own,"),
         (speculative.use_gemma4_mtp(), "layers that read the target's KV cache"),
         (speculative.use_step3p5_mtp() or speculative.use_multi_module_mtp(), "several modules that take turns"),
         (speculative.parallel_drafting, "parallel_drafting"),
@@ -193,6 +195,12 @@ def window_cuts(window: int | None, max_model_len: int) -> bool:
     served, in tokens, is full attention.
     """
     return window is not None and window < max_model_len
+
+
+def _has_windows(model: Any) -> bool:
+    text = model.hf_text_config
+    is_mixed = "sliding_attention" in (getattr(text, "layer_types", None) or ())
+    return is_mixed and window_cuts(getattr(text, "sliding_window", None), model.max_model_len)
 
 
 def refuse_model(vllm_config: VllmConfig) -> None:

@@ -59,8 +59,8 @@ class EvictionWorker:
         self._every_layer = [*self.layers, *self.draft_layers]
         for index, layer in enumerate(self._every_layer):
             layer.impl.layer_index = index
-        if len({layer.group for layer in self.draft_layers}) > 1:
-            raise RuntimeError("--kv-eviction needs the layers of the draft model in one KV cache group: use another")
+        if self.draft_layers and len(kv_cache_config.kv_cache_groups) > 1:
+            raise RuntimeError("--kv-eviction needs a draft model whose layers are in the target's only KV cache group")
         for layer in self.draft_layers:
             layer.impl.work_of_pass = self._work_of_pass
         speculative = vllm_config.speculative_config
