@@ -102,6 +102,9 @@ class Engine:
             assert len(set(dealt)) == len(dealt), "a page is dealt twice"
             assert set(dealt) <= own, "a page is dealt that is not the request's"
             assert (held.used <= held.dealt).all()
+            if worker.draft_layers:
+                assert len(set(held.drafted)) == len(held.drafted)
+                assert set(held.drafted) <= set(columns[worker.draft_layers[0].group])
             for manager, cut in zip(half._managers, cuts, strict=True):
                 assert cut.num_traded == held.start
                 row = manager.req_to_blocks[name]

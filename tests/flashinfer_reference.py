@@ -223,14 +223,18 @@ def trtllm_batch_decode_with_kv_cache(
     window_left: int,
     out: torch.Tensor,
     kv_layout: str,
-    q_len_per_req: int,
+    q_len_per_req: int | None,
     **rest: Any,
 ) -> None:
     """Rows are read on the device; TensorRT-LLM's kernels, and with ``backend="xqa"`` those of :func:`xqa`."""
-    assert rest.pop("backend", "xqa") in ("trtllm-gen", "xqa")
-    starts, mask = rest.pop("q_cu_seq_lens", None), rest.pop("mask", None)
-    # Of the drafts of each row among themselves; they are causal here.
-    assert (mask is None) == (q_len_per_req == 1)
+    is_xqa = rest.pop("backend", "xqa") == "xqa"
+    starts, mask = rest.pop("q_cu_seq_lens" if is_xqa else "cum_seq_lens_q", None), rest.pop("mask", None)
+    # Rows of different lengths say so once.
+    longest = rest.pop("max_q_len", None)
+    assert (q_len_per_req is None) == (longest is not None) == (starts is not None and not is_xqa)
+    q_len_per_req = q_len_per_req or longest
+    # Of the drafts of each row among themselves; they are causal here, and to TensorRT-LLM's kernels always.
+    assert (mask is not None) == (is_xqa and q_len_per_req > 1)
     assert not any(rest.values()), rest
     name = "decode by lengths on the device"
     starts = torch.arange(len(seq_lens) + 1) * q_len_per_req if starts is None else starts

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
@@ -52,4 +52,50 @@ def save_random_adapter(path: Path, num_layers: int, hidden: int = 64, rank: int
         "bias": "none",
     }
     (path / "adapter_config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def save_random_eagle(path: Path, method: str) -> str:
+    """A head that drafts for the Llamas above: one layer over the target's states, and what joins them to the tokens.
+
+    Args:
+        path: a folder.
+        method: ``"eagle"``, or ``"eagle3"``, which takes the states behind three layers.
+    """
+    save_random_model(path, "llama", "LlamaForCausalLM", seed=3, num_hidden_layers=1)
+    config = json.loads((path / "config.json").read_text()) | {"draft_vocab_size": 256, "tie_word_embeddings": False}
+    layer = {
+        name.removeprefix("model.layers.0."): weight
+        for name, weight in load_file(path / "model.safetensors").items()
+        if name.startswith("model.layers.0.")
+    }
+    if method == "eagle":
+        config["architectures"] = ["EagleLlamaForCausalLM"]
+        del layer["input_layernorm.weight"]
+        weights = {f"layers.0.{name}": weight for name, weight in layer.items()}
+        weights["fc.weight"] = 0.1 * torch.randn(64, 2 * 64)
+    else:
+        config |= {"architectures": ["LlamaForCausalLMEagle3"], "eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
+        for name in ("q_proj", "k_proj", "v_proj"):
+            weight = layer[f"self_attn.{name}.weight"]
+            layer[f"self_attn.{name}.weight"] = torch.cat([weight, 0.3 * torch.randn_like(weight)], dim=1)
+        weights = {f"midlayer.{name}": weight for name, weight in layer.items()}
+        weights |= {"midlayer.hidden_norm.weight": torch.ones(64), "norm.weight": torch.ones(64)}
+        weights |= {"fc.weight": 0.1 * torch.randn(64, 3 * 64), "lm_head.weight": 0.3 * torch.randn(256, 64)}
+    save_file(weights, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def save_random_mtp(path: Path) -> str:
+    """A mixture of experts with two layers, and a third that drafts."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    save_random_model(path, "glm4_moe", "Glm4MoeForCausalLM", num_hidden_layers=3, **experts)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}))
+    weights = load_file(path / "model.safetensors")
+    names = ("enorm", "hnorm", "shared_head.norm")
+    weights |= {f"model.layers.2.{name}.weight": torch.ones(64) for name in names}
+    weights["model.layers.2.eh_proj.weight"] = 0.1 * torch.randn(64, 2 * 64)
+    save_file(weights, path / "model.safetensors")
     return str(path)

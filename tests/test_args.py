@@ -154,6 +154,66 @@ def test_drafts_beside_eviction_of_generated_tokens_are_verified_in_time(llama):
     for way in ("window", "cake"):
         with pytest.raises(ValueError, match="verified a step late: set --no-async-scheduling or --kv-eviction-config"):
             plugin.refuse_speculation(ways[way], config)
+    with pytest.raises(
+        ValueError, match="cannot cut requests when memory is short while drafts are verified a step late: set"
+    ):
+        plugin.refuse_speculation(KVEvictionConfig("cake", "auto", {}), config)
+
+
+#: What the documentation calls those of the following two tests.
+DRAFTERS = "models that draft in parallel or with another KV cache than the target's"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "heads"}, "KV heads of another number or size than the target's"),
+        ({"disable_padded_drafter_batch": True}, "disable_padded_drafter_batch"),
+        ({"parallel_drafting": True}, "parallel_drafting"),
+        ({"attention_backend": "TRITON_ATTN"}, "an attention_backend that is not the target's"),
+        ({"kv_cache_dtype": "fp8"}, "a kv_cache_dtype that is not the target's"),
+        ({"draft_tensor_parallel_size": 1}, "a draft_tensor_parallel_size that is not the target's"),
+    ],
+)
+def test_draft_models_that_are_refused(llama, tmp_path, change, message):
+    fields = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 128}
+    save_config(tmp_path / "heads", "llama", "LlamaForCausalLM", **fields, num_key_value_heads=4)
+    speculation = {"method": "draft_model", "model": llama, "num_speculative_tokens": 2}
+    kwargs = {"kv_eviction": "cake", "tensor_parallel_size": 1 + ("draft_tensor_parallel_size" in change)}
+    assert configure(llama, **kwargs, speculative_config=speculation).num_lookahead_tokens == 2
+    both = configure(llama, **kwargs, attention_config={"backend": "TRITON_ATTN"}, speculative_config=speculation)
+    assert both.speculative_config.attention_backend.name == "TRITON_ATTN"
+    if "model" in change:
+        change = {"model": str(tmp_path / change["model"])}
+    with pytest.raises(ValueError, match=f"with a --speculative-config with {message} yet: use another, or drop"):
+        configure(llama, **kwargs, speculative_config=speculation | change)
+
+
+def test_draft_models_beside_sliding_windows_are_refused(llama, tmp_path):
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+    gemma = save_config(tmp_path / "gemma", "gemma2", "Gemma2ForCausalLM", hidden_size=64, vocab_size=128, **layers)
+    for target, draft in ((gemma, llama), (llama, gemma)):
+        speculation = {"method": "draft_model", "model": draft, "num_speculative_tokens": 2}
+        with pytest.raises(ValueError, match="with sliding-window layers, the target's or its own, yet: use another"):
+            configure(target, kv_eviction="cake", speculative_config=speculation)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "modules", "message"),
+    [("mtp", 2, "several modules that take turns"), ("gemma4_mtp", 1, "layers that read the target's KV cache")],
+)
+def test_heads_that_draft_in_another_way_are_refused(llama, model_type, modules, message):
+    speculation = {"method": "draft_model", "model": llama, "num_speculative_tokens": 2}
+    config = configure(llama, kv_eviction="cake", speculative_config=speculation)
+    # As vLLM describes such heads.
+    config.speculative_config.method = "mtp"
+    heads = config.speculative_config.draft_model_config.hf_config
+    heads.model_type, heads.num_nextn_predict_layers = model_type, 1
+    if model_type == "mtp":
+        plugin.refuse_speculation(KVEvictionConfig("cake", 256, {}), config)
+    heads.num_nextn_predict_layers = modules
+    with pytest.raises(ValueError, match=message):
+        plugin.refuse_speculation(KVEvictionConfig("cake", 256, {}), config)
 
 
 COMPATIBILITY = (ROOT / "docs" / "compatibility.md").read_text()
@@ -162,9 +222,9 @@ COMPATIBILITY = (ROOT / "docs" / "compatibility.md").read_text()
 FEATURES = {
     "context parallelism": ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size yet: set it to 1"),
     "dual-batch overlap": ({"enable_dbo": True}, "--enable-dbo yet: drop it"),
-    "draft models": (
-        {"speculative_config": {**NGRAM, "method": "ngram_gpu"}},
-        "--speculative-config of method ngram_gpu yet: use ngram or drop one",
+    "drafts by a class of one's own": (
+        {"speculative_config": {"method": "custom_class", "model": "a.Proposer", "num_speculative_tokens": 2}},
+        "--speculative-config of method custom_class yet: use one of ngram, ngram_gpu, suffix, medusa, eagle, eagle3,",
     ),
     "KV caches with a scale for each token": (
         {"kv_cache_dtype": "fp8_per_token_head"},
@@ -265,7 +325,7 @@ def test_attention_that_cannot_be_evicted(name):
 
 def test_the_documentation_lists_what_is_refused():
     (row,) = (line for line in COMPATIBILITY.splitlines() if line.startswith("| refused at start-up"))
-    assert set(row.split("|")[2].strip().split(", ")) == {*FEATURES, *MODELS, *ATTENTION}
+    assert set(row.split("|")[2].strip().split(", ")) == {*FEATURES, DRAFTERS, *MODELS, *ATTENTION}
 
 
 def test_the_documentation_names_tests_that_exist():

@@ -205,6 +205,10 @@ class Stages:
         reports = [report for worker in self.workers if (report := worker.finish())]
         return reports[0].aggregate(reports[1]) if reports else None
 
+    def end(self):
+        for worker in self.workers:
+            worker.end()
+
 
 @pytest.mark.parametrize("name", ["snapkv", "cake", "layer-defensivekv"])
 def test_stages_divide_their_own_budgets(tiny, monkeypatch, name, same_on_both):

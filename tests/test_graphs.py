@@ -17,6 +17,7 @@ from ties import assert_same
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.worker.gpu import cudagraph_utils
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 
 from cake_vllm.integration.messages import Redirected, StepPlan
 from cake_vllm.integration.worker import graphs
@@ -147,6 +148,19 @@ def test_which_graphs_a_step_gets(same_on_both, config, situation):
         found = manager.dispatch(3, 3, 1, 0, max_query_len=1)
         assert found.cg_mode.name == ("NONE" if of_v2 == "PIECEWISE" else "FULL")
         graphs.step.replays = False
+
+
+@pytest.mark.engine
+@pytest.mark.contract
+@pytest.mark.parametrize(("situation", "mode"), [("nothing evicted", "FULL"), ("evicted", "PIECEWISE")])
+def test_drafts_run_no_full_graph_while_rows_are_evicted(same_on_both, config, situation, mode):
+    """Theirs are not captured a second time: their layers' tables are found as their passes come."""
+    platform = SimpleNamespace(get_global_graph_pool=lambda: None)
+    with mock.patch.object(cudagraph_utils, "current_platform", platform):
+        manager = SpeculatorCudaGraphManager(config, torch.device("cpu"), CUDAGraphMode.FULL_AND_PIECEWISE, 1)
+    manager._graphs_captured = True
+    with mock.patch.object(graphs.step, "plan", PLANS[situation][0]):
+        assert manager.dispatch(3, 3, 1, 0, max_query_len=1).cg_mode.name == mode
 
 
 def test_the_second_graphs_are_captured_and_replayed():

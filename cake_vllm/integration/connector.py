@@ -40,6 +40,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
                 vllm_config.scheduler_config,
                 vllm_config.model_config.max_model_len,
                 vllm_config.num_speculative_tokens,
+                vllm_config.num_lookahead_tokens,
             )
             install_news()
             if config.decode != "off" and vllm_config.num_speculative_tokens:
@@ -108,6 +109,11 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         """Nothing to wait for. With drafts this hook comes after the report."""
+
+    def clear_connector_metadata(self) -> None:
+        """The step is over; on either runner this hook comes last, after the report and after all drafts."""
+        super().clear_connector_metadata()
+        self.worker.end()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """No KV comes from outside. Runner V2 shows the metadata of full CUDA graphs here and nowhere else."""

@@ -14,7 +14,7 @@ host, hence in NumPy.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -61,6 +61,10 @@ class Grid:
         shape = (max(base) + (num_blocks - 1) * step + 1, *first.shape[1:])
         pages = first.as_strided(shape, (size, *first.stride()[1:]))
         return cls(pages, base, step, num_blocks, tuple(group_of))
+
+    def part(self, layers: slice) -> "Grid":
+        """Some of the layers, over the same buffer."""
+        return replace(self, base=self.base[layers], group_of=self.group_of[layers])
 
     @property
     def num_layers(self) -> int:

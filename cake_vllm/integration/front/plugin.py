@@ -9,7 +9,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from cake_vllm.config import CONFIG_KEY, POLICY_KEY, KVEvictionConfig, flag
+from cake_vllm.config import BUDGET_KEY, CONFIG_KEY, POLICY_KEY, KVEvictionConfig, flag
 from cake_vllm.integration.front.requests import install_http, install_requests
 from cake_vllm.integration.reports import install_states
 
@@ -30,6 +30,10 @@ BACKENDS = {
 #: values, and vLLM's unquantized caches.
 QUANTIZED = ("fp8", "fp8_e4m3", "fp8_e5m2")
 CACHE_DTYPES = ("auto", "float16", "bfloat16", *QUANTIZED)
+
+#: Methods of speculation without and with attention layers of their own.
+DRAFTS_WITHOUT_CACHE = ("ngram", "ngram_gpu", "suffix", "medusa")
+DRAFT_MODELS = ("eagle", "eagle3", "mtp", "draft_model")
 
 
 def install() -> None:
@@ -68,6 +72,7 @@ def switch_on(
     vllm_config = original(args, *rest, **kwargs)
     refuse_model(vllm_config)
     refuse_speculation(config, vllm_config)
+    choose_draft_backend(vllm_config)
     if isinstance(args, AsyncEngineArgs):
         install_http()
     resolved = config.resolve(vllm_config.model_config.hf_text_config)
@@ -76,6 +81,13 @@ def switch_on(
     logger.info("KV eviction is on: budget %s, %s, tau preset: %s", resolved.budget, resolved.policy, preset)
     logger.info("KV eviction uses the KV connector %s", CONNECTOR)
     return vllm_config
+
+
+def choose_draft_backend(vllm_config: VllmConfig) -> None:
+    """A model that drafts takes what the target was told to take, unless it was told so itself: they share blocks."""
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.attention_backend is None:
+        speculative.attention_backend = vllm_config.attention_config.backend
 
 
 def refuse_arguments(args: Any) -> None:
@@ -99,14 +111,14 @@ def refuse_arguments(args: Any) -> None:
 
 
 def refuse_speculation(config: KVEvictionConfig, vllm_config: VllmConfig) -> None:
-    """Refuses drafts that come from a model, and drafts whose fate the scheduler learns too late.
+    """Refuses drafts that eviction cannot serve, and drafts whose fate the scheduler learns too late.
 
-    Layers of a draft model (EAGLE and MTP have some too) lie in the blocks of the request, which go for them as well.
-    But they run after the target's layers, once for each draft, with metadata that no connector is shown: nobody could
-    score what they hold, nor lead them to where it was moved, and they would draft from blocks of other requests.
+    Layers that draft lie in the blocks of the request and keep there what is most recent, so one page of theirs must be
+    as large as one of the target's, and their passes such that rows can be told apart: first the tokens of the step,
+    then a token for each row.
 
     Verified a step late, the length of a request is not known when its next step is planned, so no step can be made to
-    end with a block.
+    end with a block, and nothing that ends there can be cut.
 
     Raises:
         ValueError: one sentence that says what to change.
@@ -114,16 +126,62 @@ def refuse_speculation(config: KVEvictionConfig, vllm_config: VllmConfig) -> Non
     speculative = vllm_config.speculative_config
     if speculative is None:
         return
-    if speculative.method != "ngram":
+    if speculative.method not in (*DRAFTS_WITHOUT_CACHE, *DRAFT_MODELS):
         raise ValueError(
             f"{flag(POLICY_KEY)} does not work together with --speculative-config of method {speculative.method} yet: "
-            "use ngram or drop one of the two"
+            f"use one of {', '.join((*DRAFTS_WITHOUT_CACHE, *DRAFT_MODELS))}, or drop one of the two"
         )
-    if config.decode != "off" and vllm_config.scheduler_config.async_scheduling:
+    if speculative.method in DRAFT_MODELS:
+        refuse_draft_model(vllm_config)
+    if (config.decode != "off" or config.is_elastic) and vllm_config.scheduler_config.async_scheduling:
+        what = "cut requests when memory is short" if config.is_elastic else "evict generated tokens"
+        fix = (
+            f"{flag(BUDGET_KEY)} to a number" if config.is_elastic else f"""{flag(CONFIG_KEY)} '{{"decode": "off"}}'"""
+        )
         raise ValueError(
-            f"{flag(POLICY_KEY)} cannot evict generated tokens while their drafts are verified a step late: set "
-            f"""--no-async-scheduling or {flag(CONFIG_KEY)} '{{"decode": "off"}}', or drop --speculative-config"""
+            f"{flag(POLICY_KEY)} cannot {what} while drafts are verified a step late: set --no-async-scheduling or "
+            f"{fix}, or drop --speculative-config"
         )
+
+
+def refuse_draft_model(vllm_config: VllmConfig) -> None:
+    """Refuses models that draft in a way that eviction cannot serve.
+
+    Raises:
+        ValueError: one sentence that says what it is.
+    """
+    speculative, model = vllm_config.speculative_config, vllm_config.model_config
+    assert speculative is not None
+    draft, parallel = speculative.draft_model_config, vllm_config.parallel_config
+    backends = (speculative.attention_backend, vllm_config.attention_config.backend)
+    checks = [
+        # vLLM's draft models write by the rows of the first KV cache group, whichever theirs is.
+        (_has_windows(model) or _has_windows(draft), "sliding-window layers, the target's or its own,"),
+        (speculative.use_gemma4_mtp(), "layers that read the target's KV cache"),
+        (speculative.use_step3p5_mtp() or speculative.use_multi_module_mtp(), "several modules that take turns"),
+        (speculative.parallel_drafting, "parallel_drafting"),
+        (speculative.disable_padded_drafter_batch, "disable_padded_drafter_batch"),
+        (backends[0] not in (None, backends[1]), "an attention_backend that is not the target's"),
+        (
+            speculative.kv_cache_dtype not in (None, vllm_config.cache_config.cache_dtype),
+            "a kv_cache_dtype that is not the target's",
+        ),
+        (
+            speculative.draft_parallel_config.tensor_parallel_size != parallel.tensor_parallel_size,
+            "a draft_tensor_parallel_size that is not the target's",
+        ),
+        (
+            (draft.get_num_kv_heads(parallel), draft.get_head_size())
+            != (model.get_num_kv_heads(parallel), model.get_head_size()),
+            "KV heads of another number or size than the target's",
+        ),
+    ]
+    for refused, what in checks:
+        if refused:
+            raise ValueError(
+                f"{flag(POLICY_KEY)} does not work together with a --speculative-config with {what} yet: use another, "
+                "or drop one of the two"
+            )
 
 
 def window_cuts(window: int | None, max_model_len: int) -> bool:
@@ -131,6 +189,12 @@ def window_cuts(window: int | None, max_model_len: int) -> bool:
     served, in tokens, is full attention.
     """
     return window is not None and window < max_model_len
+
+
+def _has_windows(model: Any) -> bool:
+    text = model.hf_text_config
+    is_mixed = "sliding_attention" in (getattr(text, "layer_types", None) or ())
+    return is_mixed and window_cuts(getattr(text, "sliding_window", None), model.max_model_len)
 
 
 def refuse_model(vllm_config: VllmConfig) -> None:

@@ -117,11 +117,14 @@ class EvictionScheduler:
         limits: SchedulerConfig,
         max_model_len: int,
         num_drafts: int,
+        num_lookahead: int = 0,
     ):
         self.config = config
         self.limits = limits
         self.max_model_len = max_model_len
         self.num_drafts = num_drafts
+        # Positions behind a step's tokens that a model that drafts writes to, and that rows have blocks for.
+        self.num_lookahead = num_lookahead
         self.groups = evictable_groups(kv_cache_config)
         self.block_size = kv_cache_config.kv_cache_groups[self.groups[0]].kv_cache_spec.block_size
         self.stats = EvictionStats.empty()
@@ -309,7 +312,9 @@ class EvictionScheduler:
         grant = None
         if is_whole and (is_last or config.is_progressive) and policy.is_evicted(end, budget):
             grant = self._grant(tracked, end, budget, output, is_prompt_end=is_last)
-        is_cuttable = config.is_elastic and is_whole
+        # Verified a step late, drafts leave open how long a request is.
+        is_late = self.num_drafts > 0 and self.limits.async_scheduling
+        is_cuttable = config.is_elastic and is_whole and not is_late
         if is_last and is_cuttable:
             tracked.prompt_len = end
             self._cuttable[request.request_id] = tracked
@@ -394,6 +399,7 @@ class EvictionScheduler:
                 if rest > 0
                 else (steps * (1 + self.num_drafts), 2 * size)
             )
+            end += self.num_lookahead
             soon += -(-(end + near) // size) - -(-end // size)
             later += -(-(end + min(far, max(rest, 0) + left)) // size) - -(-end // size)
         soon, later = (blocks * len(self._every.single_type_managers) for blocks in (soon, max(soon, later)))
@@ -446,14 +452,17 @@ class EvictionScheduler:
         return Holding(held * len(self._managers), self._cut_blocks(least) * len(self._managers))
 
     def _cut_blocks(self, budget: int) -> int:
-        """Blocks that a request holds at most once it is cut to ``budget`` tokens: columns and a partial block."""
-        return columns_for(budget, self.block_size) + 1
+        """Blocks that a request holds at most once it is cut to ``budget`` tokens: columns, a partial block, and those
+        that drafts are written to.
+        """
+        return columns_for(budget, self.block_size) + 1 + -(-self.num_lookahead // self.block_size)
 
     def _cut(self, request_id: str, end: int, holding: Holding, cap: int, output: SchedulerOutput) -> Cut | None:
         if not holding.given(cap):
             return None
         tracked = self._cuttable[request_id]
-        budget = (max(cap, holding.least) // len(self._managers) - 2) * self.block_size
+        blocks = max(cap, holding.least) // len(self._managers)
+        budget = (blocks - self._cut_blocks(0)) * self.block_size
         grant = self._grant(tracked, end, budget, output, is_prompt_end=False, prompt_len=tracked.prompt_len)
         if grant is None:
             return None

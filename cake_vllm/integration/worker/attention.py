@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from vllm.compilation import backends as compilation
 from vllm.config import get_current_vllm_config_or_none
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
@@ -46,7 +47,11 @@ class EvictingBackend:
         from cake_vllm.integration.worker.projections import remember_projections
 
         remember_projections()
-        max_model_len, in_flight = vllm_config.model_config.max_model_len, vllm_config.max_in_flight_tokens
+        if cls._spec_fields is not None and is_drafting():
+            # Built under a configuration of its own, whose models may be shorter.
+            return cls.evicting_impl
+        max_model_len = vllm_config.model_config.max_model_len
+        in_flight = vllm_config.max_in_flight_tokens + vllm_config.num_lookahead_tokens
         cls._max_model_len = max_model_len
         cls._spec_fields = {
             "num_queries": config.policy.num_queries,
@@ -122,11 +127,15 @@ class EvictingImpl(AttentionImpl):
     """Mixin for an ``AttentionImpl``; put it first among the bases.
 
     Attributes:
-        layer_index: rank of the layer among the evictable ones of its worker, in model order.
+        layer_index: rank of the layer among the evictable ones of its worker, in model order, a draft's behind the
+            target's.
+        is_draft: whether the layer belongs to a model that drafts.
+        work_of_pass: of a draft layer, makes a pass's work of its metadata.
         captured_step: makes a step's work of its metadata, while graphs of steps with evicted rows are captured.
     """
 
     layer_index = -1
+    work_of_pass: Callable[[Any], StepWork | None] | None
     captured_step: ClassVar[Callable[[Any], StepWork] | None] = None
     num_kv_heads: int
     kv_cache_dtype: str
@@ -137,6 +146,7 @@ class EvictingImpl(AttentionImpl):
         if vllm_config and not window_cuts(given.get("sliding_window"), vllm_config.model_config.max_model_len):
             given["sliding_window"] = None
         super().__init__(**given)  # type: ignore[safe-super]
+        self.is_draft, self.work_of_pass = is_drafting(), None
         checks = [
             (given.get("alibi_slopes") is not None, "ALiBi, whose bias depends on where a key lies"),
             (given.get("sinks") is not None, "attention sinks"),
@@ -165,7 +175,10 @@ class EvictingImpl(AttentionImpl):
         overwritten. If all rows were evicted it is left out. Keys and values have been written by then, by vLLM.
         """
         step: StepWork | None = getattr(attn_metadata, STEP, None)
-        if step is None and attn_metadata is not None and EvictingImpl.captured_step is not None:
+        if attn_metadata is not None and self.work_of_pass is not None:
+            # The metadata may be the target's, or that of an earlier pass with other lengths in it.
+            step = self.work_of_pass(attn_metadata)
+        elif step is None and attn_metadata is not None and EvictingImpl.captured_step is not None:
             step = EvictingImpl.captured_step(attn_metadata)
         stock = attn_metadata if step is None else step.stock
         if stock is not None:
@@ -237,6 +250,11 @@ class EvictingImpl(AttentionImpl):
     @abstractmethod
     def with_lengths(self, layer: Any, metadata: Any, seq_lens: torch.Tensor) -> Any:
         """A copy of ``metadata`` with other lengths (``[R]``)."""
+
+
+def is_drafting() -> bool:
+    """Whether the model that is being built is one that drafts."""
+    return compilation.model_tag in ("eagle_head", "draft_model")
 
 
 def is_quantized(kv_cache_dtype: str) -> bool:

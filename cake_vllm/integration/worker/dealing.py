@@ -29,6 +29,7 @@ class Held:
         used: ``[n]`` int64, how many of them hold tokens.
         num_columns: the private columns that they lie in.
         counts: ``[L][H]`` candidates that the policy gave each owner.
+        drafted: block ids that draft layers read in place of the row's first ones, in position order.
     """
 
     by_head: bool
@@ -38,6 +39,7 @@ class Held:
     used: np.ndarray
     num_columns: int
     counts: Counts
+    drafted: tuple[int, ...] = ()
 
     def of_layer(self, layer: int, numbers: np.ndarray) -> np.ndarray:
         """The part of ``[n, ...]`` that belongs to a layer."""
@@ -156,3 +158,42 @@ def move(
             target = to_device(np.concatenate(ids), torch.int64, pages.device)
             layout.move(grid.cache, pages, slots, target if new.by_head else grid.heads_of(target).flatten())
             yield owners
+
+
+def keep_recent(
+    held: Sequence[int], num_new: int, columns: Sequence[int]
+) -> tuple[tuple[int, ...], list[int], list[int]]:
+    """What draft layers go on reading: the first page, a sink for attention, and as many of the last as there is room.
+
+    Args:
+        held: block ids whose pages they read in place of the row's first blocks, in position order.
+        num_new: full blocks of the row behind these.
+        columns: private columns of the request; in each there is a page for every draft layer.
+
+    Returns:
+        Block ids to read from now on, in position order; which blocks have to be copied for that, as indices into
+        ``held`` and the row behind it; and the block that each is copied to.
+    """
+    num_blocks = len(held) + num_new
+    most = min(len(columns), num_blocks)
+    kept = list(range(num_blocks - most, num_blocks))
+    if most > 1:
+        kept[0] = 0
+    stays = {held[index] for index in kept if index < len(held)} & set(columns)
+    free = iter([block for block in columns if block not in stays])
+    read, sources, targets = [], [], []
+    for index in kept:
+        if index < len(held) and held[index] in stays:
+            read.append(held[index])
+            continue
+        read.append(next(free))
+        sources.append(index)
+        targets.append(read[-1])
+    return tuple(read), sources, targets
+
+
+def copy_blocks(grid: Grid, sources: torch.Tensor, targets: torch.Tensor) -> None:
+    """Copies all layers' pages of blocks, **in place**; of each layer all is read before anything is written."""
+    for layer in range(grid.num_layers):
+        pages, goal = (grid.heads_of(grid.layer_pages(layer, blocks)).flatten() for blocks in (sources, targets))
+        grid.cache.index_copy_(0, goal, grid.cache[pages])

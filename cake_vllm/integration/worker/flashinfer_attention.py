@@ -47,12 +47,14 @@ class EvictingMetadata(FlashInferMetadata):
         seq_lens: ``[R]`` int32, logical.
         query_start_loc: ``[R + 1]`` int32.
         block_table: ``[R, C]`` int32.
+        max_query_len: new tokens of the row with the most.
     """
 
     beside: Any
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor
     block_table: torch.Tensor
+    max_query_len: int
 
 
 class EvictingFlashInferBuilder(FlashInferMetadataBuilder):
@@ -81,6 +83,7 @@ class EvictingFlashInferBuilder(FlashInferMetadataBuilder):
             seq_lens=common.seq_lens,
             query_start_loc=common.query_start_loc,
             block_table=common.block_table_tensor,
+            max_query_len=common.max_query_len,
         )
 
 

@@ -95,12 +95,10 @@ def install_graphs() -> None:
 
 def _remember_plan(original: Callable[..., Any], worker: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
     plan = scheduler_output.kv_connector_metadata
+    # The worker half forgets it at the end of the step: drafts choose graphs, too.
     step.plan, step.replays = plan if isinstance(plan, StepPlan) else None, False
     step.runner = worker.model_runner
-    try:
-        return original(worker, scheduler_output, *args, **kwargs)
-    finally:
-        step.plan = step.runner = None
+    return original(worker, scheduler_output, *args, **kwargs)
 
 
 def _has_work() -> bool:

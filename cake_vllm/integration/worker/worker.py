@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -30,7 +31,7 @@ from cake_vllm.integration.messages import (
 )
 from cake_vllm.integration.scheduler.spec import evictable_groups
 from cake_vllm.integration.worker.attention import STEP, EvictingImpl, Rows, StepWork
-from cake_vllm.integration.worker.dealing import Held, Reads, move, read, redeal
+from cake_vllm.integration.worker.dealing import Held, Reads, copy_blocks, keep_recent, move, read, redeal
 from cake_vllm.integration.worker.graphs import ReplayedRows, install_graphs
 from cake_vllm.integration.worker.graphs import step as current_step
 from cake_vllm.integration.worker.layers import EvictableLayer
@@ -51,9 +52,20 @@ class EvictionWorker:
         self.block_size: int = groups[0].kv_cache_spec.block_size
         named = [(name, index) for index, group in enumerate(groups) for name in group.layer_names]
         named.sort(key=lambda found: extract_layer_index(found[0]))
-        self.layers = [EvictableLayer(name, modules[name], group, self.block_size) for name, group in named]
-        for index, layer in enumerate(self.layers):
+        every = [EvictableLayer(name, modules[name], group, self.block_size) for name, group in named]
+        self.layers = [layer for layer in every if not layer.impl.is_draft]
+        #: Those of a model that drafts. They lie in the same blocks, and run after the target's.
+        self.draft_layers = [layer for layer in every if layer.impl.is_draft]
+        self._every_layer = [*self.layers, *self.draft_layers]
+        for index, layer in enumerate(self._every_layer):
             layer.impl.layer_index = index
+        if self.draft_layers and len(kv_cache_config.kv_cache_groups) > 1:
+            raise RuntimeError("--kv-eviction needs a draft model whose layers are in the target's only KV cache group")
+        for layer in self.draft_layers:
+            layer.impl.work_of_pass = self._work_of_pass
+        speculative = vllm_config.speculative_config
+        # A model that is no head of the target is given the sampled token beside the step's.
+        self._more_drafted = int(speculative is not None and speculative.uses_draft_model())
         self.group, self.stage = get_tp_group(), get_pp_group().rank_in_group
         install_graphs()
         most_captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
@@ -64,6 +76,8 @@ class EvictionWorker:
         self._observations: list[Observation] = []
         self._cuts: tuple[Cut, ...] = ()
         self._held: dict[str, Held] = {}
+        # What takes effect at the end of the step.
+        self._unsettled: list[Callable[[], None]] = []
         #: What evicted prompts keep of their full blocks, for tests: by request id and layer, the positions of each
         #: head; ``None`` for a layer that keeps everything.
         self.trace: dict[str, list[list[torch.Tensor] | None]] | None = None
@@ -76,12 +90,18 @@ class EvictionWorker:
 
     @cached_property
     def grid(self) -> Grid:
-        """The global view; made when it is first needed, for the caches are allocated after this object."""
-        return Grid.of([layer.module.kv_cache for layer in self.layers], [layer.group for layer in self.layers])
+        """The global view of the target's layers."""
+        return self._every_grid.part(slice(len(self.layers)))
+
+    @cached_property
+    def _every_grid(self) -> Grid:
+        """Made when it is first needed, for the caches are allocated after this object."""
+        every = self._every_layer
+        return Grid.of([layer.module.kv_cache for layer in every], [layer.group for layer in every])
 
     @cached_property
     def _rows(self) -> dict[bool, EvictedRows]:
-        return {by_head: EvictedRows(self.grid, by_head) for by_head in (False, True)}
+        return {by_head: EvictedRows(self._every_grid, by_head) for by_head in (False, True)}
 
     def begin(self, plan: StepPlan, attn_metadata: dict[str, Any] | None) -> None:
         """Prepares a step: called after the metadata was built and before the first layer runs.
@@ -91,6 +111,7 @@ class EvictionWorker:
         Raises:
             RuntimeError: if a row that was evicted is not found; it would read blocks that are not its own any more.
         """
+        self._settle()
         self._plan = plan
         for req_id in plan.released:
             self._watched.pop(req_id, None)
@@ -104,15 +125,16 @@ class EvictionWorker:
         if not attn_metadata or not (plan.observations or plan.redirected):
             return
         # Layers of a group share one.
-        metadata = [attn_metadata[layer.name] for layer in self.layers]
-        first, tails = self._tails(metadata)
+        metadata = [attn_metadata[layer.name] for layer in self._every_layer]
+        first = self._first(metadata)
+        tails = self._tails(first)
         redirected, index, stock_lens = self._redirect(plan.redirected, first, tails)
         observe = None
         if plan.observations:
             observe = partial(self._observe, self._find(plan.observations, metadata, tails))
             self._observations.extend(plan.observations)
         stock: dict[int, Any] = {}
-        for layer, of_layer in zip(self.layers, metadata, strict=True):
+        for layer, of_layer in zip(self._every_layer, metadata, strict=True):
             if id(of_layer) in stock:
                 continue
             stock[id(of_layer)] = of_layer if not redirected else None
@@ -129,8 +151,8 @@ class EvictionWorker:
         if not current_step.replays:
             return
         ((by_head, count),) = self._plan.redirected.items()
-        first, tails = self._tails([attn_metadata[layer.name] for layer in self.layers])
-        slots = self._slots(by_head, count, tails)
+        first = self._first([attn_metadata[layer.name] for layer in self._every_layer])
+        slots = self._slots(by_head, count, self._tails(first))
         self._replayed.fill(self._rows[by_head], slots, first.seq_lens, self.block_size)
 
     def can_replay(self, plan: StepPlan) -> bool:
@@ -153,7 +175,7 @@ class EvictionWorker:
     def _replayed(self) -> ReplayedRows:
         by_head = self.config.policy.selection != "layer"
         num_heads = self.grid.num_heads if by_head else 1
-        shape = len(self.layers), self._most_rows, num_heads, self._most_blocks
+        shape = self._every_grid.num_layers, self._most_rows, num_heads, self._most_blocks
         return ReplayedRows(by_head, *shape, self.grid.pages.device)
 
     def _captured_step(self, metadata: Any) -> StepWork:
@@ -164,13 +186,40 @@ class EvictionWorker:
         evicted = Rows(rows.by_head, tables, lengths, rows.starts[: num_owners + 1], num_owners, 1)
         return StepWork(self.grid, stock, [evicted], None, None, rows.is_here[:num_rows])
 
-    def _tails(self, metadata: Sequence[Any]) -> tuple[Any, torch.Tensor]:
-        """The metadata that tells requests apart, that of the first group, and ``[R]`` blocks that its rows end in."""
-        first = next(of_layer for layer, of_layer in zip(self.layers, metadata, strict=True) if layer.group == 0)
-        last = ((first.seq_lens - 1).clamp(min=0) // self.block_size).long()
+    def _work_of_pass(self, metadata: Any) -> StepWork | None:
+        """A pass of the model that drafts: rows that were evicted before this step read pages of their own.
+
+        Its first pass has the step's tokens, each later one a token for each row; their metadata is not shown to a
+        connector, and may be one object for all of them. A pass's forward context is its own.
+        """
+        if not self._plan.redirected:
+            return None
+        known = get_forward_context().additional_kwargs
+        if STEP not in known:
+            more = self._more_drafted if metadata.max_query_len > 1 else 0
+            expected = {
+                by_head: Redirected(count.num_rows, count.num_tokens + more * count.num_rows, count.longest + more)
+                if metadata.max_query_len > 1
+                else Redirected(count.num_rows, count.num_rows, 1)
+                for by_head, count in self._plan.redirected.items()
+            }
+            redirected, index, stock_lens = self._redirect(expected, metadata, self._tails(metadata))
+            layer = self.draft_layers[0]
+            stock = None if stock_lens is None else layer.impl.with_lengths(layer.module, metadata, stock_lens)
+            known[STEP] = StepWork(self._every_grid, stock, redirected, index, None)
+        return known[STEP]
+
+    def _first(self, metadata: Sequence[Any]) -> Any:
+        """The metadata that tells requests apart, that of the first group."""
+        every = zip(self._every_layer, metadata, strict=True)
+        return next(of_layer for layer, of_layer in every if layer.group == 0)
+
+    def _tails(self, metadata: Any) -> torch.Tensor:
+        """``[R]`` blocks that rows end in."""
+        last = ((metadata.seq_lens - 1).clamp(min=0) // self.block_size).long()
         # Rows that only pad the batch have no length; nobody's row ends in block 0.
-        tails = first.block_table.gather(1, last.unsqueeze(1)).squeeze(1)
-        return first, tails.masked_fill(first.seq_lens == 0, 0)
+        tails = metadata.block_table.gather(1, last.unsqueeze(1)).squeeze(1)
+        return tails.masked_fill(metadata.seq_lens == 0, 0)
 
     def finish(self) -> EvictionReport | None:
         """Evicts the requests that were granted it in this step: called after the last layer."""
@@ -187,6 +236,20 @@ class EvictionWorker:
             if what.is_last:
                 del self._watched[what.req_id]
         return EvictionReport({self.stage: evictions}) if evictions else None
+
+    def end(self) -> None:
+        """The step is over, drafts included: what was evicted is read from now on in its new place.
+
+        Draft layers run after the target's and, on runner V1, after :meth:`finish`: until here they write to the rows
+        and read what was there when the step began.
+        """
+        self._settle()
+        self._plan, current_step.plan = StepPlan(), None
+
+    def _settle(self) -> None:
+        for take_effect in self._unsettled:
+            take_effect()
+        self._unsettled.clear()
 
     def _redirect(
         self, expected: Mapping[bool, Redirected], metadata: Any, tails: torch.Tensor
@@ -261,7 +324,8 @@ class EvictionWorker:
         torch._assert_async((matches.sum(dim=1) == 1).all(), "requests are not where the scheduler put them")
         place = matches.int().argmax(dim=1, keepdim=True)
         ends = metadata[0].query_start_loc[1:][place]
-        tables = {layer.group: of_layer.block_table for layer, of_layer in zip(self.layers, metadata, strict=True)}
+        every = zip(self._every_layer, metadata, strict=True)
+        tables = {layer.group: of_layer.block_table for layer, of_layer in every}
         rows = [tables[group].index_select(0, place.squeeze(1)) for group in sorted(tables)]
         batched = []
         for index, (what, end) in enumerate(zip(observations, ends, strict=True)):
@@ -421,9 +485,10 @@ class EvictionWorker:
                 error,
             )
         is_traded = new is not None and watched.error is None
+        drafted, copy = self._draft(held, new if is_traded else None, grant, watched.rows, num_blocks)
         if is_traded:
             assert new is not None
-            self._held[what.req_id] = new
+            self._held[what.req_id] = new = replace(new, drafted=drafted)
             pages, used = new.pages, new.used
             for index, notes in watched.notes.items():
                 watched.notes[index] = _gather(notes, chosen[index], reads[index].length, self.block_size)
@@ -434,7 +499,7 @@ class EvictionWorker:
                 self.trace_ranks[what.req_id] = watched.ranks.copy()
         else:
             pages, used = self._as_it_is(what, grant, watched, new, moved)
-        self._rows[grant.by_head].store(what.req_id, pages, used, num_blocks, grant.tail)
+        self._unsettled.append(partial(self._store, what.req_id, grant, pages, used, num_blocks, drafted, copy))
         watched.chosen.clear()
         watched.ranks.clear()
         watched.scores.clear()
@@ -537,6 +602,50 @@ class EvictionWorker:
             ]
         used = np.array([len(pages) for pages in rows])
         return np.array([pages + [0] * (used.max() - len(pages)) for pages in rows]), used
+
+    def _draft(
+        self, held: Held | None, new: Held | None, grant: Grant, rows: Sequence[torch.Tensor], num_blocks: int
+    ) -> tuple[tuple[int, ...], Callable[[], None] | None]:
+        """Blocks whose pages draft layers shall read in place of all full ones, and what copies their pages there.
+
+        Nothing that they read changes what is served, so no policy is asked. What they hold has no owner beside them:
+        the pages in private columns are theirs.
+        """
+        if not self.draft_layers:
+            return (), None
+        group, before = self.draft_layers[0].group, held.drafted if held else ()
+        row = rows[group][held.start if held else 0 : num_blocks]
+        if new is None:
+            return (*before, *row.tolist()), None
+        drafted, sources, targets = keep_recent(before, len(row), grant.columns[group][: new.num_columns])
+        ids = partial(to_device, dtype=torch.int64, device=self.grid.pages.device)
+        blocks = torch.cat([ids(before), row.long()])[ids(sources)]
+        return drafted, partial(copy_blocks, self._draft_grid, blocks, ids(targets))
+
+    @cached_property
+    def _draft_grid(self) -> Grid:
+        return self._every_grid.part(slice(len(self.layers), None))
+
+    def _store(
+        self,
+        req_id: str,
+        grant: Grant,
+        pages: np.ndarray,
+        used: np.ndarray,
+        start: int,
+        drafted: Sequence[int],
+        copy: Callable[[], None] | None,
+    ) -> None:
+        """From now on a request reads these pages, and its draft layers those of ``drafted``, which ``copy`` fills."""
+        if copy is not None:
+            copy()
+        if self.draft_layers:
+            columns = [drafted] * (1 + max(self._draft_grid.group_of))
+            theirs = self._draft_grid.homes(columns, grant.by_head).T
+            width = max(pages.shape[1], theirs.shape[1])
+            pages = np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in (pages, theirs)])
+            used = np.concatenate([used, np.full(len(theirs), len(drafted))])
+        self._rows[grant.by_head].store(req_id, pages, used, start, grant.tail)
 
     def _share_failures(self, watched: Watched) -> None:
         """A policy that raised on one tensor-parallel rank has raised on all of them, or they would wait for it."""
