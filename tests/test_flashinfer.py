@@ -108,7 +108,7 @@ def test_flashinfer_with_drafts(start_engine, tiny_model, same_on_both, gpu, met
         return
     decodes = calls["decode by lengths on the device"]
     # A draft model also goes on from what there is of a prompt, as long as that is computed.
-    assert max(map(max, decodes[len(decodes) // 2 if method == "draft_model" else 0 :])) < 200
+    assert max(map(max, decodes[-8 if method == "draft_model" else 0 :])) < 200
 
 
 @pytest.mark.parametrize("req_idx", [None, np.array([5, 3])])
