@@ -426,7 +426,7 @@ def show_comparison(found: dict[str, Any], own: str, others: Sequence[str]) -> N
 
 
 def draw(table: dict[str, Any], rows: Sequence[Row], file: Path) -> None:
-    """Accuracy against budget, a picture for each mode, a panel for each column."""
+    """Accuracy against budget, a picture for each mode, a panel for each column; intervals unless they pile up."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -447,6 +447,7 @@ def draw(table: dict[str, Any], rows: Sequence[Row], file: Path) -> None:
             if column is None:
                 axis.axis("off")
                 continue
+            axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
             for policy, of_policy in itertools.groupby(rows, key=lambda row: row.policy):
                 points = [
                     (float(row.budget or 0), main_metric(by_row[str(row)][column]))
@@ -458,14 +459,9 @@ def draw(table: dict[str, Any], rows: Sequence[Row], file: Path) -> None:
                 elif points:
                     budgets, cells = zip(*sorted(points, key=lambda point: point[0]), strict=True)
                     (lines[policy],) = axis.plot(budgets, [cell["mean"] for cell in cells], marker="o", markersize=3)
-                    color = lines[policy].get_color()
-                    axis.fill_between(
-                        budgets,
-                        [cell["low"] for cell in cells],
-                        [cell["high"] for cell in cells],
-                        alpha=0.08,
-                        color=color,
-                    )
+                    if len({row.policy for row in rows}) <= 6:
+                        bounds = ([cell[bound] for cell in cells] for bound in ("low", "high"))
+                        axis.fill_between(budgets, *bounds, alpha=0.08, color=lines[policy].get_color())
             axis.set(title=column, xlabel="budget", ylim=(-0.03, 1.03), xscale="log")
             ticks = sorted({float(row.budget) for row in rows if row.budget})
             axis.set_xticks(ticks, [f"{tick:.0%}" if tick <= 1 else f"{tick:.0f}" for tick in ticks], minor=False)
