@@ -56,10 +56,12 @@ def in_place_of_cpu_attn(backend: type) -> Iterator[None]:
     # Plugins would register the CPU's own again.
     load_general_plugins()
     path = f"{backend.__module__}.{backend.__qualname__}"
-    with mock.patch.dict(_ATTN_OVERRIDES, {AttentionBackendEnum.CPU_ATTN: path}):
+    try:
+        with mock.patch.dict(_ATTN_OVERRIDES, {AttentionBackendEnum.CPU_ATTN: path}):
+            selector._cached_get_attn_backend.cache_clear()
+            yield
+    finally:
         selector._cached_get_attn_backend.cache_clear()
-        yield
-    selector._cached_get_attn_backend.cache_clear()
 
 
 @contextmanager

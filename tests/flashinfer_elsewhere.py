@@ -83,6 +83,10 @@ def flashinfer_in_torch(capability: tuple[int, int], has_trtllm: bool) -> Iterat
             patches.enter_context(mock.patch.object(flashinfer, "_copy_page_indices_kernel", copy_page_indices))
         write = flash_reference.reshape_and_cache_flash
         patches.enter_context(mock.patch.object(torch.ops._C_cache_ops, "reshape_and_cache_flash", write, create=True))
+        if hasattr(flashinfer, "_get_multi_ctas_kv_counter_buffer"):
+            # Of 0.33, on a GPU: counters of TensorRT-LLM's kernels.
+            counters = mock.patch.object(flashinfer, "_get_multi_ctas_kv_counter_buffer", return_value=torch.zeros(1))
+            patches.enter_context(counters)
         support.supports_trtllm_attention.cache_clear()
+        patches.callback(support.supports_trtllm_attention.cache_clear)
         yield
-    support.supports_trtllm_attention.cache_clear()

@@ -120,7 +120,8 @@ class BatchPrefillWithPagedKVCacheWrapper:
 
     def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str, backend: str = "auto"):
         assert float_workspace_buffer.dtype == torch.uint8
-        assert (kv_layout, backend) == ("HND", "auto")
+        assert kv_layout == "HND"
+        assert backend in ("auto", "fa2")
         self.is_cuda_graph_enabled = False
 
     def plan(
@@ -186,7 +187,7 @@ class BatchPrefillWithPagedKVCacheWrapper:
 
 
 class BatchDecodeWithPagedKVCacheWrapper(BatchPrefillWithPagedKVCacheWrapper):
-    """One query for each row."""
+    """As many queries for each row, one unless vLLM 0.33 says otherwise."""
 
     kernel = "decode"
 
@@ -202,7 +203,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchPrefillWithPagedKVCacheWrapper):
         assert rest.pop("non_blocking")
         for name in ("data_type", "rope_scale", "rope_theta", "block_tables"):
             assert rest.pop(name) is None, name
-        qo_indptr = torch.arange(len(indptr), dtype=torch.int32)
+        qo_indptr = torch.arange(len(indptr), dtype=torch.int32) * rest.pop("q_len_per_req", 1)
         super().plan(qo_indptr, indptr, indices, last_page_len, head_dim_qk=head_dim, causal=True, **rest)
 
 
@@ -334,5 +335,13 @@ class Unused:
 
 BatchAttentionWithAttentionSinkWrapper = BatchPrefillWithRaggedKVCacheWrapper = FP4Tensor = Unused
 nvfp4_quantize_append_paged_kv_cache_with_slot_mapping = fast_decode_plan = unused
-# Of later releases.
-get_device_sm_count = get_trtllm_gen_multi_ctas_kv_counter_bytes = unused
+
+
+def get_device_sm_count(device: torch.device) -> int:
+    """Of an H100."""
+    return 132
+
+
+def get_trtllm_gen_multi_ctas_kv_counter_bytes(max_tokens: int, num_heads: int, num_sms: int) -> int:
+    """As much as nobody uses."""
+    return 16

@@ -35,7 +35,7 @@ KERNELS = {
     ("gpu", "name", "prefill"),
     [
         pytest.param("ampere", "layer-defensivekv", "exact", marks=pytest.mark.interpreted),
-        ("blackwell", "cake", "progressive"),
+        pytest.param("blackwell", "cake", "progressive", marks=pytest.mark.contract),
         pytest.param("ampere", "cake", "progressive", marks=full),
         pytest.param("hopper", "cake", "exact", marks=full),
         pytest.param("hopper", "layer-defensivekv", "progressive", marks=full),
