@@ -12,7 +12,7 @@ import torch
 from engine import Engine
 from random_models import numbers, save_random_eagle, save_random_mtp
 from replay import Replay
-from test_drafts import drafts
+from test_drafts import crowd, drafts
 from ties import Run, assert_same
 from vllm.platforms import current_platform
 
@@ -299,15 +299,8 @@ def test_a_pool_that_is_too_small(tiny, speculation, same_on_both, method):
         max_model_len=700,
         speculative_config=speculation(method),
     )
-    names = [engine.add(numbers(6 + i, 60 + 60 * i), 150) for i in range(8)]
-    for _ in range(60):
-        engine.step()
-    engine.abort(names[0], names[3])
-    done = engine.run()
-    stats = engine.stats()
-    assert stats["in_place"]
-    assert all(len(done[name]) == 150 for name in done)
-    assert {*names} - {*done} <= {names[0], names[3]}
+    crowd(engine, [numbers(6 + i, 60 + 60 * i) for i in range(8)])
+    assert engine.stats()["in_place"]
     # A prompt from the cache, whose blocks have what the draft layers wrote there.
     prompt = numbers(20, 321)
     first, again = (engine.generate([prompt], 40)[0] for _ in range(2))

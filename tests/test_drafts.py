@@ -23,6 +23,17 @@ def drafts(engine: Engine) -> tuple[int, int]:
     return accepted, drafted - accepted
 
 
+def crowd(engine: Engine, prompts: list[list[int]]) -> None:
+    """More requests than the pool holds, two of which are aborted; all others come to their end."""
+    names = [engine.add(prompt, 150) for prompt in prompts]
+    for _ in range(60):
+        engine.step()
+    engine.abort(names[0], names[3])
+    done = engine.run()
+    assert all(len(done[name]) == 150 for name in done)
+    assert {*names} - {*done} <= {names[0], names[3]}
+
+
 @pytest.mark.parametrize(
     ("name", "decode"),
     [
@@ -96,13 +107,7 @@ def test_a_pool_that_is_too_small(tiny):
         max_model_len=700,
         speculative_config=NGRAM,
     )
-    names = [engine.add(numbers(6 + i, 60 + 40 * i), 150) for i in range(8)]
-    for _ in range(60):
-        engine.step()
-    engine.abort(names[0], names[3])
-    done = engine.run()
-    assert all(len(done[name]) == 150 for name in done)
-    assert {*names} - {*done} <= {names[0], names[3]}
+    crowd(engine, [numbers(6 + i, 60 + 40 * i) for i in range(8)])
     assert engine.is_idle()
 
 

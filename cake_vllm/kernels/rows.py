@@ -116,7 +116,7 @@ class EvictedRows:
         device = self._pages.device
         slots, place = to_device(places, torch.int64, device).T
         ids = to_device(blocks, torch.int64, device).T
-        self._slot_of_block[ids] = slots.int().expand(ids.shape)
+        self._slot_of_block[ids[0]] = slots.int()
         # [L, n, H]
         pages = self._base + ids[self._group_of].unsqueeze(-1) * self.grid.step
         if self.num_heads > 1:
@@ -133,9 +133,7 @@ class EvictedRows:
             self._free.append(slot)
 
     def find(self, tails: torch.Tensor) -> torch.Tensor:
-        """``[R]`` int32 slots of rows by the blocks, of any group, that their last positions lie in; 0 if they are not
-        here.
-        """
+        """``[R]`` int32 slots of rows by the blocks that their last positions lie in; 0 if they are not here."""
         return self._slot_of_block[tails.long()]
 
     @property

@@ -259,11 +259,9 @@ class Policy(ABC):
         if first:
             ranks = ranks.masked_fill(leading(first, ranks, valid), float("inf"))
         if last:
-            end = ranks.shape[1] - in_window
-            ranks = ranks.clone()
-            ranks[:, max(end - last, 0) : end] = float("inf")
-            if valid is not None:
-                ranks = _mask(ranks, valid)
+            left = ranks.shape[1] - in_window - torch.arange(ranks.shape[1], device=ranks.device)
+            is_last = (left > 0) & (left <= last)
+            ranks = ranks.masked_fill(is_last if valid is None else is_last & valid[:, : ranks.shape[1]], float("inf"))
         return ranks
 
     def rank(

@@ -8,6 +8,7 @@ from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
+from cake_vllm.integration.front.plugin import BACKENDS
 from cake_vllm.integration.scheduler.cache_manager import EvictingManager, ExactSlidingWindowManager
 
 # vLLM fills an empty registry only: registering first would leave its own specs without managers.
@@ -66,7 +67,7 @@ def evictable_groups(kv_cache_config: KVCacheConfig) -> list[int]:
     if not found:
         raise RuntimeError(
             "--kv-eviction found no layer to evict from: this model has no full-attention layer, its layers have "
-            "KV caches of different shapes, or vLLM chose an attention backend other than CPU_ATTN, FLASH_ATTN, "
-            "FLASHINFER and TRITON_ATTN (set --attention-backend)"
+            f"KV caches of different shapes, or vLLM chose an attention backend other than {', '.join(BACKENDS)} "
+            "(set --attention-backend)"
         )
     return found

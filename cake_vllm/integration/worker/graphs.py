@@ -80,6 +80,8 @@ class _Step:
 
 step = _Step()
 _GRAPHS = "kv_eviction_graphs"
+#: A missed row would read blocks that are not its own any more.
+MISPLACED = "evicted requests are not where the scheduler put them"
 # Of vLLM's functions, which are asked every step.
 _signature = functools.cache(inspect.signature)
 
@@ -120,7 +122,7 @@ def evicted_rows(req_idx: np.ndarray | None) -> np.ndarray:
     places = [requests.req_id_to_index[name] for name in _worker().evicted(step.plan, requests.req_id_to_index)]
     rows = np.array(places, dtype=np.int64) if req_idx is None else np.isin(req_idx, places).nonzero()[0]
     if len(rows) != sum(count.num_rows for count in step.plan.redirected.values()):
-        raise RuntimeError("evicted requests are not where the scheduler put them")
+        raise RuntimeError(MISPLACED)
     return rows
 
 

@@ -32,7 +32,7 @@ from cake_vllm.integration.messages import (
 from cake_vllm.integration.scheduler.spec import evictable_groups
 from cake_vllm.integration.worker.attention import STEP, EvictingImpl, Rows, StepWork
 from cake_vllm.integration.worker.dealing import Held, Reads, copy_blocks, keep_recent, move, read, redeal
-from cake_vllm.integration.worker.graphs import ReplayedRows, install_graphs
+from cake_vllm.integration.worker.graphs import MISPLACED, ReplayedRows, install_graphs
 from cake_vllm.integration.worker.graphs import step as current_step
 from cake_vllm.integration.worker.layers import EvictableLayer
 from cake_vllm.integration.worker.watched import Batched, Watched
@@ -244,7 +244,7 @@ class EvictionWorker:
         and read what was there when the step began.
         """
         self._settle()
-        self._plan, current_step.plan = StepPlan(), None
+        self._plan, current_step.plan, current_step.runner = StepPlan(), None, None
 
     def _settle(self) -> None:
         for take_effect in self._unsettled:
@@ -278,9 +278,7 @@ class EvictionWorker:
     def _slots(self, by_head: bool, count: Redirected, tails: torch.Tensor) -> torch.Tensor:
         """``[R]`` slots of the batch's rows of one kind, 0 for the others; there are as many as the scheduler says."""
         slots = self._rows[by_head].find(tails)
-        torch._assert_async(
-            (slots > 0).sum() == count.num_rows, "evicted requests are not where the scheduler put them"
-        )
+        torch._assert_async((slots > 0).sum() == count.num_rows, MISPLACED)
         return slots
 
     def _sequences(
@@ -613,11 +611,11 @@ class EvictionWorker:
         """
         if not self.draft_layers:
             return (), None
-        group, before = self.draft_layers[0].group, held.drafted if held else ()
-        row = rows[group][held.start if held else 0 : num_blocks]
+        before = held.drafted if held else ()
+        row = rows[0][held.start if held else 0 : num_blocks]
         if new is None:
             return (*before, *row.tolist()), None
-        drafted, sources, targets = keep_recent(before, len(row), grant.columns[group][: new.num_columns])
+        drafted, sources, targets = keep_recent(before, len(row), grant.columns[0][: new.num_columns])
         ids = partial(to_device, dtype=torch.int64, device=self.grid.pages.device)
         blocks = torch.cat([ids(before), row.long()])[ids(sources)]
         return drafted, partial(copy_blocks, self._draft_grid, blocks, ids(targets))
@@ -640,8 +638,7 @@ class EvictionWorker:
         if copy is not None:
             copy()
         if self.draft_layers:
-            columns = [drafted] * (1 + max(self._draft_grid.group_of))
-            theirs = self._draft_grid.homes(columns, grant.by_head).T
+            theirs = self._draft_grid.homes([drafted], grant.by_head).T
             width = max(pages.shape[1], theirs.shape[1])
             pages = np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in (pages, theirs)])
             used = np.concatenate([used, np.full(len(theirs), len(drafted))])
