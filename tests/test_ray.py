@@ -191,15 +191,16 @@ def test_two_replicas_are_one_server(chatty_model, folder):
             turns = prompt + first.choices[0].token_ids + numbers(200 + number, 20)
             assert answer(url, number, turns).usage.prompt_tokens_details.cached_tokens >= 256
 
-        # Streams pass as they are, and so do refusals.
+        # Streams pass as they are made (in how few pieces, depends on how busy the server is), and so do refusals.
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
-        chat = {"model": "demo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 16, "temperature": 0}
+        chat = {"model": "demo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 512, "temperature": 0}
+        chat["extra_body"] = {"ignore_eos": True}
         whole = client.chat.completions.create(**chat).choices[0].message.content
         parts = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**chat, stream=True)]
-        assert len(parts) > 8
+        assert sum(map(bool, parts)) > 1
         assert "".join(parts) == whole
         with pytest.raises(BadRequestError, match="kv_eviction 'cade' is unknown"):
-            client.chat.completions.create(**chat, extra_body={"vllm_xargs": {"kv_eviction": "cade"}})
+            client.chat.completions.create(**chat | {"extra_body": {"vllm_xargs": {"kv_eviction": "cade"}}})
 
         # All three replicas evicted, and Ray's metrics say so.
         wait_until(lambda: len(application.series("vllm_kv_eviction_requests_total")) == 3)
