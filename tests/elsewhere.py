@@ -114,17 +114,21 @@ def replayed_elsewhere(
     num_tokens: int,
     name: str,
     budget: int,
+    quantizes_queries: bool = True,
     **options: Any,
 ) -> Stored:
     """An engine with ``backend`` in the place of the CPU's and an 8-bit cache says what a replay over it says.
 
-    The model with its scales is saved in ``folder``; returns what the engine stored.
+    The model with its scales is saved in ``folder``; returns what the engine stored. FlashInfer can be told to leave
+    queries as they are.
     """
-    scaled, size = save_scaled_model(folder, model), 64
+    scaled, size = save_scaled_model(folder, model, quantizes_queries), 64
     settings = {"kv_eviction": name, "kv_eviction_budget": budget, "kv_eviction_config": options}
     prompt = numbers(180, length)
     with in_place_of_cpu_attn(backend):
-        engine = start_engine(scaled, skip_tokenizer_init=True, max_num_batched_tokens=size, **settings)
+        attention = {} if quantizes_queries else {"disable_flashinfer_q_quantization": True}
+        settings |= {"attention_config": attention, "max_num_batched_tokens": size, "skip_tokenizer_init": True}
+        engine = start_engine(scaled, **settings)
         replay = StoredReplay(model)
         replay.stored = Stored.of(engine, torch.float8_e4m3fn)
         (served,) = engine.served([prompt], num_tokens)

@@ -16,10 +16,12 @@ from vllm.utils import flashinfer as support
 
 with flashinfer_reference.in_place_of_flashinfer():
     from vllm.v1.attention.backends import flashinfer
+from vllm.v1.attention.backends import triton_attn
 
 from cake_vllm.integration.worker import flashinfer_attention
+from cake_vllm.integration.worker.attention import is_quantized
 from cake_vllm.integration.worker.flashinfer_attention import EvictingFlashInferBackend
-from cake_vllm.integration.worker.gpu_attention import EvictingFlashBackend
+from cake_vllm.integration.worker.gpu_attention import EvictingFlashBackend, EvictingTritonBackend, HeadMajorBackend
 
 
 class ReferenceFlashInferBackend(EvictingFlashInferBackend):
@@ -63,6 +65,11 @@ class copy_page_indices:
         return copy
 
 
+def beside(head_size: int, has_soft_cap: bool, kv_cache_dtype: str) -> type[HeadMajorBackend]:
+    """What there is a reference of."""
+    return EvictingTritonBackend if is_quantized(kv_cache_dtype) else EvictingFlashBackend
+
+
 @contextmanager
 def flashinfer_in_torch(capability: tuple[int, int], has_trtllm: bool) -> Iterator[None]:
     """Lets vLLM choose FlashInfer's kernels as on a GPU of this capability, with or without TensorRT-LLM's at hand."""
@@ -76,7 +83,9 @@ def flashinfer_in_torch(capability: tuple[int, int], has_trtllm: bool) -> Iterat
                 "flashinfer_xqa_batch_decode_with_kv_cache": flashinfer_reference.xqa_batch_decode_with_kv_cache,
             },
             support: {"current_platform": gpu, "has_nvidia_artifactory": lambda: has_trtllm},
-            flashinfer_attention: {"choose_beside": lambda *_: EvictingFlashBackend},
+            flashinfer.custom_ops: {"scaled_fp8_quant": flash_reference.scaled_fp8_quant},
+            flashinfer_attention: {"choose_beside": beside, "current_platform": gpu},
+            triton_attn: {"unified_attention": flash_reference.unified_attention},
         }.items():
             patches.enter_context(mock.patch.multiple(owner, **attributes))
         if not HAS_TRITON:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import flash_reference
 import torch
-from flash_reference import flash_attn_varlen_func
 
 #: How often each kernel ran, by name, and the keys that it read.
 calls: dict[str, list[list[int]]] = {}
@@ -75,42 +75,14 @@ def attend(
         assert table.dtype == torch.int32
         assert len(table) >= -(-length // page_size)
         assert ((table >= 0) & (table < num_pages)).all()
-    used = [table[: -(-length // page_size)].long() for table, length in zip(pages, lengths, strict=True)]
-    read = torch.cat(used)
-    # [pages that are read, B, Hkv, D]
-    keys, values = (cache[read].float().transpose(1, 2) for cache in kv_cache)
-    widest = max(map(len, used))
-    ends = torch.tensor([len(table) for table in used]).cumsum(0)
-    table = torch.arange(len(read), dtype=torch.int32)
-    table = torch.stack(
-        [
-            torch.nn.functional.pad(table[end - len(of) : end], (0, widest - len(of)))
-            for end, of in zip(ends.tolist(), used, strict=True)
-        ]
-    )
+    table = torch.nn.utils.rnn.pad_sequence(pages, batch_first=True)
     ones = torch.ones(len(lengths), num_kv_heads)
-    result = torch.empty(q.shape)
-    flash_attn_varlen_func(
-        q.float(),
-        keys,
-        values * v_scale,
-        result,
-        torch.tensor(starts, dtype=torch.int32),
-        max(b - a for a, b in itertools.pairwise(starts)),
-        torch.tensor(lengths, dtype=torch.int32),
-        max(lengths),
-        scale,
-        True,
-        (window_left, 0),
-        table,
-        soft_cap,
-        None,
-        0,
-        q_descale=ones,
-        k_descale=ones,
-        v_descale=ones,
-    )
-    out.copy_(result)
+    descales = ones, ones, ones * v_scale
+    longest = max(b - a for a, b in itertools.pairwise(starts))
+    rows = torch.tensor(starts, dtype=torch.int32), longest, torch.tensor(lengths, dtype=torch.int32), max(lengths)
+    # [num_pages, B, Hkv, D]
+    keys, values = (cache.transpose(1, 2) for cache in kv_cache)
+    flash_reference.attend(q, keys, values, out, *rows, table, scale, window_left, soft_cap, *descales)
 
 
 class BatchPrefillWithPagedKVCacheWrapper:

@@ -37,13 +37,16 @@ class Scales(NamedTuple):
 SCALES = [Scales(0.05, 0.03, 0.11), Scales(0.3, 0.7, 0.05), Scales(0.021, 0.013, 0.3), Scales(0.07, 0.09, 0.021)]
 
 
-def save_scaled_model(path: Path, model: str) -> str:
+def save_scaled_model(path: Path, model: str, scales_queries: bool = True) -> str:
     """A random Llama of up to four layers as llm-compressor saves it with an 8-bit KV cache."""
     shutil.copytree(model, path)
     config = json.loads((path / "config.json").read_text())
     weights = load_file(path / "model.safetensors")
     for layer, scales in enumerate(SCALES[: config["num_hidden_layers"]]):
-        for name, scale in zip(("q_scale", "k_scale", "v_scale"), scales, strict=True):
+        of_layer = dict(zip(("q_scale", "k_scale", "v_scale"), scales, strict=True))
+        if not scales_queries:
+            del of_layer["q_scale"]
+        for name, scale in of_layer.items():
             weights[f"model.layers.{layer}.self_attn.{name}"] = torch.tensor([scale])
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     config["quantization_config"] = {

@@ -8,7 +8,7 @@ import flashinfer_reference
 import numpy as np
 import pytest
 import torch
-from elsewhere import same_elsewhere
+from elsewhere import replayed_elsewhere, same_elsewhere
 from flashinfer_elsewhere import Gpu, ReferenceFlashInferBackend, flashinfer, flashinfer_in_torch
 from random_models import numbers, save_random_model
 from test_graphs import rehearse
@@ -89,6 +89,34 @@ def test_flashinfer_beside_sliding_windows(start_engine, tmp_path, same_on_both)
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize(
+    ("gpu", "quantizes", "name", "prefill", "decode"),
+    [
+        pytest.param("blackwell", True, "cake", "exact", "cake", marks=pytest.mark.contract),
+        ("hopper", False, "layer-defensivekv", "progressive", "window"),
+        pytest.param("blackwell", True, "layer-defensivekv", "progressive", "window", marks=full),
+        pytest.param("hopper", False, "cake", "exact", "off", marks=full),
+    ],
+)
+def test_flashinfer_over_eight_bits(start_engine, tiny_model, tmp_path, is_v2, gpu, quantizes, name, prefill, decode):
+    """Queries are of 8 bits on Blackwell, and the model's own where the user says so.
+
+    These have no scale here: FlashInfer is told of one whatever they are (vLLM 0.32).
+    """
+    capability, has_trtllm, kernels = KERNELS[gpu]
+    options = {"window": 8, "prefill": prefill, "decode": decode}
+    sizes = (260, 10) if is_v2 else (600, 70)
+    flashinfer_reference.calls.clear()
+    with flashinfer_in_torch(capability, has_trtllm):
+        scaled = tmp_path / "scaled"
+        stored = replayed_elsewhere(
+            start_engine, scaled, ReferenceFlashInferBackend, tiny_model, *sizes, name, 100, quantizes, **options
+        )
+    assert any(stored.queries.values()) == quantizes
+    assert flashinfer_reference.calls.keys() <= kernels
+
+
+@pytest.mark.engine
 @full
 @pytest.mark.alone
 @pytest.mark.parametrize(("gpu", "method"), [("ampere", "ngram"), ("hopper", "ngram"), ("blackwell", "draft_model")])
@@ -127,19 +155,20 @@ def test_a_missed_row_is_an_error(monkeypatch, req_idx):
 
 
 BESIDE = {
-    # Capability, FlashAttention's version there, head size, type, and what serves evicted rows.
-    "Hopper": ((9, 0), 3, 128, "float16", EvictingFlashBackend),
-    "Blackwell": ((10, 0), 4, 128, "bfloat16", EvictingFlashBackend),
-    "pages too small for its kernel": ((10, 0), 4, 256, "float16", EvictingTritonBackend),
-    "no FlashAttention": ((10, 0), None, 128, "float16", EvictingTritonBackend),
-    "float32": ((9, 0), 3, 128, "float32", EvictingTritonBackend),
-    "a CPU": (None, None, 128, "float16", EvictingTritonBackend),
+    # Capability, FlashAttention's version there, head size, type, the cache's, and what serves evicted rows.
+    "Hopper": ((9, 0), 3, 128, "float16", "auto", EvictingFlashBackend),
+    "Blackwell": ((10, 0), 4, 128, "bfloat16", "auto", EvictingFlashBackend),
+    "pages too small for its kernel": ((10, 0), 4, 256, "float16", "auto", EvictingTritonBackend),
+    "no FlashAttention": ((10, 0), None, 128, "float16", "auto", EvictingTritonBackend),
+    "8 bits": ((9, 0), 3, 128, "float16", "fp8_e4m3", EvictingTritonBackend),
+    "float32": ((9, 0), 3, 128, "float32", "auto", EvictingTritonBackend),
+    "a CPU": (None, None, 128, "float16", "auto", EvictingTritonBackend),
 }
 
 
 @pytest.mark.parametrize("situation", BESIDE)
 def test_what_serves_evicted_rows(monkeypatch, situation):
-    capability, version, head_size, dtype, expected = BESIDE[situation]
+    capability, version, head_size, dtype, cache_dtype, expected = BESIDE[situation]
     for module in (fa_utils, flashinfer_attention):
         monkeypatch.setattr(module, "current_platform", Gpu(capability))
     for module in (flash_attn, flashinfer_attention):
@@ -153,7 +182,7 @@ def test_what_serves_evicted_rows(monkeypatch, situation):
         (flash_attn, "get_current_vllm_config_or_none"),
     ):
         monkeypatch.setattr(module, name, lambda: config)
-    assert flashinfer_attention.choose_beside(head_size, False) is expected
+    assert flashinfer_attention.choose_beside(head_size, False, cache_dtype) is expected
 
 
 CHOICES = {
@@ -161,8 +190,9 @@ CHOICES = {
     "Blackwell": ((10, 0), "auto", None, "FLASHINFER", "FLASHINFER"),
     "Hopper": ((9, 0), "auto", None, "FLASH_ATTN", "FLASH_ATTN"),
     "blocks that are split": ((10, 0), "auto", 128, "FLASH_ATTN", "FLASHINFER"),
-    "8 bits": ((10, 0), "fp8_e4m3", None, "TRITON_ATTN", "FLASHINFER"),
+    "8 bits": ((10, 0), "fp8_e4m3", None, "FLASHINFER", "FLASHINFER"),
     "8 bits of another kind": ((10, 0), "fp8_e5m2", None, "TRITON_ATTN", "FLASHINFER"),
+    "8 bits on Ampere": ((8, 0), "fp8", None, "TRITON_ATTN", "FLASHINFER"),
 }
 
 

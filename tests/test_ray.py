@@ -193,7 +193,12 @@ def test_two_replicas_are_one_server(chatty_model, folder):
 
         # Streams pass as they are made (in how few pieces, depends on how busy the server is), and so do refusals.
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
-        chat = {"model": "demo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 512, "temperature": 0}
+        chat = {
+            "model": "demo",
+            "messages": [{"role": "user", "content": "hello"}],
+            "max_tokens": 512,
+            "temperature": 0,
+        }
         chat["extra_body"] = {"ignore_eos": True}
         whole = client.chat.completions.create(**chat).choices[0].message.content
         parts = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**chat, stream=True)]

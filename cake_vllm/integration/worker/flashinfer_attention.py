@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.v1.attention.backends.flashinfer import (
@@ -34,8 +35,10 @@ from cake_vllm.integration.worker.gpu_attention import (
 )
 from cake_vllm.integration.worker.graphs import evicted_rows
 
-#: Queries are of 8 bits in some of its kernels and not in others, and what is beside them was not shown to agree.
-EIGHT_BITS = f"{flag(POLICY_KEY)} cannot use FLASHINFER with a KV cache of 8 bits yet: take FLASH_ATTN or TRITON_ATTN"
+#: Triton's kernel reads no other floats of 8 bits, and those only on GPUs that have them.
+EIGHT_BITS = (
+    f"{flag(POLICY_KEY)} with FLASHINFER needs fp8_e4m3 of all 8-bit --kv-cache-dtype, and capability 8.9 or more"
+)
 
 
 @dataclass(kw_only=True)
@@ -110,9 +113,9 @@ class EvictingFlashInferImpl(HeadMajorImpl, FlashInferImpl):  # type: ignore[mis
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if is_quantized(self.kv_cache_dtype):
+        if not is_readable(self.kv_cache_dtype, current_platform.get_device_capability()):
             raise ValueError(EIGHT_BITS)
-        self.backend_beside = choose_beside(self.head_size, bool(self.logits_soft_cap))
+        self.backend_beside = choose_beside(self.head_size, bool(self.logits_soft_cap), self.kv_cache_dtype)
         self.beside: Any = self.backend_beside.evicting_impl(*args, **kwargs)
 
     def _attend(self, step: StepWork, layer: Any, query: Any, key: Any, value: Any, metadata: Any, output: Any) -> None:
@@ -151,15 +154,27 @@ class EvictingFlashInferBackend(HeadMajorBackend, FlashInferBackend):  # type: i
         """Why vLLM must not take this backend, or ``None``; with eviction for two reasons more."""
         if eviction_config(get_current_vllm_config_or_none()) is not None:
             sizes = cls.get_supported_kernel_block_sizes()
-            if is_quantized(kv_cache_dtype or "auto"):
+            if not is_readable(kv_cache_dtype or "auto", rest[-1]):
                 return EIGHT_BITS
             if block_size is not None and block_size not in sizes:
                 return f"{flag(POLICY_KEY)} needs a --block-size that FlashInfer does not split: one of {sizes}"
         return super().supports_combination(head_size, dtype, kv_cache_dtype, block_size, *rest)
 
 
-def choose_beside(head_size: int, has_soft_cap: bool) -> type[HeadMajorBackend]:
-    """What serves evicted rows: FlashAttention where vLLM has it for such layers on this GPU, else Triton."""
+def is_readable(kv_cache_dtype: str, capability: DeviceCapability | None) -> bool:
+    """Whether a kernel that takes evicted rows reads what FlashInfer writes."""
+    if not is_quantized(kv_cache_dtype):
+        return True
+    return kv_cache_dtype != "fp8_e5m2" and (capability is None or capability >= DeviceCapability(8, 9))
+
+
+def choose_beside(head_size: int, has_soft_cap: bool, kv_cache_dtype: str) -> type[HeadMajorBackend]:
+    """What serves evicted rows: FlashAttention where vLLM has it for such layers on this GPU, else Triton.
+
+    Triton also over 8 bits: its kernel takes queries of 8 bits and the model's own, and FlashInfer is given either.
+    """
+    if is_quantized(kv_cache_dtype):
+        return EvictingTritonBackend
     vllm_config, capability = get_current_vllm_config(), current_platform.get_device_capability()
     dtype: Any = vllm_config.model_config.dtype
     asked = AttentionSelectorConfig(head_size, dtype, "auto", vllm_config.cache_config.block_size)
