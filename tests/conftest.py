@@ -51,7 +51,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: shows more of what other tests show; run with --all")
     config.addinivalue_line("markers", "interpreted: also run on the interpreted runner without --all")
     config.addinivalue_line("markers", "contract: with --all also run on the Python files of a newer vLLM")
-    config.addinivalue_line("markers", "alone: runs in a process of its own")
     config.addinivalue_line("markers", "gpu: needs a GPU")
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     # Engines run in this process, so that tests can look into them.
@@ -104,22 +103,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no GPU on this machine"))
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Runs a test marked ``alone`` in a process of its own: it imports what engines that start later trip over."""
-    if not pyfuncitem.get_closest_marker("alone") or "CAKE_VLLM_TEST_ALONE" in os.environ:
-        return None
-    runner = pyfuncitem.config.getoption("--runner")
-    command = ["-m", "pytest", "-c", "pyproject.toml", "-q", "-p", "no:xdist", "--all", "--runner", runner]
-    env = {**os.environ, "CAKE_VLLM_TEST_ALONE": "1"}
-    done = subprocess.run([sys.executable, *command, pyfuncitem.nodeid], cwd=ROOT, env=env, stdout=-1, text=True)
-    if done.returncode:
-        pytest.fail(done.stdout, pytrace=False)
-    if " skipped" in done.stdout.splitlines()[-1]:
-        pytest.skip(next(line for line in done.stdout.splitlines() if line.startswith("SKIPPED")))
-    return True
 
 
 def is_left_to_all(item: pytest.Item, is_v2: bool) -> bool:

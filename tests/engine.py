@@ -1,20 +1,35 @@
 """A real vLLM engine in this process, with its insides at hand."""
 
 import itertools
+import sys
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from stock import DEFAULTS, gaps
 from ties import Run, Served
 from vllm import RequestOutput, SamplingParams
+from vllm.triton_utils import dispatcher
 
 from cake_vllm import LLM
+from cake_vllm.integration.front.patching import wrap
 from cake_vllm.integration.metrics import EvictionStats
 from cake_vllm.integration.scheduler.cache_manager import check_integrity
 
 #: Kept positions of each layer by head; ``None`` for a layer that kept everything.
 Kept = list[list[torch.Tensor] | None]
+
+
+def _without_llvmlite(search: Callable[..., None], *args: Any) -> None:
+    """vLLM looks for kernels in all modules when an engine starts, and trips over those that n-gram drafts brought."""
+    others = {name: module for name, module in sys.modules.items() if name.partition(".")[0] != "llvmlite"}
+    with mock.patch.object(sys, "modules", others):
+        search(*args)
+
+
+wrap(dispatcher, "_rebind_kernels", _without_llvmlite)
 
 
 class Engine:

@@ -1,7 +1,6 @@
 """Runs a job on an engine in processes of its own: ``python parallel.py``, JSON in, a line of JSON out.
 
-The job is ``{"model", "prompts", "max_tokens", "settings"}``, the answer ``[{"tokens", "gaps", "kept", "accepted"}]``
-with the number of accepted drafts so far.
+The job is ``{"model", "prompts", "max_tokens", "settings"}``, the answer ``[{"tokens", "gaps", "kept"}]``.
 """
 
 import json
@@ -18,7 +17,6 @@ if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
 
 def main() -> None:
     from vllm import SamplingParams
-    from vllm.v1.metrics.reader import Counter
 
     from cake_vllm import LLM
 
@@ -27,7 +25,6 @@ def main() -> None:
         "skip_tokenizer_init": True,
         "max_model_len": 2048,
         "kv_cache_memory_bytes": 2**28,
-        "disable_log_stats": False,
     }
     llm = LLM(job["model"], **(DEFAULTS | small | job["settings"]))
     answers = []
@@ -41,13 +38,11 @@ def main() -> None:
             extra_args={"kv_eviction_report": 1},
         )
         (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
-        counters = {metric.name: metric.value for metric in llm.get_metrics() if isinstance(metric, Counter)}
         answers.append(
             {
                 "tokens": list(output.outputs[0].token_ids),
                 "gaps": gaps(output.outputs[0].logprobs),
                 "kept": (output.kv_transfer_params or {}).get("kv_eviction", {}).get("kept_tokens"),
-                "accepted": counters.get("vllm:spec_decode_num_accepted_tokens", 0),
             }
         )
     print(json.dumps(answers))

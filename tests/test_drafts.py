@@ -1,7 +1,4 @@
-"""Drafts of tokens beside eviction: what is kept and said is what it would be without them.
-
-Alone, since n-gram drafts import Numba, and vLLM's search for kernels in all modules fails over llvmlite's.
-"""
+"""Drafts of tokens beside eviction: what is kept and said is what it would be without them."""
 
 import pytest
 from engine import Engine
@@ -11,7 +8,7 @@ from ties import Run, assert_same
 
 from cake_vllm.policies import create_policy
 
-pytestmark = [pytest.mark.engine, pytest.mark.alone]
+pytestmark = pytest.mark.engine
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
@@ -39,8 +36,6 @@ def crowd(engine: Engine, prompts: list[list[int]]) -> None:
     [
         pytest.param("cake", "cake", marks=pytest.mark.interpreted),
         ("layer-defensivekv", "window"),
-        pytest.param("cake", "window", marks=pytest.mark.full),
-        pytest.param("tova", "window", marks=pytest.mark.full),
     ],
 )
 def test_generated_tokens_are_evicted_as_without_drafts(start_engine, model_dir, text_ids, name, decode):

@@ -118,7 +118,6 @@ def test_flashinfer_over_eight_bits(start_engine, tiny_model, tmp_path, is_v2, g
 
 @pytest.mark.engine
 @full
-@pytest.mark.alone
 @pytest.mark.parametrize(("gpu", "method"), [("ampere", "ngram"), ("hopper", "ngram"), ("blackwell", "draft_model")])
 def test_flashinfer_with_drafts(start_engine, tiny_model, same_on_both, gpu, method):
     """Rows with drafts are a prefill to native kernels, which read evicted ones as long as they were; not to XQA."""

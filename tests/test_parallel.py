@@ -64,16 +64,6 @@ def test_workers_keep_what_one_in_this_process_keeps(tiny, tiny_model, workers):
     compare(answers, tiny(max_model_len=2048, **eviction), PROMPTS)
 
 
-def test_drafts_change_nothing(start_engine, model_dir, text_ids):
-    """Guessed tokens are verified against the evicted cache: with and without them, the same is kept and said."""
-    prompts = [text_ids[:200] * 3, text_ids[50:140], text_ids[2000:2700]]
-    eviction = {"kv_eviction": "cake", "kv_eviction_budget": 150, "kv_eviction_config": {"decode": "off"}}
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
-    answers = run(model_dir, prompts, **eviction, speculative_config=ngram, skip_tokenizer_init=False)
-    assert answers[-1]["accepted"] > 20
-    compare(answers, start_engine(**eviction), prompts)
-
-
 def test_two_ranks_agree_where_heads_compete(tiny_model):
     """Heads compete inside a rank, in columns that all ranks share."""
     eviction = {
