@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.platforms import current_platform
-from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.v1.attention.backends.flashinfer import (
@@ -34,11 +33,6 @@ from cake_vllm.integration.worker.gpu_attention import (
     HeadMajorImpl,
 )
 from cake_vllm.integration.worker.graphs import evicted_rows
-
-#: Triton's kernel reads no other floats of 8 bits, and those only on GPUs that have them.
-EIGHT_BITS = (
-    f"{flag(POLICY_KEY)} with FLASHINFER needs fp8_e4m3 of all 8-bit --kv-cache-dtype, and capability 8.9 or more"
-)
 
 
 @dataclass(kw_only=True)
@@ -113,8 +107,6 @@ class EvictingFlashInferImpl(HeadMajorImpl, FlashInferImpl):  # type: ignore[mis
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if not is_readable(self.kv_cache_dtype, current_platform.get_device_capability()):
-            raise ValueError(EIGHT_BITS)
         self.backend_beside = choose_beside(self.head_size, bool(self.logits_soft_cap), self.kv_cache_dtype)
         self.beside: Any = self.backend_beside.evicting_impl(*args, **kwargs)
 
@@ -151,21 +143,19 @@ class EvictingFlashInferBackend(HeadMajorBackend, FlashInferBackend):  # type: i
     def supports_combination(
         cls, head_size: int, dtype: Any, kv_cache_dtype: Any, block_size: int | None, *rest: Any
     ) -> str | None:
-        """Why vLLM must not take this backend, or ``None``; with eviction for two reasons more."""
+        """Why vLLM must not take this backend, or ``None``; with eviction for two reasons more.
+
+        Triton's kernel, which takes evicted rows of 8 bits, reads no ``fp8_e5m2``, nor any on GPUs without them.
+        """
         if eviction_config(get_current_vllm_config_or_none()) is not None:
+            *_, capability = rest
+            is_foreign = kv_cache_dtype == "fp8_e5m2" or capability.to_int() < 89
+            if is_quantized(kv_cache_dtype or "auto") and is_foreign:
+                return f"{flag(POLICY_KEY)} with FLASHINFER reads 8 bits of fp8_e4m3, on capability 8.9 or more, alone"
             sizes = cls.get_supported_kernel_block_sizes()
-            if not is_readable(kv_cache_dtype or "auto", rest[-1]):
-                return EIGHT_BITS
             if block_size is not None and block_size not in sizes:
                 return f"{flag(POLICY_KEY)} needs a --block-size that FlashInfer does not split: one of {sizes}"
         return super().supports_combination(head_size, dtype, kv_cache_dtype, block_size, *rest)
-
-
-def is_readable(kv_cache_dtype: str, capability: DeviceCapability | None) -> bool:
-    """Whether a kernel that takes evicted rows reads what FlashInfer writes."""
-    if not is_quantized(kv_cache_dtype):
-        return True
-    return kv_cache_dtype != "fp8_e5m2" and (capability is None or capability >= DeviceCapability(8, 9))
 
 
 def choose_beside(head_size: int, has_soft_cap: bool, kv_cache_dtype: str) -> type[HeadMajorBackend]:
