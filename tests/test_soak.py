@@ -211,7 +211,7 @@ def test_a_killed_engine_is_noticed(open_server):
     with ThreadPoolExecutor(4) as pool:
         body = {"prompt": list(range(1000, 1400)), "max_tokens": 1500, "ignore_eos": True}
         running = [pool.submit(post, open_server, body) for _ in range(4)]
-        time.sleep(2)
+        wait_until(lambda: series(open_server, "vllm:num_requests_running") == 4)
         engine_process().kill()
         for request in running:
             with pytest.raises((urllib.error.URLError, ConnectionError)):
