@@ -98,6 +98,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left = [item for item in items if is_left_to_all(item, is_v2)]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]
+    # Files go to whichever process is idle: those with long tests first, or others would wait for the last one.
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
 
     if not torch.cuda.is_available() and not config.getoption("--dry-run"):
         for item in items:

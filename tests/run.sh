@@ -12,7 +12,8 @@ workers=$((cores < 4 ? cores : 4))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / workers))}
 status=0
 suite() {
-    "$python" -m pytest -c pyproject.toml tests --numprocesses "$workers" --dist loadfile --durations 20 "$@" || status=$?
+    "$python" -m pytest -c pyproject.toml tests --numprocesses "$workers" --dist loadfile --no-loadscope-reorder \
+        --durations 20 "$@" || status=$?
 }
 
 python=.venv/bin/python

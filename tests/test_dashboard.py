@@ -25,6 +25,7 @@ from demo import free_port, metrics, server
 
 pytestmark = [
     pytest.mark.full,
+    pytest.mark.slow,
     pytest.mark.skipif(
         not (shutil.which("prometheus") and shutil.which("promtool")), reason="no prometheus and promtool on PATH"
     ),

@@ -65,6 +65,8 @@ def test_generated_tokens_are_evicted_as_without_drafts(start_engine, model_dir,
 )
 def test_rows_of_all_kinds_share_a_batch(tiny, is_v2, decode):
     """Drafts fill blocks and are taken back; a real model accepts more of them."""
+    if is_v2 and decode != "off":
+        pytest.skip("slow under Triton's interpreter, where a real model shows as much: run on v1")
     options = {"kv_eviction": "cake", "kv_eviction_budget": 100, "kv_eviction_config": {"decode": decode}}
     prompts = [numbers(1, 300), numbers(2, 50), numbers(3, 400)]
     wishes = [{}, {"kv_eviction": "layer-defensivekv"}, {"kv_eviction": "none"}]
@@ -92,7 +94,7 @@ def test_rows_of_all_kinds_share_a_batch(tiny, is_v2, decode):
 
 
 @pytest.mark.full
-def test_a_pool_that_is_too_small(tiny):
+def test_a_pool_that_is_too_small(tiny, same_on_both):
     """Blocks that drafts filled come back from requests that are preempted or aborted."""
     engine: Engine = tiny(
         kv_eviction="cake",

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "deploy"))
 
 from demo import free_port, is_ready, server
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.slow]
 
 RAY = ROOT / "deploy" / "ray"
 BUDGET = 128

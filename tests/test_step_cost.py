@@ -19,11 +19,11 @@ def figures(is_v2, no_engine) -> dict[int, dict]:
     if is_v2:
         pytest.skip("the same on both runners: run on v1")
     no_engine()
-    return {layers: measure(layers, ROWS, [SHORT, LONG], BUDGET, STEPS) for layers in (8, 32)}
+    return {layers: measure(layers, ROWS, [SHORT, LONG], BUDGET, STEPS) for layers in (4, 16)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_layers", [8, 32])
+@pytest.mark.parametrize("num_layers", [4, 16])
 def test_a_step_costs_few_launches_and_what_is_kept(figures, num_layers):
     runs = figures[num_layers]
     for context in (SHORT, LONG):
@@ -45,5 +45,5 @@ def test_a_step_costs_few_launches_and_what_is_kept(figures, num_layers):
 
 
 def test_the_part_beside_the_layers_does_not_grow_with_them(figures):
-    for name, run in figures[32].items():
-        assert run["step"]["launches"] == figures[8][name]["step"]["launches"]
+    for name, run in figures[16].items():
+        assert run["step"]["launches"] == figures[4][name]["step"]["launches"]
