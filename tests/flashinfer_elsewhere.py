@@ -84,7 +84,7 @@ def flashinfer_in_torch(capability: tuple[int, int], has_trtllm: bool) -> Iterat
             },
             support: {"current_platform": gpu, "has_nvidia_artifactory": lambda: has_trtllm},
             flashinfer.custom_ops: {"scaled_fp8_quant": flash_reference.scaled_fp8_quant},
-            flashinfer_attention: {"choose_beside": beside, "current_platform": gpu},
+            flashinfer_attention: {"choose_beside": beside},
             triton_attn: {"unified_attention": flash_reference.unified_attention},
         }.items():
             patches.enter_context(mock.patch.multiple(owner, **attributes))
