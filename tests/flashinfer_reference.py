@@ -63,26 +63,34 @@ def attend(
         soft_cap: bound of the logits, 0: none.
     """
     calls.setdefault(kernel, []).append(lengths)
-    keys, values = kv_cache
-    assert keys.shape == values.shape
-    assert keys.stride() == values.stride()
-    assert keys.stride(-1) == q.stride(-1) == out.stride(-1) == 1
-    num_pages, num_kv_heads, page_size, head_size = keys.shape
+    num_pages, num_kv_heads, page_size, head_size = kv_cache[0].shape
     assert q.shape[1:] == out.shape[1:] == (q.shape[1], head_size)
-    assert q.shape[1] % num_kv_heads == 0
     assert q.shape[0] == out.shape[0] == starts[-1]
     for table, length in zip(pages, lengths, strict=True):
         assert table.dtype == torch.int32
         assert len(table) >= -(-length // page_size)
         assert ((table >= 0) & (table < num_pages)).all()
-    table = torch.nn.utils.rnn.pad_sequence(pages, batch_first=True)
-    ones = torch.ones(len(lengths), num_kv_heads)
-    descales = ones, ones, ones * v_scale
-    longest = max(b - a for a, b in itertools.pairwise(starts))
-    rows = torch.tensor(starts, dtype=torch.int32), longest, torch.tensor(lengths, dtype=torch.int32), max(lengths)
     # [num_pages, B, Hkv, D]
     keys, values = (cache.transpose(1, 2) for cache in kv_cache)
-    flash_reference.attend(q, keys, values, out, *rows, table, scale, window_left, soft_cap, *descales)
+    ones = torch.ones(len(lengths), num_kv_heads)
+    flash_reference.attend(
+        q=q,
+        k=keys,
+        v=values,
+        out=out,
+        cu_seqlens_q=torch.tensor(starts, dtype=torch.int32),
+        max_seqlen_q=max(b - a for a, b in itertools.pairwise(starts)),
+        seqused_k=torch.tensor(lengths, dtype=torch.int32),
+        max_seqlen_k=max(lengths),
+        softmax_scale=scale,
+        causal=True,
+        window_size=(window_left, 0),
+        block_table=torch.nn.utils.rnn.pad_sequence(pages, batch_first=True),
+        softcap=soft_cap,
+        q_descale=ones,
+        k_descale=ones,
+        v_descale=ones * v_scale,
+    )
 
 
 class BatchPrefillWithPagedKVCacheWrapper:

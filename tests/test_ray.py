@@ -198,8 +198,8 @@ def test_two_replicas_are_one_server(chatty_model, folder):
             "messages": [{"role": "user", "content": "hello"}],
             "max_tokens": 512,
             "temperature": 0,
+            "extra_body": {"ignore_eos": True},
         }
-        chat["extra_body"] = {"ignore_eos": True}
         whole = client.chat.completions.create(**chat).choices[0].message.content
         parts = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**chat, stream=True)]
         assert sum(map(bool, parts)) > 1
