@@ -28,6 +28,7 @@ from tqdm import tqdm
 from vllm import SamplingParams
 
 from cake_vllm import LLM
+from cake_vllm.integration.worker.judging import Judging
 from cake_vllm.integration.worker.worker import EvictionWorker
 from cake_vllm.policies import policy_names
 
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     args = parser.parse_args()
 
-    looking, evicting = Clock(EvictionWorker, "_observe"), Clock(EvictionWorker, "finish")
+    looking, evicting = Clock(Judging, "_observe"), Clock(EvictionWorker, "finish")
     llm = LLM(
         args.model,
         dtype=args.dtype,

@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from engine import Engine
 from test_elastic import cut_once
 
+from cake_vllm.integration.worker.judging import Judging
 from cake_vllm.integration.worker.worker import EvictionWorker
 
 
@@ -34,7 +35,7 @@ class Bench:
     """An engine and the clocks of its worker."""
 
     def __init__(self, model: str, policy: str, length: int, dtype: str):
-        self.clocks = [Clock(EvictionWorker, name) for name in ("_observe", "finish")]
+        self.clocks = [Clock(Judging, "_observe"), Clock(EvictionWorker, "finish")]
         settings = {"kv_eviction": policy, "kv_eviction_budget": "auto", "kv_eviction_config": {"min_tokens": 64}}
         pool = {"max_model_len": length + 200, "max_num_batched_tokens": 2048, "kv_cache_memory_bytes": 2**30}
         self.engine = Engine(model, dtype=dtype, **pool, **settings)
@@ -54,7 +55,7 @@ class Bench:
         name = self.engine.add(prompt, 20)
         while not self.engine.decoding:
             self.engine.step()
-        (watched,) = self.engine.connector.worker._watched.values()
+        (watched,) = self.engine.connector.worker.judging.watched.values()
         stored = {"until the first cut": num_bytes(watched.queries.values())}
         cut_once(self.engine, name, budget)
         kept = [score.indicator.bfloat16() for score in watched.worth.scores]

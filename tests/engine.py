@@ -3,7 +3,7 @@
 import itertools
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
@@ -47,9 +47,9 @@ class Engine:
         self.outputs: dict[str, RequestOutput] = {}
         self._stats = EvictionStats.empty()
         if self.evicts:
-            self.connector.worker.trace = {}
-            self._choices: defaultdict[str, list[list[list[torch.Tensor]]]] = defaultdict(list)
-            self._follow(self.connector.worker)
+            self._forget_choices()
+            self.connector.worker.judging.is_traced = True
+            self.connector.worker.on_evicted = self._follow
             self._take_stats = self.scheduler.connector.get_kv_connector_stats
             self.scheduler.connector.get_kv_connector_stats = self._pass_stats
 
@@ -73,7 +73,7 @@ class Engine:
     ) -> str:
         """Adds a greedy request and returns its id."""
         if self.evicts and not self.scheduler.requests:
-            self._choices.clear()
+            self._forget_choices()
         name = f"r{next(self._ids)}"
         sampling = SamplingParams(**({"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True} | params))
         self.llm.llm_engine.add_request(
@@ -101,7 +101,7 @@ class Engine:
         if not self.evicts or self.vllm_config.scheduler_config.async_scheduling:
             return
         half, worker = self.scheduler.connector.scheduler, self.connector.worker
-        for name, held in worker._held.items():
+        for name, held in worker.moving.held.items():
             if name not in half._tracked or half._tracked[name].by_head is None:
                 continue
             if name not in half._managers[0].req_to_blocks:
@@ -110,16 +110,16 @@ class Engine:
             cuts = [manager.cuts[name] for manager in half._managers]
             columns = [[block.block_id for block in cut.columns] for cut in cuts]
             assert {len(of_group) for of_group in columns} == {held.num_columns}
-            own = set(worker.grid.homes(columns, held.by_head).ravel().tolist())
+            own = set(worker.layers.grid.homes(columns, held.by_head).ravel().tolist())
             dealt = [
                 page for pages, count in zip(held.pages.tolist(), held.dealt, strict=True) for page in pages[:count]
             ]
             assert len(set(dealt)) == len(dealt), "a page is dealt twice"
             assert set(dealt) <= own, "a page is dealt that is not the request's"
             assert (held.used <= held.dealt).all()
-            if worker.draft_layers:
+            if worker.layers.drafts:
                 assert len(set(held.drafted)) == len(held.drafted)
-                assert set(held.drafted) <= set(columns[worker.draft_layers[0].group])
+                assert set(held.drafted) <= set(columns[worker.layers.drafts[0].group])
             for manager, cut in zip(half._managers, cuts, strict=True):
                 assert cut.num_traded == held.start
                 row = manager.req_to_blocks[name]
@@ -142,16 +142,13 @@ class Engine:
 
     def trace(self, prompts: list[list[int]], max_tokens: int, **params: Any) -> list[tuple[list[int], Kept]]:
         """Greedy tokens and kept positions of prompts that run together; positions are empty if nothing left."""
-        self.connector.worker.trace.clear()
-        self.connector.worker.trace_ranks.clear()
         names = [self.add(prompt, max_tokens, **params) for prompt in prompts]
         done = self.run()
         return [(done[name], self.positions(name)) for name in names]
 
     def positions(self, name: str) -> Kept:
         """Kept positions of a request by layer; empty if nothing left."""
-        traces = self.connector.worker.trace
-        return next((trace for key, trace in traces.items() if key.rsplit("-", 1)[0] == name), [])
+        return self._of_request(self._kept, name, [])
 
     def runs(self, prompts: list[list[int]], max_tokens: int, **params: Any) -> list[Run]:
         """Prompts that run together, with all that a comparison up to ties needs."""
@@ -165,9 +162,7 @@ class Engine:
         tokens, distances = list(output.token_ids), gaps(output.logprobs or [])
         if not self.evicts:
             return Run(tokens, distances, [], {})
-        traces = self.connector.worker.trace_ranks
-        ranks = next((ranks for key, ranks in traces.items() if key.rsplit("-", 1)[0] == name), {})
-        return Run(tokens, distances, self.positions(name), ranks)
+        return Run(tokens, distances, self.positions(name), self._of_request(self._ranks, name, {}))
 
     def served(self, prompts: list[list[int]], max_tokens: int, **params: Any) -> list[Served]:
         """Prompts that run together, with all that a replay follows."""
@@ -177,22 +172,30 @@ class Engine:
 
     def served_as(self, name: str, tokens: list[int]) -> Served:
         """A request of the last batch."""
-        choices = next((c for key, c in self._choices.items() if key.rsplit("-", 1)[0] == name), [])
+        choices = self._of_request(self._choices, name, [])
         return Served(tokens, [[[head.cpu() for head in layer] for layer in eviction] for eviction in choices])
 
-    def _follow(self, worker) -> None:
-        """Remembers what every eviction keeps."""
-        evict, deal = worker._evict, worker._deal
+    def _forget_choices(self) -> None:
+        self._choices: defaultdict[str, list[list[list[torch.Tensor]]]] = defaultdict(list)
+        self._kept: dict[str, Kept] = {}
+        self._ranks: dict[str, dict[int, torch.Tensor]] = {}
 
-        def evicting(what, *args):
-            def dealing(config, num_blocks, grant, held, chosen, counts):
-                self._choices[what.req_id].append([list(layer) for layer in chosen])
-                return deal(config, num_blocks, grant, held, chosen, counts)
+    def _follow(self, what, choice, eviction) -> None:
+        """Remembers what every eviction keeps, and of those that divide a budget what they chose by."""
+        if choice.chosen is None:
+            return
+        self._choices[what.req_id].append(choice.chosen)
+        if eviction.is_traded and what.grant.divides:
+            size = self.connector.worker.layers.block_size
+            self._kept[what.req_id] = [
+                None if all(len(head) == reads.length // size * size for head in chosen) else chosen
+                for chosen, reads in zip(choice.chosen, choice.reads, strict=True)
+            ]
+            self._ranks[what.req_id] = choice.ranks
 
-            worker._deal = dealing
-            return evict(what, *args)
-
-        worker._evict = evicting
+    @staticmethod
+    def _of_request(found: Mapping[str, Any], name: str, default: Any) -> Any:
+        return next((what for key, what in found.items() if key.rsplit("-", 1)[0] == name), default)
 
     def num_cached(self, name: str) -> int:
         """Prompt tokens of a finished request that came from the prefix cache, as vLLM reports them."""

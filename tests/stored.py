@@ -94,7 +94,7 @@ class Stored:
     @classmethod
     def of(cls, engine: Engine, dtype: torch.dtype) -> "Stored":
         """Of the request that comes next."""
-        layers = engine.connector.worker.layers
+        layers = engine.connector.worker.layers.target
         modules = [layer.module for layer in layers]
         scales = [Scales(of._q_scale_float, of._k_scale_float, of._v_scale_float) for of in modules]
         stored = cls(dtype, scales)

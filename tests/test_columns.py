@@ -62,7 +62,7 @@ def test_columns_are_as_few_as_their_pages(tiny, name, same_on_both):
     engine.forget_prefixes()
     request = engine.add(numbers(62, 1000), 6, extra_args={"kv_eviction": name})
     engine.step()
-    (held,) = engine.connector.worker._held.values()
+    (held,) = engine.connector.worker.moving.held.values()
     assert held.by_head == (name != "cake")
     assert len(held.used) == (4 if name == "cake" else 8)
     assert held.num_columns == -(-held.used.sum() // len(held.used)) <= 200 // 32 + 2
@@ -186,19 +186,19 @@ class Stages:
         from cake_vllm.integration.worker.worker import EvictionWorker
 
         (group,) = engine.scheduler.kv_cache_config.kv_cache_groups
-        config = engine.connector.worker.config
+        config = engine.connector.worker.judging.config
         self.workers = []
         for stage, names in enumerate((group.layer_names[:2], group.layer_names[2:])):
             half = replace(engine.scheduler.kv_cache_config, kv_cache_groups=[replace(group, layer_names=names)])
             self.workers.append(EvictionWorker(config, engine.vllm_config, half))
-            self.workers[-1].stage = stage
+            self.workers[-1]._stage = stage
 
     def begin(self, plan, attn_metadata):
         for worker in self.workers:
             # Each stage has metadata of its own.
             if attn_metadata:
-                own = copy.copy(attn_metadata[worker.layers[0].name])
-                attn_metadata |= {layer.name: own for layer in worker.layers}
+                own = copy.copy(attn_metadata[worker.layers.target[0].name])
+                attn_metadata |= {layer.name: own for layer in worker.layers.target}
             worker.begin(plan, attn_metadata)
 
     def finish(self):

@@ -82,7 +82,7 @@ class Watch:
             engine.step()
             self.drafted.append({name.rsplit("-")[0]: of.spec_token_ids for name, of in scheduler.requests.items()})
             if self.poison:
-                grid = engine.connector.worker._every_grid
+                grid = engine.connector.worker.layers.whole
                 free = torch.tensor([block.block_id for block in engine.pool.blocks if not block.ref_cnt])
                 for layer in range(grid.num_layers):
                     grid.pages[grid.layer_pages(layer, free)] = 1e4
@@ -198,7 +198,7 @@ def test_a_policy_that_fails_leaves_drafts_what_they_read(tiny, speculation, mon
     def failing(self, scores, budget):
         nonlocal count
         count += 1
-        if count > 1 + len(engine.connector.worker.layers):
+        if count > 1 + len(engine.connector.worker.layers.target):
             raise ArithmeticError("no more")
         return settle(self, scores, budget)
 
@@ -218,13 +218,13 @@ class Attended:
 
     def __init__(self, engine: Engine):
         self.worker, self.held, self.num_checked = engine.connector.worker, None, 0
-        (layer,) = self.worker.draft_layers
+        (layer,) = self.worker.layers.drafts
         self.impl, self.forward, self.begin = layer.impl, layer.impl.forward, self.worker.begin
         self.keys, self.values = torch.zeros(2, 1024, 2, 32)
 
     def before(self, plan, metadata) -> None:
         self.begin(plan, metadata)
-        self.held = next(iter(self.worker._held.values())) if plan.redirected else None
+        self.held = next(iter(self.worker.moving.held.values())) if plan.redirected else None
 
     def __call__(self, layer, query, key, value, cache, metadata, output, *args, **kwargs):
         self.forward(layer, query, key, value, cache, metadata, output, *args, **kwargs)

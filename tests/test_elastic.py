@@ -127,7 +127,7 @@ def test_who_opts_out_or_has_a_floor_keeps_it(tiny, same_on_both):
 
 def held(engine: Engine, request_id: str) -> list[list[list[int]]]:
     """Positions of the prompt that each layer and KV head of a request holds, by what the worker remembers."""
-    (worth,) = (of.worth for name, of in engine.connector.worker._watched.items() if name.startswith(request_id))
+    (worth,) = (of.worth for name, of in engine.connector.worker.judging.watched.items() if name.startswith(request_id))
     return [[head.tolist() for head in worth.places[layer]] for layer in sorted(worth.places)]
 
 
@@ -168,7 +168,7 @@ def test_cut_in_steps_or_at_once(tiny, name, same_on_both):
                 lengths = [len(head) for layer in held(engine, request) for head in layer]
                 # Rounded up to blocks once for all, and to pages in each head; beside a partial block.
                 assert np.mean(lengths) <= budget + 3 * 32
-        (watched,) = engine.connector.worker._watched.values()
+        (watched,) = engine.connector.worker.judging.watched.values()
         kept, scores = held(engine, request), watched.worth.scores
         engine.run()
         return kept, scores
@@ -269,4 +269,4 @@ def test_a_failing_policy_is_left_alone(tiny, monkeypatch, same_on_both):
     assert [len(tokens) for tokens in engine.generate(prompts, 200)] == [200] * 3
     assert 0 < engine.stats()["failures"] <= 8
     assert engine.is_idle()
-    assert torch.is_tensor(engine.connector.worker.grid.pages)
+    assert torch.is_tensor(engine.connector.worker.layers.grid.pages)

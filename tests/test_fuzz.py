@@ -121,10 +121,10 @@ def test_random_load(tiny, seed, is_v2):
     short = engine.add([1, 2, 3], 3)
     engine.run()
     worker = engine.connector.worker
-    assert all(name.startswith(short) for name in [*worker._held, *worker._watched])
+    assert all(name.startswith(short) for name in [*worker.moving.held, *worker.judging.watched])
 
     # Alone again. What progressive prefill, an elastic budget or a postponed eviction give depends on the load.
-    if worker.config.is_progressive or settings["kv_eviction_budget"] == "auto" or stats["postponed"]:
+    if worker.judging.config.is_progressive or settings["kv_eviction_budget"] == "auto" or stats["postponed"]:
         return
     together = {name: engine.run_of(name) for name in done}
     for name in dice.sample(sorted(done), 4 if is_v2 else 12):

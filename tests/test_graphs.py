@@ -30,7 +30,7 @@ BUDGET, NUM_ROWS = 120, 8
 def rehearsed(engine):
     """Decode steps run as they are captured and replayed; yields how many did, and the addresses that they read."""
     worker, seen = engine.connector.worker, SimpleNamespace(steps=0, addresses={})
-    begin, captured, worker._most_rows = worker.begin, worker._captured_step, NUM_ROWS
+    begin, captured, worker.captured._most_rows = worker.begin, worker.captured.work, NUM_ROWS
 
     def capturing(metadata):
         work = captured(metadata)
@@ -43,7 +43,7 @@ def rehearsed(engine):
     def beginning(plan, attn_metadata):
         EvictingImpl.captured_step = None
         is_decode = attn_metadata and (next(iter(attn_metadata.values())).query_start_loc.diff() == 1).all()
-        if not (is_decode and plan.redirected and worker.can_replay(plan)):
+        if not (is_decode and plan.redirected and worker.captured.fits(plan)):
             begin(plan, attn_metadata)
             return
         # In this order on runner V2: the plan without metadata, then the metadata.
@@ -111,12 +111,12 @@ def config(start_engine, tiny_model):
     config.compilation_config.cudagraph_capture_sizes = [1, 2, 4]
     config.compilation_config.max_cudagraph_capture_size = 4
     worker = engine.connector.worker
-    with mock.patch.object(worker, "_most_rows", 4):
-        worker.__dict__.pop("_replayed", None)
-        width = worker._replayed.tables.shape[2]
-        with mock.patch.object(type(worker._rows[False]), "width", width - 1):
+    with mock.patch.object(worker.captured, "_most_rows", 4):
+        worker.captured.__dict__.pop("buffers", None)
+        width = worker.captured.buffers.tables.shape[2]
+        with mock.patch.object(type(worker.reading.rows[False]), "width", width - 1):
             yield config
-    worker.__dict__.pop("_replayed", None)
+    worker.captured.__dict__.pop("buffers", None)
 
 
 @pytest.mark.engine
@@ -172,20 +172,22 @@ def test_the_second_graphs_are_captured_and_replayed():
         cudagraph_utils.BatchExecutionDescriptor(CUDAGraphMode.FULL, 4, 4),
     ]
     manager = SimpleNamespace(graphs={}, _capture_descs={CUDAGraphMode.FULL: descs}, _max_full_descs_to_capture=None)
-    worker = SimpleNamespace(is_capturing=False)
+    captured = SimpleNamespace(is_capturing=False)
 
     @contextmanager
     def capturing():
-        worker.is_capturing = True
+        captured.is_capturing = True
         yield
-        worker.is_capturing = False
+        captured.is_capturing = False
 
     def capture(manager):
         for desc in manager._capture_descs[CUDAGraphMode.FULL]:
-            manager.graphs[desc] = "second" if worker.is_capturing else "first"
+            manager.graphs[desc] = "second" if captured.is_capturing else "first"
 
-    worker.capturing = capturing
-    with mock.patch.multiple(graphs, has_kv_transfer_group=lambda: True, _worker=lambda: worker):
+    captured.capturing = capturing
+    with mock.patch.multiple(
+        graphs, has_kv_transfer_group=lambda: True, _worker=lambda: SimpleNamespace(captured=captured)
+    ):
         graphs._capture_twice(capture, manager)
     assert manager.graphs == dict.fromkeys(descs, "first")
     assert manager.kv_eviction_graphs == {descs[0]: "second"}

@@ -56,7 +56,7 @@ def test_the_page_says_what_is_served(
     )
     engine.stats()
     judged = {}
-    engine.connector.worker.on_judged = lambda layer, inputs, score: judged.update({layer: (inputs, score)})
+    engine.connector.worker.judging.on_judged = lambda layer, inputs, score: judged.update({layer: (inputs, score)})
     ((_, kept),) = engine.trace([ids], 3, extra_args={"kv_eviction_report": True})
     stats, (output,) = engine.stats(), list(engine.outputs.values())[-1:]
     # The next case starts an engine of its own, and one lives at a time.

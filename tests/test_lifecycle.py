@@ -169,7 +169,7 @@ class Lifecycle(RuleBasedStateMachine):
         assert not half._pending
         assert not half._prefilling
         assert not any(half._redirected.values())
-        assert all(held.startswith(name) for held in [*worker._held, *worker._watched])
+        assert all(held.startswith(name) for held in [*worker.moving.held, *worker.judging.watched])
         self.engine.forget_prefixes()
         assert self.engine.is_idle()
 

@@ -24,9 +24,9 @@ def test_notes_do_not_depend_on_chunks(start_engine, model_dir, prompts, chunk):
     done, worker, most = {}, engine.connector.worker, 0
     while engine.llm.llm_engine.has_unfinished_requests():
         done |= engine.step()
-        most = max(most, sum(bool(watched.notes) for watched in worker._watched.values()))
+        most = max(most, sum(bool(watched.notes) for watched in worker.judging.watched.values()))
     assert most == 1
-    assert not worker._watched
+    assert not worker.judging.watched
     replay = Replay(model_dir)
     for name, text, knobs in ((noted, prompt, KNOBS), (other, prompt[100:], {})):
         replay.verify(text, engine.served_as(name, done[name]), create_policy("echo", knobs), 128, 32)

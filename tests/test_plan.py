@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from cake_vllm.__main__ import main
+from cake_vllm.integration.worker import judging
 from cake_vllm.policies import LayerInputs, create_policy, policy_names
 from cake_vllm.tools import plan
 
@@ -134,25 +135,26 @@ def test_as_many_run_at_once_as_planned(tiny, tiny_model, policy, kind, same_on_
 @pytest.mark.parametrize("policy", ["cake", "layer-defensivekv"])
 def test_memory_beside_the_pool_is_what_the_worker_takes(tiny, tiny_model, policy, same_on_both, monkeypatch):
     engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=200, kv_eviction_config={"decode": "window"})
-    worker, divide, seen = engine.connector.worker, engine.connector.worker._divide, []
+    worker, divide, seen = engine.connector.worker, judging.divide, []
 
-    def dividing(config, end, grant, watched):
-        scores = watched.scores.values()
+    def dividing(policy, scores, *args):
         tensors = [tensor for score in scores for tensor in (score.indicator, score.terms, *score.extra)]
         seen.append(sum(tensor.nbytes for tensor in tensors))
-        return divide(config, end, grant, watched)
+        divide(policy, scores, *args)
 
-    monkeypatch.setattr(worker, "_divide", dividing)
-    monkeypatch.setattr(worker, "_rows", {of: type(rows)(worker.grid, of) for of, rows in worker._rows.items()})
+    monkeypatch.setattr(judging, "divide", dividing)
+    monkeypatch.setattr(
+        worker, "_rows", {of: type(rows)(worker.layers.grid, of) for of, rows in worker.reading.rows.items()}
+    )
     prompt_len = 1500
     for seed in range(3):
         engine.add(numbers(seed, prompt_len), 6, extra_args={"kv_eviction": policy})
-    while len(worker._held) < 3:
+    while len(worker.moving.held) < 3:
         engine.step()
-    widest = max(int(held.used.max()) for held in worker._held.values())
-    tables = sum(rows.num_bytes for rows in worker._rows.values())
+    widest = max(int(held.used.max()) for held in worker.moving.held.values())
+    tables = sum(rows.num_bytes for rows in worker.reading.rows.values())
     # Scored again whenever a block is full: the last queries are always at hand.
-    queries = sum(tensor.nbytes for watched in worker._watched.values() for tensor in watched.queries.values())
+    queries = sum(tensor.nbytes for watched in worker.judging.watched.values() for tensor in watched.queries.values())
     engine.run()
 
     flags = ("--policy", policy, "--budget", "200", "--context", str(prompt_len), "--output-len", "6")

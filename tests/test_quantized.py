@@ -107,8 +107,8 @@ def test_policies_see_numbers_of_the_model(start_engine, scaled_model, same_on_b
         scaled_model, skip_tokenizer_init=True, kv_eviction="criticalkv", kv_eviction_budget=100
     )
     stored, worker = Stored.of(engine, FLOATS["fp8"]), engine.connector.worker
-    seen, shown = [], worker._inputs
-    worker._inputs = lambda *args: seen.append(shown(*args)) or seen[-1]
+    seen = []
+    worker.judging.on_judged = lambda layer, inputs, score: seen.append(inputs)
     engine.generate([numbers(177, 500)], 2)
     assert len(seen) == len(SCALES)
     for index, (inputs, scales) in enumerate(zip(seen, SCALES, strict=True)):

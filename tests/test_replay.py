@@ -125,9 +125,9 @@ def test_steady_state(tiny, decode, same_on_both):
     steps = 0
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.step()
-        for held in worker._held.values():
+        for held in worker.moving.held.values():
             steps += 1
-            given = [-(-(count + worker.config.policy.protected) // 32) for (count,) in held.counts]
+            given = [-(-(count + worker.judging.config.policy.protected) // 32) for (count,) in held.counts]
             assert held.used.tolist() <= held.dealt.tolist() == given
             # Beside these, the block that is being filled.
             if engine.scheduler.requests:

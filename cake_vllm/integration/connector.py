@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -45,10 +46,6 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
             install_news()
             if config.decode != "off" and vllm_config.num_speculative_tokens:
                 install_drafts()
-        else:
-            from cake_vllm.integration.worker.worker import EvictionWorker
-
-            self.worker = EvictionWorker(config, vllm_config, kv_cache_config)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -92,6 +89,15 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         """No KV comes from outside."""
 
     # Worker side
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Makes the worker half, now that there are caches to look at: what it cannot serve ends the start here."""
+        from cake_vllm.integration.worker.worker import EvictionWorker
+
+        config = eviction_config(self._vllm_config)
+        assert config is not None
+        assert self._kv_cache_config is not None
+        self.worker = EvictionWorker(config, self._vllm_config, self._kv_cache_config)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Prepares the step while the forward context is set and before the first layer runs."""

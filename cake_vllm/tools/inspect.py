@@ -183,6 +183,8 @@ def inspect(
     from vllm.platforms import current_platform
 
     from cake_vllm.integration.connector import KVEvictionConnector
+    from cake_vllm.integration.messages import Eviction
+    from cake_vllm.integration.worker.dividing import Choice
 
     llm = LLM(
         model,
@@ -199,29 +201,30 @@ def inspect(
         assert config is not None
         terms = Terms(config, vllm_config.model_config.hf_text_config)
         worker = cast(KVEvictionConnector, get_kv_transfer_group()).worker
-        worker.trace, worker.on_judged = {}, terms.look
+        evictions: list[tuple[Choice, Eviction]] = []
+        worker.judging.on_judged = terms.look
+        worker.on_evicted = lambda _, choice, eviction: evictions.append((choice, eviction))
         # An eviction is for what follows: a request whose next token is its last is left alone.
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, extra_args={REPORT_KEY: True})
         (output,) = llm.generate({"prompt_token_ids": token_ids}, params, use_tqdm=False)
-        if not worker.trace:
+        prompt_len, size = len(token_ids), worker.layers.block_size
+        choice, eviction = evictions[0] if evictions else (None, None)
+        if choice is None or eviction is None or choice.chosen is None:
             raise ValueError(
-                f"nothing was evicted of {len(token_ids)} tokens, in blocks of {worker.block_size}, with "
+                f"nothing was evicted of {prompt_len} tokens, in blocks of {size}, with "
                 f"{flag(BUDGET_KEY)} {config.budget}: give a longer prompt or a smaller budget"
             )
-        (traced,), (eviction,) = worker.trace.values(), worker.trace_evictions.values()
-        prompt_len, size = len(token_ids), worker.block_size
-        tail = list(range(prompt_len // size * size, prompt_len))
-        everything = [list(range(prompt_len))] * worker.grid.num_heads
+        target, tail = worker.layers.target, list(range(prompt_len // size * size, prompt_len))
         layers = [
             Layer(
                 extract_layer_index(layer.name),
                 *of_layer,
                 list(wanted),
                 list(kept),
-                everything if heads is None else [head.tolist() + tail for head in heads],
+                [head.tolist() + tail for head in heads],
             )
             for layer, of_layer, wanted, kept, heads in zip(
-                worker.layers, terms.of_layers(len(worker.layers)), eviction.wanted, eviction.kept, traced, strict=True
+                target, terms.of_layers(len(target)), eviction.wanted, eviction.kept, choice.chosen, strict=True
             )
         ]
         return Inspection(

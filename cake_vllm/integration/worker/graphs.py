@@ -1,9 +1,8 @@
 """Full CUDA graphs of decode steps.
 
 vLLM's own graphs serve steps in which nothing is evicted. Runner V2's are captured a second time, over rows of which
-any may read private pages: tables and lengths lie in buffers that stay where they are, and each step fills them. What
-fits neither (a step that scores, rows with owners of the other kind, wider tables; evicted rows on runner V1) runs
-with piecewise graphs, or eagerly where there are none.
+any may read private pages (``captured.py``). What fits neither (a step that scores, rows with owners of the other kind,
+wider tables; evicted rows on runner V1) runs with piecewise graphs, or eagerly where there are none.
 """
 
 import functools
@@ -14,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from vllm.config import CUDAGraphMode
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
@@ -23,45 +21,6 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from cake_vllm.integration.front.patching import wrap
 from cake_vllm.integration.messages import StepPlan
-from cake_vllm.kernels import EvictedRows
-
-#: Bytes that the tables of captured steps may take.
-MOST_BYTES = 128 * 2**20
-
-
-class ReplayedRows:
-    """What the evicted rows of a captured decode step read: one query for each of ``R`` rows, evicted or not.
-
-    Attributes:
-        by_head: whether the owners are KV heads (``H`` of them) or layers (``H`` = 1).
-        tables: ``[L, R * H, C]`` int32.
-        lengths: ``[L, R * H]`` int32; 1 where nothing was evicted.
-        is_here: ``[R]`` bool, which rows were evicted.
-        stock_lens: ``[R]`` int32, lengths for the stock call; 1 where a row was evicted.
-        starts: ``[R * H + 1]`` int32, ascending by one.
-    """
-
-    def __init__(self, by_head: bool, num_layers: int, num_rows: int, num_heads: int, width: int, device: torch.device):
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.by_head, self.num_heads = by_head, num_heads
-        width = min(width, max(MOST_BYTES // (4 * num_layers * num_rows * num_heads), 1))
-        self.tables = zeros(num_layers, num_rows * num_heads, width)
-        self.lengths = zeros(num_layers, num_rows * num_heads)
-        self.is_here, self.stock_lens = zeros(num_rows, dtype=torch.bool), zeros(num_rows)
-        self.starts = torch.arange(num_rows * num_heads + 1, dtype=torch.int32, device=device)
-
-    def fill(self, rows: EvictedRows, slots: torch.Tensor, seq_lens: torch.Tensor, block_size: int) -> None:
-        """Writes a step's rows, ``[n]`` slots and logical lengths; what lies behind them is not read."""
-        num_rows, num_owners = len(slots), len(slots) * self.num_heads
-        is_here = slots > 0
-        tables, num_dropped = rows.select(slots)
-        lengths = torch.where(is_here.unsqueeze(1), seq_lens.view(1, -1, 1) - num_dropped * block_size, 1)
-        self.tables[:, :num_owners, : tables.shape[2]] = tables
-        self.lengths[:, :num_owners] = lengths.flatten(1)
-        self.is_here[:num_rows] = is_here
-        self.stock_lens[:num_rows] = torch.where(is_here, 1, seq_lens)
 
 
 class _Step:
@@ -119,7 +78,7 @@ def evicted_rows(req_idx: np.ndarray | None) -> np.ndarray:
     if step.plan is None or not step.plan.redirected:
         return np.empty(0, dtype=np.int64)
     requests = step.runner.input_batch if req_idx is None else step.runner.req_states
-    places = [requests.req_id_to_index[name] for name in _worker().evicted(step.plan, requests.req_id_to_index)]
+    places = [requests.req_id_to_index[name] for name in _worker().reading.evicted(step.plan, requests.req_id_to_index)]
     rows = np.array(places, dtype=np.int64) if req_idx is None else np.isin(req_idx, places).nonzero()[0]
     if len(rows) != sum(count.num_rows for count in step.plan.redirected.values()):
         raise RuntimeError(MISPLACED)
@@ -139,7 +98,7 @@ def _dispatch_v2(original: Callable[..., Any], manager: Any, *args: Any, **kwarg
     step.replays = False
     if found.cg_mode != CUDAGraphMode.FULL or not _has_work():
         return found
-    if found in getattr(manager, _GRAPHS, {}) and _worker().can_replay(step.plan):
+    if found in getattr(manager, _GRAPHS, {}) and _worker().captured.fits(step.plan):
         step.replays = True
         return found
     call = _signature(original).bind(manager, *args, **kwargs)
@@ -172,7 +131,7 @@ def _capture_twice(original: Callable[..., Any], manager: Any, *args: Any, **kwa
     if not descs or is_measuring or not has_kv_transfer_group():
         return
     again: dict[Any, Any] = {}
-    with _swapped(manager, graphs=again, _capture_descs={CUDAGraphMode.FULL: descs}), _worker().capturing():
+    with _swapped(manager, graphs=again, _capture_descs={CUDAGraphMode.FULL: descs}), _worker().captured.capturing():
         original(manager, *args, **kwargs)
     setattr(manager, _GRAPHS, again)
 

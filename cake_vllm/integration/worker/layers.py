@@ -1,16 +1,32 @@
-"""An attention layer as the worker half reads it: keys, values and queries as numbers, and the projection behind it."""
+"""What a layer is to the worker half: owners, queries, keys, values and the projection as numbers, and how its rows are
+redirected. Another kind of attention is another kind of :class:`EvictableLayer`.
+"""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from cake_vllm.integration.scheduler.spec import evictable_groups
 from cake_vllm.integration.worker.attention import EvictingImpl
+from cake_vllm.integration.worker.dealing import Reads
 from cake_vllm.integration.worker.projections import output_projection
-from cake_vllm.kernels import BlockLayout
+from cake_vllm.kernels import BlockLayout, Grid
+from cake_vllm.policies import LayerInputs, Policy
 
 
 class EvictableLayer:
-    """One attention layer: its module and its backend."""
+    """One attention layer: its module and its backend.
+
+    Attributes:
+        group: which group of evictable layers it belongs to.
+        layout: order of the elements in a head page.
+    """
 
     def __init__(self, name: str, module: Any, group: int, block_size: int):
         self.name = name
@@ -19,26 +35,48 @@ class EvictableLayer:
         self.block_size = block_size
         self.impl: EvictingImpl = module.impl
         self.soft_cap = float(getattr(self.impl, "logits_soft_cap", 0) or 0)
+        self.layout: BlockLayout = self.impl.block_layout(module, block_size)
         self._output_weight: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    @property
-    def layout(self) -> BlockLayout:
-        """Order of the elements in a head page."""
-        return self.impl.block_layout(self.module, self.block_size)
+    def inputs(self, cache: torch.Tensor, reads: Reads, queries: torch.Tensor, policy: Policy | None) -> LayerInputs:
+        """What a policy may look at; without one, queries and keys.
 
-    def read_keys(self, cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
-        """``[Hkv, length, D]`` keys in the model's dtype; see :meth:`BlockLayout.read_keys`."""
-        return self._restore(self.layout.read_keys(cache, table, length), self.module._k_scale_float)
+        Args:
+            cache: ``[N, E]`` head pages.
+            reads: what the layer reads of the request.
+            queries: ``[q, Hq, D]``, see :meth:`restore_queries`.
+            policy: says what else it needs.
+        """
+        valid = reads.valid(self.block_size)
 
-    def read_values(self, cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
-        """Values of the same positions."""
-        return self._restore(self.layout.read_values(cache, table, length), self.module._v_scale_float)
+        def there(layout_read: Any, scale: float) -> torch.Tensor:
+            found = self._restore(layout_read(cache, reads.table, reads.length), scale)
+            return found if valid is None else found.masked_fill_(~valid.unsqueeze(-1), 0)
+
+        return LayerInputs(
+            queries.transpose(0, 1),
+            there(self.layout.read_keys, self.module._k_scale_float),
+            self.impl.scale,
+            self.soft_cap,
+            there(self.layout.read_values, self.module._v_scale_float) if policy and policy.needs_values else None,
+            self.output_weight if policy and policy.needs_output_weight else None,
+            self.impl.layer_index,
+            valid=valid,
+        )
+
+    def no_queries(self) -> torch.Tensor:
+        """``[0, Hq, D]``."""
+        return torch.empty(0, self.impl.num_heads, self.impl.head_size, device=self.module.kv_cache.device)
 
     def restore_queries(self, queries: torch.Tensor) -> torch.Tensor:
         """Queries in the model's dtype; some backends are given quantized ones beside a quantized cache."""
         if queries.dtype != self.impl.quantized_dtype:
             return queries
         return queries.to(self.module.dtype).mul_(self.module._q_scale_float)
+
+    def with_lengths(self, metadata: Any, seq_lens: torch.Tensor) -> Any:
+        """A copy of ``metadata`` for the stock call, with other lengths (``[R]``)."""
+        return self.impl.with_lengths(self.module, metadata, seq_lens)
 
     def _restore(self, stored: torch.Tensor, scale: float) -> torch.Tensor:
         dtype = self.impl.quantized_dtype
@@ -63,3 +101,86 @@ class EvictableLayer:
         if self._output_weight is None or not torch.equal(answer, self._output_weight[0]):
             self._output_weight = answer, apply(torch.eye(size, dtype=self.module.dtype, device=device)).T.contiguous()
         return self._output_weight[1]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The evictable layers of a worker, in model order.
+
+    Attributes:
+        target: those of the model that is served.
+        drafts: those of a model that drafts. They lie in the same blocks, and run after the target's.
+        whole: the global view of both.
+        block_size: ``B``, tokens in a page.
+    """
+
+    target: list[EvictableLayer]
+    drafts: list[EvictableLayer]
+    whole: Grid
+    block_size: int
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> "Layers":
+        """Finds them, once their caches are allocated.
+
+        Raises:
+            RuntimeError: if there are none, or if no layer could use another's pages.
+        """
+        modules = vllm_config.compilation_config.static_forward_context
+        groups = [kv_cache_config.kv_cache_groups[group_id] for group_id in evictable_groups(kv_cache_config)]
+        named = [(name, index) for index, group in enumerate(groups) for name in group.layer_names]
+        named.sort(key=lambda found: extract_layer_index(found[0]))
+        size: int = groups[0].kv_cache_spec.block_size
+        found = [EvictableLayer(name, modules[name], group, size) for name, group in named]
+        target, drafts = ([layer for layer in found if layer.impl.is_draft == of] for of in (False, True))
+        if drafts and len(kv_cache_config.kv_cache_groups) > 1:
+            raise RuntimeError("--kv-eviction needs a draft model whose layers are in the target's only KV cache group")
+        every = [*target, *drafts]
+        for index, layer in enumerate(every):
+            layer.impl.layer_index = index
+        grid = Grid.of([layer.module.kv_cache for layer in every], [layer.group for layer in every])
+        return cls(target, drafts, grid, size)
+
+    @property
+    def every(self) -> list[EvictableLayer]:
+        """The target's, and behind them those that draft."""
+        return [*self.target, *self.drafts]
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The target's part of the global view."""
+        return self.whole.part(slice(len(self.target)))
+
+    @cached_property
+    def draft_grid(self) -> Grid:
+        """The part of the layers that draft."""
+        return self.whole.part(slice(len(self.target), None))
+
+
+class Batch:
+    """A step's attention metadata.
+
+    Attributes:
+        metadata: of every layer; layers of a group share one.
+        first: that of the first group, whose blocks tell requests apart.
+        tails: ``[R]``, the blocks that rows end in.
+    """
+
+    def __init__(self, layers: Sequence[EvictableLayer], attn_metadata: dict[str, Any]):
+        self.metadata = [attn_metadata[layer.name] for layer in layers]
+        of_groups = {layer.group: found for layer, found in zip(layers, self.metadata, strict=True)}
+        self.first = of_groups[0]
+        self.tails = tails(self.first, layers[0].block_size)
+        self._tables = [of_groups[group].block_table for group in sorted(of_groups)]
+
+    def rows(self, places: torch.Tensor) -> list[torch.Tensor]:
+        """``[groups][n, C]`` block ids of the rows at ``[n]`` places."""
+        return [table.index_select(0, places) for table in self._tables]
+
+
+def tails(metadata: Any, block_size: int) -> torch.Tensor:
+    """``[R]``, the blocks that rows end in."""
+    last = ((metadata.seq_lens - 1).clamp(min=0) // block_size).long()
+    found = metadata.block_table.gather(1, last.unsqueeze(1)).squeeze(1)
+    # Rows that only pad the batch have no length; nobody's row ends in block 0.
+    return found.masked_fill(metadata.seq_lens == 0, 0)

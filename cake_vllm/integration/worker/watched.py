@@ -68,7 +68,6 @@ class Watched:
         reads: by layer, what it reads, if the request is to be evicted.
         scores: by layer, if the budget is to be divided.
         chosen: by layer, for each KV head the positions to keep, whole pages of them.
-        ranks: by layer, what they were chosen by, if that is traced.
         error: what the policy raised.
         worth: of its prompt, once it was cut; in place of queries and notes.
     """
@@ -81,7 +80,6 @@ class Watched:
     reads: dict[int, Reads] = field(default_factory=dict)
     scores: dict[int, LayerScore] = field(default_factory=dict)
     chosen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    ranks: dict[int, torch.Tensor] = field(default_factory=dict)
     error: Exception | None = None
     worth: Worth | None = None
 

@@ -1,0 +1,253 @@
+"""What requests are watched for, and what their policies make of it: queries and notes, scores, and what stays."""
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from cake_vllm.config import KVEvictionConfig
+from cake_vllm.integration.messages import Cut, Observation
+from cake_vllm.integration.worker.dealing import Held, Reads, read
+from cake_vllm.integration.worker.dividing import Choice, divide
+from cake_vllm.integration.worker.layers import Batch, Layers
+from cake_vllm.integration.worker.watched import Batched, Watched
+from cake_vllm.kernels import to_device
+from cake_vllm.policies import LayerInputs, LayerScore, PagedPrompt, Policy
+
+logger = init_logger("vllm.cake_vllm.worker")
+
+
+class Judging:
+    """Watches requests while they run, and chooses what they keep.
+
+    Args:
+        config: the engine's.
+        layers: of this worker.
+        held: by request that was evicted, what it reads in place of its first blocks.
+        group: tensor-parallel ranks.
+    """
+
+    def __init__(self, config: KVEvictionConfig, layers: Layers, held: Mapping[str, Held], group: Any):
+        self.config, self.layers, self.held, self.group = config, layers, held, group
+        self.watched: dict[str, Watched] = {}
+        #: Whether choices tell what they were made by.
+        self.is_traced = False
+        #: Shown a layer's index, what its policy looked at, and its scores, whenever a prompt is judged.
+        self.on_judged: Callable[[int, LayerInputs, LayerScore], None] | None = None
+
+    def forget(self, req_id: str) -> None:
+        """A request that finished, was preempted, or is not looked at any more."""
+        self.watched.pop(req_id, None)
+
+    def watch(self, observations: Sequence[Observation], batch: Batch) -> Callable[[int, torch.Tensor], None]:
+        """Finds requests in a batch.
+
+        Returns:
+            What is to be shown each layer's index and queries ``[T, Hq, D]`` once the layer has run.
+
+        Raises:
+            RuntimeError: (from the device) if one is not where the scheduler put it.
+        """
+        asked = to_device([what.tail_block for what in observations], batch.tails.dtype, batch.tails.device)
+        matches = batch.tails == asked.unsqueeze(1)
+        torch._assert_async((matches.sum(dim=1) == 1).all(), "requests are not where the scheduler put them")
+        place = matches.int().argmax(dim=1, keepdim=True)
+        ends = batch.first.query_start_loc[1:][place]
+        rows = batch.rows(place.squeeze(1))
+        for index, what in enumerate(observations):
+            watched = self.watched.setdefault(what.req_id, Watched())
+            watched.rows = [of_group[index] for of_group in rows]
+            watched.num_rejected = max(watched.length - (what.end - what.num_tokens), 0)
+            watched.length = what.end + what.num_drafts
+        return partial(self._observe, [Batched(what, end) for what, end in zip(observations, ends, strict=True)])
+
+    def _observe(self, batched: Sequence[Batched], layer: int, query: torch.Tensor) -> None:
+        for place in batched:
+            watched = self.watched[place.what.req_id]
+            if watched.error is None:
+                try:
+                    self._look(layer, place, watched, query)
+                except Exception as error:
+                    watched.error = error
+
+    def _look(self, layer: int, place: Batched, watched: Watched, query: torch.Tensor) -> None:
+        what, policy = place.what, (place.what.config or self.config).policy
+        recent = self._recent(layer, place, watched, query, policy.num_queries)
+        if not what.is_noted:
+            watched.notes.pop(layer, None)
+            if what.grant is None:
+                return
+        reads = self._read(layer, what, watched)
+        if what.is_noted:
+            self._note(policy, layer, place, watched, query, reads)
+        if what.grant is None:
+            return
+        watched.reads[layer] = reads
+        if what.grant.divides:
+            watched.scores[layer] = self._judge(policy, layer, recent, reads, what.grant.budget, watched)
+            return
+        chosen = self._rescore(layer, place, query, recent, reads)
+        if chosen is not None:
+            watched.chosen[layer] = chosen
+
+    def _recent(
+        self, layer: int, place: Batched, watched: Watched, query: torch.Tensor, num_queries: int
+    ) -> torch.Tensor:
+        """``[q, Hq, D]`` last queries, with those that are remembered of earlier steps; remembers them in turn."""
+        what = place.what
+        count = num_queries + what.num_drafts
+        recent = self.layers.target[layer].restore_queries(place.recent(query, count))
+        if layer in watched.queries and len(recent) < count:
+            earlier = watched.queries.pop(layer)
+            recent = torch.cat([earlier[: len(earlier) - watched.num_rejected], recent])
+            recent = recent[max(len(recent) - count, 0) :]
+        if not what.is_last:
+            watched.queries[layer] = recent
+        return recent[: len(recent) - what.num_drafts]
+
+    def _rescore(
+        self, layer: int, place: Batched, query: torch.Tensor, recent: torch.Tensor, reads: Reads
+    ) -> list[torch.Tensor] | None:
+        """What a decoding request keeps in a layer, by head; ``None`` if too few queries are known to tell."""
+        what, config, size = place.what, place.what.config or self.config, self.layers.block_size
+        policy, held, of_layer = config.policy, self.held.get(what.req_id), self.layers.target[layer]
+        assert what.grant is not None
+        targets = held.of_layer(layer, held.dealt).tolist() if held else [-(-what.grant.budget // size)]
+        targets = [targets[head % len(targets)] for head in range(self.layers.grid.num_heads)]
+        num_pages = [reads.table.shape[1] - missing for missing in reads.missing]
+        if all(count <= target for count, target in zip(num_pages, targets, strict=True)):
+            everything = torch.arange(reads.length, device=reads.table.device)
+            return [everything[missing * size :] for missing in reads.missing]
+        cache = self.layers.grid.cache
+        if config.decode == "cake":
+            inputs = of_layer.inputs(cache, reads, of_layer.restore_queries(place.recent(query, 1)), policy)
+            return list(policy.trim(inputs, targets[0] * size - policy.protected).sort(dim=-1).values)
+        if len(recent) < policy.num_queries:
+            return None
+        counts = [min(pair) * size - policy.protected for pair in zip(num_pages, targets, strict=True)]
+        return policy.rescore(of_layer.inputs(cache, reads, recent, policy), counts)
+
+    def _judge(
+        self, policy: Policy, layer: int, queries: torch.Tensor, reads: Reads, budget: int, watched: Watched
+    ) -> LayerScore:
+        """A prompt's scores in one layer, as its budget is divided."""
+        inputs = self.layers.target[layer].inputs(self.layers.grid.cache, reads, queries, policy)
+        inputs = replace(inputs, budget=budget, notes=watched.notes.get(layer))
+        score = policy.judge(inputs)
+        if self.on_judged is not None:
+            self.on_judged(layer, inputs, score)
+        return score
+
+    def _note(
+        self, policy: Policy, layer: int, place: Batched, watched: Watched, query: torch.Tensor, reads: Reads
+    ) -> None:
+        what, of_layer = place.what, self.layers.target[layer]
+        positions = policy.noted(what.end - what.num_tokens, what.end)
+        back = reads.length - what.end
+        places = range(positions.start + back, positions.stop + back, positions.step)
+        queries = of_layer.restore_queries(place.at(query, positions))
+        inputs = of_layer.inputs(self.layers.grid.cache, reads, queries, None)
+        watched.notes[layer] = policy.note(inputs, places, watched.notes.get(layer))
+
+    def _read(self, layer: int, what: Observation | Cut, watched: Watched) -> Reads:
+        return read(self.layers.grid, layer, self.held.get(what.req_id), watched.rows, what.end, self.layers.block_size)
+
+    def recall(self, cut: Cut) -> None:
+        """Finds what a request reads that is cut, and what its prompt is worth: judged at the first time."""
+        watched, grant = self.watched.setdefault(cut.req_id, Watched()), cut.grant
+        watched.rows = [to_device(blocks, torch.int64, self.layers.grid.pages.device) for blocks in cut.row]
+        try:
+            for layer in range(len(self.layers.target)):
+                watched.reads[layer] = self._read(layer, cut, watched)
+            if watched.worth is None:
+                assert grant.prompt_len is not None
+                policy, budget = (cut.config or self.config).policy, grant.budget - grant.num_generated(cut.end)
+                none, scores = self.layers.target[0].no_queries(), []
+                for layer, reads in watched.reads.items():
+                    prompt, queries = replace(reads, length=grant.prompt_len), watched.queries.get(layer, none)
+                    scores.append(self._judge(policy, layer, queries, prompt, budget, watched))
+                watched.remember(scores)
+        except Exception as error:
+            watched.error = error
+
+    def choose(self, what: Observation | Cut) -> Choice:
+        """What a request keeps, once all layers have been looked at."""
+        config, grant, watched = what.config or self.config, what.grant, self.watched[what.req_id]
+        assert grant is not None
+        num_layers, num_new = len(self.layers.target), grant.num_generated(what.end)
+        reads = [
+            watched.reads[layer] if layer in watched.reads else self._read(layer, what, watched)
+            for layer in range(num_layers)
+        ]
+        choice = Choice(reads, config.policy.protected + num_new)
+        self._share_failures(watched)
+        if watched.error is not None:
+            choice.error = watched.error
+        elif not grant.divides:
+            if len(watched.chosen) == num_layers:
+                choice.chosen = [watched.chosen[layer] for layer in range(num_layers)]
+        else:
+            try:
+                self._divide(config, what.end - num_new, grant.budget - num_new, watched, choice)
+            except Exception as error:
+                choice.error = error
+        return choice
+
+    def _divide(self, config: KVEvictionConfig, prompt_len: int, budget: int, watched: Watched, choice: Choice) -> None:
+        if config.is_elastic and watched.worth is None:
+            watched.remember([watched.scores[layer] for layer in range(len(self.layers.target))])
+        worth, size = watched.worth, self.layers.block_size
+        scores = worth.scores if worth else [watched.scores[layer] for layer in range(len(self.layers.target))]
+        divide(config.policy, scores, choice, budget, prompt_len, worth, size, self.group, self.is_traced)
+
+    def conclude(self, what: Observation | Cut, choice: Choice, is_traded: bool) -> None:
+        """Follows what became of a choice, and forgets what only served to make it."""
+        watched, size = self.watched[what.req_id], self.layers.block_size
+        if choice.error is not None:
+            watched.error = choice.error
+            logger.warning_once(
+                "the eviction policy %r raised %s: %s; requests it fails on keep what they hold\n%s",
+                (what.config or self.config).policy_name,
+                type(choice.error).__name__,
+                choice.error,
+                "".join(traceback.format_exception(choice.error)),
+            )
+        elif is_traded and choice.chosen is not None:
+            for layer, notes in watched.notes.items():
+                watched.notes[layer] = _gather(notes, choice.chosen[layer], choice.reads[layer].length, size)
+            if watched.worth is not None:
+                for layer, reads in enumerate(choice.reads):
+                    cached = PagedPrompt(reads.length, choice.num_kept, size)
+                    watched.worth.keep(layer, choice.chosen[layer], cached, reads.missing_tokens(size))
+        watched.chosen.clear()
+        watched.scores.clear()
+        watched.reads.clear()
+
+    def _share_failures(self, watched: Watched) -> None:
+        """A policy that raised on one tensor-parallel rank has raised on all of them, or they would wait for it."""
+        if self.group.world_size > 1:
+            # As floats, which hold them exactly: not every backend adds integers.
+            failed = torch.tensor([float(watched.error is not None)], device=self.layers.grid.pages.device)
+            if self.group.all_reduce(failed).item():
+                watched.error = watched.error or RuntimeError("it raised on another rank")
+
+
+def _gather(tokens: torch.Tensor, chosen: Sequence[torch.Tensor], length: int, block_size: int) -> torch.Tensor:
+    """What is left of ``[Hkv, length, ...]``, aligned at the end, zeros before shorter heads.
+
+    Args:
+        tokens: of what the heads of a layer read.
+        chosen: for each head, what it keeps of its full blocks.
+        length: of what they read.
+        block_size: of which the last may be partial and stays.
+    """
+    tail = tokens[:, length // block_size * block_size :]
+    longest = max(map(len, chosen))
+    left = tokens.new_zeros(len(tokens), longest, *tokens.shape[2:])
+    for head, positions in enumerate(chosen):
+        left[head, longest - len(positions) :] = tokens[head, positions]
+    return torch.cat([left, tail], dim=1)
