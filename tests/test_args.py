@@ -12,7 +12,8 @@ from transformers import AutoConfig
 
 import cake_vllm
 from cake_vllm.config import KVEvictionConfig
-from cake_vllm.integration.front import gate, plugin
+from cake_vllm.integration import engine
+from cake_vllm.integration.front import gate, refusals
 
 cake_vllm.register()
 
@@ -54,7 +55,7 @@ def test_registering_twice_wraps_once():
     assert EngineArgs.create_engine_config is before
 
 
-@pytest.mark.parametrize("asked", [None, *plugin.BACKENDS])
+@pytest.mark.parametrize("asked", [None, *engine.BACKENDS])
 def test_the_attention_backend_is_left_as_it_was(llama, asked):
     """What vLLM then chooses by itself on a GPU: ``test_flashinfer.py``."""
     attention = {"backend": asked} if asked else {}
@@ -119,7 +120,7 @@ def test_none_is_as_good_as_nothing(llama):
 
 def test_what_is_switched_on(llama):
     config = configure(llama, kv_eviction="cake", additional_config={"other": 1})
-    assert config.kv_transfer_config.kv_connector == plugin.CONNECTOR
+    assert config.kv_transfer_config.kv_connector == engine.CONNECTOR
     assert config.cache_config.enable_prefix_caching
     assert not config.scheduler_config.disable_hybrid_kv_cache_manager
     assert config.additional_config["other"] == 1
@@ -134,7 +135,7 @@ def test_what_is_switched_on(llama):
         ({"kv_eviction": "cake", "disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager yet"),
         (
             {"kv_eviction": "cake", "attention_config": {"backend": "FLEX_ATTENTION"}},
-            "no attention backend for FLEX_ATTENTION: choose CPU_ATTN, FLASH_ATTN, FLASHINFER, TRITON_ATTN",
+            "the attention backend FLEX_ATTENTION yet: choose CPU_ATTN, FLASH_ATTN, FLASHINFER, TRITON_ATTN",
         ),
     ],
 )
@@ -147,17 +148,17 @@ def test_drafts_beside_eviction_of_generated_tokens_are_verified_in_time(llama):
     config = configure(llama, kv_eviction="cake", speculative_config=NGRAM)
     ways = {way: KVEvictionConfig("cake", 256, {"decode": way}) for way in ("off", "window", "cake")}
     for way in ways.values():
-        plugin.refuse_speculation(way, config)
+        refusals.refuse_engine(way, config)
     # Never on a CPU, nor for n-gram drafts before vLLM 0.33.
     config.scheduler_config.async_scheduling = True
-    plugin.refuse_speculation(ways["off"], config)
+    refusals.refuse_engine(ways["off"], config)
     for way in ("window", "cake"):
         with pytest.raises(ValueError, match="verified a step late: set --no-async-scheduling or --kv-eviction-config"):
-            plugin.refuse_speculation(ways[way], config)
+            refusals.refuse_engine(ways[way], config)
     with pytest.raises(
         ValueError, match="cannot cut requests when memory is short while drafts are verified a step late: set"
     ):
-        plugin.refuse_speculation(KVEvictionConfig("cake", "auto", {}), config)
+        refusals.refuse_engine(KVEvictionConfig("cake", "auto", {}), config)
 
 
 #: What the documentation calls those of the following two tests.
@@ -210,10 +211,10 @@ def test_heads_that_draft_in_another_way_are_refused(llama, model_type, modules,
     heads = config.speculative_config.draft_model_config.hf_config
     heads.model_type, heads.num_nextn_predict_layers = model_type, 1
     if model_type == "mtp":
-        plugin.refuse_speculation(KVEvictionConfig("cake", 256, {}), config)
+        refusals.refuse_engine(KVEvictionConfig("cake", 256, {}), config)
     heads.num_nextn_predict_layers = modules
     with pytest.raises(ValueError, match=message):
-        plugin.refuse_speculation(KVEvictionConfig("cake", 256, {}), config)
+        refusals.refuse_engine(KVEvictionConfig("cake", 256, {}), config)
 
 
 COMPATIBILITY = (ROOT / "docs" / "compatibility.md").read_text()

@@ -20,7 +20,7 @@ from cake_vllm.config import (
     parse_budget,
     parse_options,
 )
-from cake_vllm.integration.front.patching import wrap
+from cake_vllm.integration.patching import wrap
 from cake_vllm.policies import policy_names
 
 

@@ -19,10 +19,12 @@ from cake_vllm.config import (
     REPORT_KEY,
     check_keys,
     flag,
+    for_request,
     parse_flag,
     wishes_of,
 )
-from cake_vllm.integration.front.patching import wrap
+from cake_vllm.integration.engine import eviction_config
+from cake_vllm.integration.patching import wrap
 from cake_vllm.integration.reports import report
 
 
@@ -103,8 +105,6 @@ def resolve(wishes: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str, Any
     Raises:
         VLLMValidationError: one sentence that names the key and the fix.
     """
-    from cake_vllm.integration.front.plugin import eviction_config
-
     try:
         check_keys(wishes)
         wanted = wishes.get(REPORT_KEY, False)
@@ -116,7 +116,7 @@ def resolve(wishes: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str, Any
                 if wants_report if key == REPORT_KEY else (value or OFF) != OFF:
                     raise ValueError(f"{key} needs a server with eviction: start it with {flag(POLICY_KEY)}")
             return None
-        config = server.for_request(wishes, vllm_config.model_config.max_model_len)
+        config = for_request(server, wishes, vllm_config.model_config.max_model_len)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     return report(config, None) if wants_report else None
