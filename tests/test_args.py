@@ -1,5 +1,6 @@
 """Flags, keyword arguments and refusals on the real engine arguments; no weights are loaded."""
 
+import json
 import os
 import re
 import subprocess
@@ -110,6 +111,23 @@ def test_three_ways_are_one(llama):
 def test_contradicting_ways_are_refused(llama):
     with pytest.raises(ValueError, match="--kv-eviction-budget contradicts the key 'kv_eviction_budget'"):
         configure(llama, kv_eviction="cake", kv_eviction_budget=512, additional_config={"kv_eviction_budget": 256})
+
+
+@pytest.mark.parametrize("key", ["kv-eviction", "kvEviction", "kv_eviction_buget", "KV_EVICTION", "kv_eviction_report"])
+@pytest.mark.parametrize("beside", [{}, {"kv_eviction": "cake"}])
+def test_keys_that_nobody_reads_are_refused(llama, key, beside):
+    message = f"{key} is unknown: --additional-config may give kv_eviction, kv_eviction_budget, kv_eviction_config"
+    with pytest.raises(ValueError, match=message):
+        configure(llama, additional_config={**beside, key: "cake", "other": 1})
+    line = ["--model", llama, "--additional-config", json.dumps({**beside, key: "cake"})]
+    args = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(line)
+    with pytest.raises(ValueError, match=message):
+        EngineArgs.from_cli_args(args)
+
+
+def test_keys_of_others_are_left_alone(llama):
+    others = {"kv_cache": 1, "eviction": {"kv_eviction": 1}, "kv": None}
+    assert configure(llama, additional_config=others).additional_config == others
 
 
 def test_none_is_as_good_as_nothing(llama):

@@ -1,6 +1,6 @@
 """The settings, parsed once: what a server is set to, and what a request may ask of it. Imports no vLLM."""
 
-from cake_vllm.config.requests import REPORT_KEY, REQUEST_KEYS, check_keys, for_request, parse_flag, wishes_of
+from cake_vllm.config.requests import REPORT_KEY, REQUEST_KEYS, as_json, for_request, parse_flag
 from cake_vllm.config.settings import (
     AUTO,
     BUDGET_KEY,
@@ -11,9 +11,11 @@ from cake_vllm.config.settings import (
     POLICY_KEY,
     KVEvictionConfig,
     argument,
+    check_keys,
     flag,
     parse_budget,
     parse_options,
+    wishes_of,
 )
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "REQUEST_KEYS",
     "KVEvictionConfig",
     "argument",
+    "as_json",
     "check_keys",
     "flag",
     "for_request",

@@ -21,6 +21,7 @@ from cake_vllm.config.settings import (
     parse_options,
 )
 from cake_vllm.policies import knobs, policy_class, policy_names
+from cake_vllm.policies.parsing import shown, written
 
 #: A request's wish to hear what was kept of it.
 REPORT_KEY = "kv_eviction_report"
@@ -46,10 +47,23 @@ def for_request(
     Raises:
         ValueError: one sentence that names the key and the fix.
     """
+    wishes_json = as_json(asked)
+    return server if wishes_json == "{}" else _for_request(server, wishes_json, max_model_len)
+
+
+def as_json(asked: Mapping[str, Any] | None) -> str:
+    """The three keys of a request in plain types, which messages carry; short, however long the text of its knobs.
+
+    Raises:
+        ValueError: one sentence that names the keys.
+    """
     wishes = {key: asked[key] for key in KEYS if key in asked} if asked else {}
-    if not wishes:
-        return server
-    return _for_request(server, json.dumps(wishes, sort_keys=True, default=repr), max_model_len)
+    if wishes.get(CONFIG_KEY) is not None:
+        wishes[CONFIG_KEY] = parse_options(wishes[CONFIG_KEY], CONFIG_KEY)
+    try:
+        return json.dumps(wishes, sort_keys=True, default=shown)
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError(f"{' and '.join(wishes)} of a request must be JSON, not {shown(wishes)}") from None
 
 
 @functools.lru_cache(maxsize=256)
@@ -87,7 +101,7 @@ def _merge_wishes(server: KVEvictionConfig, wishes: Mapping[str, Any]) -> dict[s
         known = {*knobs(name), *(("preset",) if has_presets(name) else ()), *elastic}
         for key in own.keys() - known:
             why = "is for the server to choose" if key in ("decode", "prefill") else f"is unknown to {name}"
-            raise ValueError(f"{CONFIG_KEY}: {key} {why}; a request may give {', '.join(sorted(known))}")
+            raise ValueError(f"{CONFIG_KEY}: {written(key)} {why}; a request may give {', '.join(sorted(known))}")
     if name == server.policy_name:
         # A preset stands for both taus.
         replaced = (FLOOR_KEY, CEILING_KEY, *(TAUS if "preset" in own else ()))
@@ -125,27 +139,9 @@ def parse_flag(key: str, value: Any) -> bool:
     Raises:
         ValueError: one sentence that names ``key`` and the fix.
     """
-    text = str(value).strip().lower()
+    text = (value if isinstance(value, str) else shown(value)).strip().lower()
     if text in ("true", "yes", "on", "1", "1.0"):
         return True
     if text in ("false", "no", "off", "0", "0.0", "", "none"):
         return False
-    raise ValueError(f"{key} {value!r} is neither yes nor no: give true or false")
-
-
-def wishes_of(asked: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What among a request's extra arguments is meant for this plugin, misspelt keys included."""
-    if not asked:
-        return {}
-    return {key: value for key, value in asked.items() if key.replace("-", "_").lower().startswith(POLICY_KEY)}
-
-
-def check_keys(wishes: Mapping[str, Any]) -> None:
-    """Refuses keys that nobody reads.
-
-    Raises:
-        ValueError: one sentence that names the key and the known ones.
-    """
-    for key in wishes:
-        if key not in REQUEST_KEYS:
-            raise ValueError(f"{key} is unknown: a request may give {', '.join(REQUEST_KEYS)}")
+    raise ValueError(f"{key} {shown(value)} is neither yes nor no: give true or false")

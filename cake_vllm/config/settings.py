@@ -6,9 +6,10 @@ that every other process reads what was decided once.
 """
 
 import argparse
+import bisect
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import Any
 
 from cake_vllm.policies import Policy, create_policy, knobs, policy_class, policy_names
 from cake_vllm.policies.cake import PRESETS
+from cake_vllm.policies.parsing import MAX_INT, shown, written
 
 POLICY_KEY = "kv_eviction"
 BUDGET_KEY = "kv_eviction_budget"
@@ -58,7 +60,8 @@ class KVEvictionConfig:
         Raises:
             ValueError: one sentence that names the flag and the fix.
         """
-        name = settings.get(POLICY_KEY) or OFF
+        check_keys(settings, KEYS, "--additional-config")
+        name = OFF if settings.get(POLICY_KEY) is None else settings[POLICY_KEY]
         budget, options = settings.get(BUDGET_KEY), settings.get(CONFIG_KEY)
         if name == OFF:
             for key, value in ((BUDGET_KEY, budget), (CONFIG_KEY, options)):
@@ -66,13 +69,13 @@ class KVEvictionConfig:
                     raise ValueError(f"{flag(key)} has no effect without {flag(POLICY_KEY)}: name a policy or drop it")
             return None
         if name not in policy_names():
-            raise ValueError(f"{flag(POLICY_KEY)} {name!r} is unknown: choose {', '.join((OFF, *policy_names()))}")
-        config = cls(name, parse_budget(DEFAULT_BUDGET if budget is None else budget), parse_options(options))
+            raise ValueError(f"{flag(POLICY_KEY)} {shown(name)} is unknown: choose {', '.join((OFF, *policy_names()))}")
+        config = cls(str(name), parse_budget(DEFAULT_BUDGET if budget is None else budget), parse_options(options))
         window, first = config.policy.window_size, config.policy.protect.first
         for option, choices in (("decode", config.policy.decodes), ("prefill", PREFILLS)):
             if config.options.get(option, choices[0]) not in choices:
                 raise ValueError(
-                    f"{flag(CONFIG_KEY)}: {option} {config.options[option]!r} is unknown to {name}: "
+                    f"{flag(CONFIG_KEY)}: {option} {shown(config.options[option])} is unknown to {name}: "
                     f"choose {', '.join(choices)}"
                 )
         config._check_elastic()
@@ -101,8 +104,8 @@ class KVEvictionConfig:
                 is_auto = True
             if is_auto:
                 raise ValueError(
-                    f"{flag(CONFIG_KEY)}: {key} {self.options[key]!r} is not an amount: give a positive whole number "
-                    "of tokens, or a fraction of the prompt above 0 and up to 1.0"
+                    f"{flag(CONFIG_KEY)}: {key} {shown(self.options[key])} is not an amount: give a positive whole "
+                    f"number of tokens up to {MAX_INT}, or a fraction of the prompt above 0 and up to 1.0"
                 )
         for option, only in (("decode", "off"), ("prefill", "exact")):
             if self.is_elastic and self.options.get(option, only) != only:
@@ -127,8 +130,10 @@ class KVEvictionConfig:
         options = {key: value for key, value in self.options.items() if key not in beside}
         preset = self.options.get("preset") if has_presets(self.policy_name) else None
         if preset is not None:
-            if preset not in PRESETS:
-                raise ValueError(f"{flag(CONFIG_KEY)}: unknown preset {preset!r}; choose {', '.join(sorted(PRESETS))}")
+            if not isinstance(preset, str) or preset not in PRESETS:
+                raise ValueError(
+                    f"{flag(CONFIG_KEY)}: unknown preset {shown(preset)}; choose {', '.join(sorted(PRESETS))}"
+                )
             options = dict(zip(TAUS, PRESETS[preset], strict=True)) | options
         if self.is_progressive:
             options = {**policy_class(self.policy_name).when_progressive, **options}
@@ -173,7 +178,8 @@ class KVEvictionConfig:
         if not isinstance(least, int) or self.decode == "window":
             return 0
         least = max(least, self.policy.least_budget)
-        return next(length for length in range(least, least + 4096) if self.policy.is_evicted(length + 1, least))
+        lengths = range(least, least + 2 * MAX_INT)
+        return least + bisect.bisect(lengths, False, key=lambda length: self.policy.is_evicted(length + 1, least))
 
     def max_request_tokens(self, max_model_len: int, max_in_flight: int) -> int | None:
         """What a layer holds of a request at most, in the mean over layers; ``None`` where nothing bounds it.
@@ -247,7 +253,7 @@ def parse_budget(value: Any) -> int | float | str:
         ValueError: one sentence that names the flag and the fix.
     """
     refusal = ValueError(
-        f"{flag(BUDGET_KEY)} {value!r} is not a budget: give a positive whole number of tokens, "
+        f"{flag(BUDGET_KEY)} {shown(value)} is not a budget: give a positive whole number of tokens up to {MAX_INT}, "
         "a fraction of the prompt above 0 and up to 1.0, or auto"
     )
     if value == AUTO:
@@ -259,10 +265,11 @@ def parse_budget(value: Any) -> int | float | str:
             raise refusal from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise refusal
-    if isinstance(value, int) and value > 0:
-        return value
+    # Numpy's numbers are Python's own, too, but no message carries them.
+    if isinstance(value, int) and 0 < value <= MAX_INT:
+        return int(value)
     if isinstance(value, float) and 0 < value <= 1:
-        return value
+        return float(value)
     raise refusal
 
 
@@ -278,8 +285,28 @@ def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return typed
 
 
-def parse_options(value: Any) -> dict[str, Any]:
-    """Reads the policy's knobs: a mapping, or the JSON text of one.
+def wishes_of(asked: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What in a mapping that others have keys in, too, is meant for this plugin, misspelt keys included."""
+    return {key: value for key, value in (asked or {}).items() if _plain(key).startswith("kvevict")}
+
+
+def _plain(key: Any) -> str:
+    return str(key).replace("-", "").replace("_", "").lower()
+
+
+def check_keys(asked: Mapping[str, Any], known: Sequence[str], who: str) -> None:
+    """Refuses keys of ours that nobody reads.
+
+    Raises:
+        ValueError: one sentence that names the key and the known ones.
+    """
+    for key in wishes_of(asked):
+        if key not in known:
+            raise ValueError(f"{written(key)} is unknown: {who} may give {', '.join(known)}")
+
+
+def parse_options(value: Any, name: str = flag(CONFIG_KEY)) -> dict[str, Any]:
+    """Reads the policy's knobs: a mapping, or the JSON text of one; ``name`` is what messages call it.
 
     Raises:
         ValueError: one sentence that names the flag and the fix.
@@ -289,12 +316,13 @@ def parse_options(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            # Not only what is malformed: also thousands of digits, or of lists in each other.
             raise ValueError(
-                f"{flag(CONFIG_KEY)} is not valid JSON ({error}): give an object such as '{{\"gamma\": 200}}'"
+                f"{name} is not valid JSON ({error}): give an object such as '{{\"gamma\": 200}}'"
             ) from None
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{flag(CONFIG_KEY)} must be a JSON object such as '{{\"gamma\": 200}}', not {value!r}")
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name} must be a JSON object such as '{{\"gamma\": 200}}', not {shown(value)}")
     return dict(value)
 
 
