@@ -14,8 +14,8 @@ from vllm import RequestOutput, SamplingParams
 from vllm.triton_utils import dispatcher
 
 from cake_vllm import LLM
-from cake_vllm.integration.front.patching import wrap
 from cake_vllm.integration.metrics import EvictionStats
+from cake_vllm.integration.patching import wrap
 from cake_vllm.integration.scheduler.cache_manager import check_integrity
 
 #: Kept positions of each layer by head; ``None`` for a layer that kept everything.

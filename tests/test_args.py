@@ -1,5 +1,6 @@
 """Flags, keyword arguments and refusals on the real engine arguments; no weights are loaded."""
 
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,8 @@ from transformers import AutoConfig
 
 import cake_vllm
 from cake_vllm.config import KVEvictionConfig
-from cake_vllm.integration.front import gate, plugin
+from cake_vllm.integration import engine
+from cake_vllm.integration.front import gate, refusals
 
 cake_vllm.register()
 
@@ -54,7 +56,7 @@ def test_registering_twice_wraps_once():
     assert EngineArgs.create_engine_config is before
 
 
-@pytest.mark.parametrize("asked", [None, *plugin.BACKENDS])
+@pytest.mark.parametrize("asked", [None, *engine.BACKENDS])
 def test_the_attention_backend_is_left_as_it_was(llama, asked):
     """What vLLM then chooses by itself on a GPU: ``test_flashinfer.py``."""
     attention = {"backend": asked} if asked else {}
@@ -111,6 +113,23 @@ def test_contradicting_ways_are_refused(llama):
         configure(llama, kv_eviction="cake", kv_eviction_budget=512, additional_config={"kv_eviction_budget": 256})
 
 
+@pytest.mark.parametrize("key", ["kv-eviction", "kvEviction", "kv_eviction_buget", "KV_EVICTION", "kv_eviction_report"])
+@pytest.mark.parametrize("beside", [{}, {"kv_eviction": "cake"}])
+def test_keys_that_nobody_reads_are_refused(llama, key, beside):
+    message = f"{key} is unknown: --additional-config may give kv_eviction, kv_eviction_budget, kv_eviction_config"
+    with pytest.raises(ValueError, match=message):
+        configure(llama, additional_config={**beside, key: "cake", "other": 1})
+    line = ["--model", llama, "--additional-config", json.dumps({**beside, key: "cake"})]
+    args = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(line)
+    with pytest.raises(ValueError, match=message):
+        EngineArgs.from_cli_args(args)
+
+
+def test_keys_of_others_are_left_alone(llama):
+    others = {"kv_cache": 1, "eviction": {"kv_eviction": 1}, "kv": None}
+    assert configure(llama, additional_config=others).additional_config == others
+
+
 def test_none_is_as_good_as_nothing(llama):
     assert configure(llama, kv_eviction="none").additional_config == {}
     with pytest.raises(ValueError, match="--kv-eviction contradicts the key 'kv_eviction'"):
@@ -119,7 +138,7 @@ def test_none_is_as_good_as_nothing(llama):
 
 def test_what_is_switched_on(llama):
     config = configure(llama, kv_eviction="cake", additional_config={"other": 1})
-    assert config.kv_transfer_config.kv_connector == plugin.CONNECTOR
+    assert config.kv_transfer_config.kv_connector == engine.CONNECTOR
     assert config.cache_config.enable_prefix_caching
     assert not config.scheduler_config.disable_hybrid_kv_cache_manager
     assert config.additional_config["other"] == 1
@@ -134,7 +153,7 @@ def test_what_is_switched_on(llama):
         ({"kv_eviction": "cake", "disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager yet"),
         (
             {"kv_eviction": "cake", "attention_config": {"backend": "FLEX_ATTENTION"}},
-            "no attention backend for FLEX_ATTENTION: choose CPU_ATTN, FLASH_ATTN, FLASHINFER, TRITON_ATTN",
+            "the attention backend FLEX_ATTENTION yet: choose CPU_ATTN, FLASH_ATTN, FLASHINFER, TRITON_ATTN",
         ),
     ],
 )
@@ -147,17 +166,17 @@ def test_drafts_beside_eviction_of_generated_tokens_are_verified_in_time(llama):
     config = configure(llama, kv_eviction="cake", speculative_config=NGRAM)
     ways = {way: KVEvictionConfig("cake", 256, {"decode": way}) for way in ("off", "window", "cake")}
     for way in ways.values():
-        plugin.refuse_speculation(way, config)
+        refusals.refuse_engine(way, config)
     # Never on a CPU, nor for n-gram drafts before vLLM 0.33.
     config.scheduler_config.async_scheduling = True
-    plugin.refuse_speculation(ways["off"], config)
+    refusals.refuse_engine(ways["off"], config)
     for way in ("window", "cake"):
         with pytest.raises(ValueError, match="verified a step late: set --no-async-scheduling or --kv-eviction-config"):
-            plugin.refuse_speculation(ways[way], config)
+            refusals.refuse_engine(ways[way], config)
     with pytest.raises(
         ValueError, match="cannot cut requests when memory is short while drafts are verified a step late: set"
     ):
-        plugin.refuse_speculation(KVEvictionConfig("cake", "auto", {}), config)
+        refusals.refuse_engine(KVEvictionConfig("cake", "auto", {}), config)
 
 
 #: What the documentation calls those of the following two tests.
@@ -210,10 +229,10 @@ def test_heads_that_draft_in_another_way_are_refused(llama, model_type, modules,
     heads = config.speculative_config.draft_model_config.hf_config
     heads.model_type, heads.num_nextn_predict_layers = model_type, 1
     if model_type == "mtp":
-        plugin.refuse_speculation(KVEvictionConfig("cake", 256, {}), config)
+        refusals.refuse_engine(KVEvictionConfig("cake", 256, {}), config)
     heads.num_nextn_predict_layers = modules
     with pytest.raises(ValueError, match=message):
-        plugin.refuse_speculation(KVEvictionConfig("cake", 256, {}), config)
+        refusals.refuse_engine(KVEvictionConfig("cake", 256, {}), config)
 
 
 COMPATIBILITY = (ROOT / "docs" / "compatibility.md").read_text()

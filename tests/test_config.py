@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cake_vllm.config import KVEvictionConfig, parse_budget
+from cake_vllm.config import KVEvictionConfig, for_request, parse_budget
 
 
 def parse(**settings) -> KVEvictionConfig | None:
@@ -62,13 +62,13 @@ def test_an_elastic_budget_lies_between_its_floor_and_its_ceiling():
 
 def test_a_request_sets_its_own_floor():
     server = parse(**{"": "cake", "_budget": "auto", "_config": {"min_tokens": 100, "gamma": 5}})
-    own = server.for_request({"kv_eviction_config": {"min_tokens": 0.5}}, 4096)
+    own = for_request(server, {"kv_eviction_config": {"min_tokens": 0.5}}, 4096)
     assert (own.least_tokens(1000), own.policy.gamma) == (500, 5)
-    other = server.for_request({"kv_eviction": "snapkv"}, 4096)
+    other = for_request(server, {"kv_eviction": "snapkv"}, 4096)
     assert (other.budget, other.least_tokens(1000)) == ("auto", 100)
-    fixed = server.for_request({"kv_eviction_budget": 300}, 4096)
+    fixed = for_request(server, {"kv_eviction_budget": 300}, 4096)
     assert (fixed.tokens(1000), fixed.policy.gamma, fixed.decode) == (300, 5, "cake")
-    elastic = parse(**{"": "cake", "_config": {"decode": "window"}}).for_request({"kv_eviction_budget": "auto"}, 4096)
+    elastic = for_request(parse(**{"": "cake", "_config": {"decode": "window"}}), {"kv_eviction_budget": "auto"}, 4096)
     assert (elastic.tokens(1000), elastic.decode) == (1000, "off")
 
 
@@ -80,11 +80,11 @@ def test_a_question_that_is_not_known_yet_asks_for_the_prompts_own_queries():
     assert KVEvictionConfig.from_settings(observing.settings()).policy.observe == 8
     assert parse(**{"": "echo", "_config": {"prefill": "progressive", "observe": 0}}).policy.observe == 0
     server = parse(**{"": "snapkv", "_config": {"prefill": "progressive"}})
-    assert server.for_request({"kv_eviction": "echo"}, 4096).policy.observe == 8
+    assert for_request(server, {"kv_eviction": "echo"}, 4096).policy.observe == 8
     sparse = {"kv_eviction": "echo", "kv_eviction_config": {"observe": 20}}
-    assert server.for_request(sparse, 4096).policy.observe == 20
+    assert for_request(server, sparse, 4096).policy.observe == 20
     with pytest.raises(ValueError, match="observe of a request may be 0, or at least 8, not 4"):
-        server.for_request({"kv_eviction": "echo", "kv_eviction_config": {"observe": 4}}, 4096)
+        for_request(server, {"kv_eviction": "echo", "kv_eviction_config": {"observe": 4}}, 4096)
 
 
 BAD = [

@@ -98,7 +98,7 @@ def sentences() -> set[str]:
             if isinstance(node, ast.JoinedStr):
                 found.add("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.add(re.sub(r"%[a-z]", "…", node.value))
+                found.add(re.sub(r"%[a-z]|\{+[\w.\[\]]*\}+", "…", node.value))
     return found
 
 

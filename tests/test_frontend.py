@@ -8,11 +8,15 @@ import urllib.error
 import urllib.request
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from engine import Engine, same_positions
 from random_models import numbers
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.serial_utils import MsgpackEncoder
+
+from cake_vllm.config import parse_budget
 
 sys.path.insert(0, str(ROOT / "deploy"))
 
@@ -155,6 +159,14 @@ BAD_WISHES = [
     ({"kv_eviction_config": "[1]"}, "kv_eviction_config must be a JSON object"),
     ({"kv_eviction_config": '{"gama": 1}'}, "kv_eviction_config: gama is unknown to cake; a request may give cascade"),
     ({"kv_eviction_config": '{"gamma": -1}'}, "kv_eviction_config: gamma must be a finite number of at least 0"),
+    # Numbers that no message carries or no tensor is multiplied with, and text that takes a parser's breath.
+    (
+        {"kv_eviction_budget": "1" + 30 * "0", **REPORT},
+        "is not a budget: give a positive whole number of tokens up",
+    ),
+    ({"kv_eviction_config": '{"gamma": 1' + 20 * "0" + "}"}, "kv_eviction_config: gamma must be a finite number"),
+    ({"kv_eviction_config": '{"gamma": 1' + 400 * "0" + "}"}, "kv_eviction_config: gamma must be a finite number"),
+    ({"kv_eviction_config": 200_000 * "["}, "kv_eviction_config is not valid JSON"),
 ]
 
 
@@ -165,6 +177,8 @@ def test_bad_wishes_get_status_400(url, endpoint, stream):
     """Streams too, whose status is sent before they begin."""
     for wishes, message in BAD_WISHES:
         assert message in refusal(ask(url, endpoint, wishes, stream=stream))
+    ((*_, waiting),) = samples(url, "vllm:num_requests_waiting")
+    assert waiting == 0
 
 
 @pytest.mark.slow
@@ -270,6 +284,10 @@ def test_knobs_of_another_policy(engine: Engine, same_on_both):
         ({"kv_eviction": "knorm", "kv_eviction_config": {"gamma": 1}}, "kv_eviction_config: gamma is unknown to knorm"),
         ({"kv_eviction_buget": 100}, "kv_eviction_buget is unknown: a request may give"),
         ({"kv_eviction_report": 2}, "kv_eviction_report 2 is neither yes nor no"),
+        (
+            {"kv_eviction_report": True, "kv_eviction_budget": 10**19},
+            "kv_eviction_budget 10000000000000000000 is not a",
+        ),
     ],
 )
 def test_wishes_are_refused_where_there_is_no_http(engine: Engine, wishes, message):
@@ -289,6 +307,18 @@ def test_one_set_of_parameters_for_several_requests(engine: Engine):
     assert wishes == {"kv_eviction_report": True, "kv_eviction_budget": 100}
     for name in names:
         assert engine.outputs[name].kv_transfer_params["kv_eviction"]["budget"] == 100
+
+
+@pytest.mark.engine
+def test_what_the_front_end_leaves_in_a_request_can_be_sent(engine: Engine):
+    """Numpy's numbers pass for Python's until they are sent, and by then the request is registered."""
+    wishes = {"kv_eviction_budget": np.float64(0.2), "kv_eviction_config": {"gamma": np.float64(3)}, **REPORT}
+    name = engine.add(numbers(44, 700), 4, extra_args=wishes)
+    (request,) = engine.scheduler.requests.values()
+    MsgpackEncoder().encode(request.sampling_params)
+    engine.run()
+    assert engine.outputs[name].kv_transfer_params["kv_eviction"]["budget"] == 0.2
+    assert type(parse_budget(np.float64(0.2))) is float
 
 
 KNOBS = {"gamma": 0, "window": 8}

@@ -98,7 +98,7 @@ def test_the_changelog_knows_this_version():
 def test_what_contributors_are_told_is_there():
     """Files, options and names that the guide mentions."""
     guide = (ROOT / "CONTRIBUTING.md").read_text()
-    for file in ("patches/README.md", "cake_vllm/policies/base.py", "cake_vllm/integration/front/patching.py"):
+    for file in ("patches/README.md", "cake_vllm/policies/base.py", "cake_vllm/integration/patching.py"):
         assert file.removeprefix("cake_vllm/") in guide
         assert (ROOT / file).is_file()
     for test in ("columns", "policies", "replay", "fuzz", "plan", "formulas", "gate", "package"):

@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from cake_vllm.integration.front.plugin import eviction_config
+from cake_vllm.integration.engine import eviction_config
 from cake_vllm.integration.messages import EvictionReport, StepPlan
 from cake_vllm.integration.metrics import EvictionPromMetrics, EvictionStats
 from cake_vllm.integration.reports import install_news

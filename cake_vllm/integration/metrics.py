@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from cake_vllm.integration.messages import Eviction
 
 _COUNTERS = {
-    "requests": "Requests whose prompt was evicted.",
+    "requests": "Requests whose prompt was evicted; not those on which the policy failed.",
     "evicted_tokens": "Tokens evicted, mean over layers and KV heads.",
     "freed_blocks": "Blocks by which evictions made requests smaller; they went back to the pool.",
     "rounding_tokens": "Tokens of memory held beyond the policy's choice, because it is dealt out in whole pages and "
@@ -59,7 +59,7 @@ class EvictionStats(KVConnectorStats):
         self.data["evicted_tokens"] += num_blocks * block_size
         self.data["in_place"] += in_place
         self.data["failures"] += eviction.failed
-        if prompt_len is not None:
+        if prompt_len is not None and not eviction.failed:
             self.data["requests"] += 1
             if eviction.is_traded:
                 held = eviction.columns * block_size + prompt_len % block_size

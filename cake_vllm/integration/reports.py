@@ -15,7 +15,7 @@ from typing import Any
 from vllm.v1.engine.output_processor import RequestState
 
 from cake_vllm.config import OFF, REPORT_KEY, KVEvictionConfig
-from cake_vllm.integration.front.patching import wrap
+from cake_vllm.integration.patching import wrap
 
 
 def report(

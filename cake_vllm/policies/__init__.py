@@ -1,6 +1,5 @@
 """Eviction policies by name. A policy is imported when it is first asked for."""
 
-import dataclasses
 import functools
 import importlib
 import importlib.metadata
@@ -9,6 +8,7 @@ from typing import Any
 
 from cake_vllm.policies.base import LayerInputs, LayerScore, Policy, Protect
 from cake_vllm.policies.paging import PagedPrompt
+from cake_vllm.policies.parsing import parse_knob, parts_of, shown
 
 __all__ = [
     "LayerInputs",
@@ -75,9 +75,9 @@ def policy_class(name: str) -> type[Policy]:
     return getattr(importlib.import_module(module), attribute)
 
 
-def knobs(name: str) -> dict[str, dataclasses.Field]:
-    """The knobs of policy ``name``: its dataclass fields by name."""
-    return {field.name: field for field in dataclasses.fields(policy_class(name))}
+def knobs(name: str) -> dict[str, Any]:
+    """The knobs of policy ``name``, its dataclass fields: types by name."""
+    return parts_of(policy_class(name))
 
 
 def create_policy(name: str, options: Mapping[str, Any], beside: Sequence[str] = ()) -> Policy:
@@ -92,28 +92,17 @@ def create_policy(name: str, options: Mapping[str, Any], beside: Sequence[str] =
         ValueError: for an unknown name, an unknown knob or a value the policy refuses.
     """
     known = knobs(name)
-    unknown = sorted(set(options) - set(known))
-    if unknown:
+    for key in options:
+        if key not in known:
+            raise ValueError(
+                f"unknown key {shown(key)} for policy {name!r}; known keys: {', '.join(sorted([*known, *beside]))}"
+            )
+    given = {key: parse_knob(key, value, known[key]) for key, value in options.items()}
+    try:
+        return policy_class(name)(**given)
+    except ValueError:
+        raise
+    except Exception as error:
         raise ValueError(
-            f"unknown key {unknown[0]!r} for policy {name!r}; known keys: {', '.join(sorted([*known, *beside]))}"
-        )
-    return policy_class(name)(**{key: _parse(key, value, known[key].type) for key, value in options.items()})
-
-
-def _parse(key: str, value: Any, wanted: Any) -> Any:
-    """A knob's value; of a knob with parts a mapping of these.
-
-    Raises:
-        ValueError: if it is of another type or has an unknown part.
-    """
-    if isinstance(wanted, type) and dataclasses.is_dataclass(wanted) and isinstance(value, Mapping):
-        parts = {part.name: part.type for part in dataclasses.fields(wanted)}
-        for name in value:
-            if name not in parts:
-                raise ValueError(f"unknown key {name!r} in {key}; known keys: {', '.join(sorted(parts))}")
-        return wanted(**{name: _parse(f"{key}.{name}", part, parts[name]) for name, part in value.items()})
-    accepted: tuple[type, ...] = (int, float) if wanted is float else (wanted,)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
-        name = "object" if dataclasses.is_dataclass(wanted) else wanted.__name__
-        raise ValueError(f"{key} must be of type {name}, not {value!r}")
-    return value
+            f"policy {name!r} cannot be made of {shown(given)}: {type(error).__name__}: {error}"
+        ) from error

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from cake_vllm.policies.base import LayerInputs, LayerScore, Policy
+from cake_vllm.policies.parsing import shown
 from cake_vllm.policies.scores import (
     SINKS,
     average_pool,
@@ -56,7 +57,7 @@ class DefensiveKV(Policy):
         require_odd("pool_kernel", self.pool_kernel)
         require_echo(self.echo)
         if self.normalize_over not in ("heads", "positions"):
-            raise ValueError(f"normalize_over must be 'heads' or 'positions', not {self.normalize_over!r}")
+            raise ValueError(f"normalize_over must be 'heads' or 'positions', not {shown(self.normalize_over)}")
 
     @property
     def protected(self) -> int:

@@ -10,6 +10,8 @@ from cake_vllm.policies.base import LayerInputs, leading
 ECHO_REACH = 63
 #: First positions that pass nothing on unless a policy says otherwise: what they draw belongs to nobody behind them.
 SINKS = 4
+#: Widest pooling, positions; it takes time and, in some policies, memory in proportion.
+MAX_KERNEL = 2**15
 
 
 def prefix_attention(inputs: LayerInputs) -> Iterator[torch.Tensor]:
@@ -197,9 +199,9 @@ def require_window(window: int, at_least: int = 1) -> None:
 
 
 def require_odd(name: str, kernel: int) -> None:
-    """Raises ``ValueError`` unless ``kernel`` is a positive odd number."""
-    if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"{name} must be a positive odd number, not {kernel}")
+    """Raises ``ValueError`` unless ``kernel`` is a positive odd number, and one that may be allocated."""
+    if not 1 <= kernel < MAX_KERNEL or kernel % 2 == 0:
+        raise ValueError(f"{name} must be a positive odd number below {MAX_KERNEL}, not {kernel}")
 
 
 def require_echo(half_life: float) -> None:

@@ -326,7 +326,7 @@ def describe(vllm_config: Any) -> Model:
 
 def _windows(vllm_config: Any) -> list[int | None]:
     """The sliding window of each layer, where it cuts something."""
-    from cake_vllm.integration.front.plugin import window_cuts
+    from cake_vllm.integration.engine import window_cuts
 
     model = vllm_config.model_config
     kinds = getattr(model.hf_text_config, "layer_types", None)

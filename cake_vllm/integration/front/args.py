@@ -20,7 +20,7 @@ from cake_vllm.config import (
     parse_budget,
     parse_options,
 )
-from cake_vllm.integration.front.patching import wrap
+from cake_vllm.integration.patching import wrap
 from cake_vllm.policies import policy_names
 
 
@@ -112,8 +112,6 @@ def merge_settings(additional_config: Any, given: Mapping[str, Any]) -> Any:
         if additional_config.get(key, value) != value:
             raise ValueError(f"{flag(key)} contradicts the key {key!r} of --additional-config: give one of them")
     given = {key: value for key, value in given.items() if value not in (None, OFF)}
-    if not given and not any(key in additional_config for key in KEYS):
-        return additional_config
-    merged = {**additional_config, **given}
+    merged = {**additional_config, **given} if given else additional_config
     KVEvictionConfig.from_settings(merged)
     return merged

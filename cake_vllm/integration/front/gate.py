@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from cake_vllm import BELOW_VLLM, MIN_VLLM
 from cake_vllm.config import POLICY_KEY, KVEvictionConfig, flag
-from cake_vllm.integration.front.patching import wrap
+from cake_vllm.integration.patching import wrap
 
 # Below the name "vllm", so that vLLM's logging configuration applies.
 logger = logging.getLogger("vllm.cake_vllm")

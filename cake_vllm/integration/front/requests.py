@@ -5,6 +5,7 @@ a stream's status is sent before its generator runs, beam search leaves ``vllm_x
 answer has is known only there.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,13 +18,18 @@ from cake_vllm.config import (
     OFF,
     POLICY_KEY,
     REPORT_KEY,
+    REQUEST_KEYS,
+    as_json,
     check_keys,
     flag,
+    for_request,
     parse_flag,
     wishes_of,
 )
-from cake_vllm.integration.front.patching import wrap
+from cake_vllm.integration.engine import eviction_config
+from cake_vllm.integration.patching import wrap
 from cake_vllm.integration.reports import report
+from cake_vllm.policies.parsing import written
 
 
 def install_requests() -> None:
@@ -45,9 +51,12 @@ def _process_inputs(original: Callable[..., Any], self: InputProcessor, *args: A
         first_report = resolve(wishes, self.vllm_config)
         if first_report is not None and params.n > 1:
             raise VLLMValidationError(f"{REPORT_KEY} is about one choice: set n to 1", parameter="n")
-        others = {key: value for key, value in params.extra_args.items() if key != REPORT_KEY}
-        # A dict of its own: a caller may use the one it gave for several requests.
-        params.extra_args = others if first_report is None else {**others, REPORT_KEY: first_report}
+        others = {key: value for key, value in params.extra_args.items() if key not in wishes}
+        # A dict of its own: a caller may use the one it gave for several requests. In plain types: vLLM has checked
+        # what can be sent, and what cannot would be found out once the request is registered.
+        params.extra_args = {**others, **json.loads(as_json(wishes))}
+        if first_report is not None:
+            params.extra_args[REPORT_KEY] = first_report
     return request
 
 
@@ -73,7 +82,7 @@ def check_http(request: Any, vllm_config: VllmConfig) -> None:
         VLLMValidationError: one sentence that names the key and the fix.
     """
     for key in wishes_of(getattr(request, "model_extra", None)):
-        raise VLLMValidationError(f"{key} is a key of vllm_xargs: move it there", parameter=key)
+        raise VLLMValidationError(f"{written(key)} is a key of vllm_xargs: move it there", parameter=written(key))
     params = getattr(request, "sampling_params", None)
     wishes = wishes_of(getattr(request, "vllm_xargs", None) or getattr(params, "extra_args", None))
     if not wishes:
@@ -81,7 +90,7 @@ def check_http(request: Any, vllm_config: VllmConfig) -> None:
     wants_report = resolve(wishes, vllm_config) is not None
     if getattr(request, "use_beam_search", False):
         for key in KEYS:
-            if (wishes.get(key) or OFF) != OFF:
+            if wishes.get(key) not in (None, OFF):
                 raise VLLMValidationError(
                     f"{key} has no effect on beam search, which computes the prompt in every step: drop one of the two",
                     parameter="vllm_xargs",
@@ -103,20 +112,18 @@ def resolve(wishes: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str, Any
     Raises:
         VLLMValidationError: one sentence that names the key and the fix.
     """
-    from cake_vllm.integration.front.plugin import eviction_config
-
     try:
-        check_keys(wishes)
+        check_keys(wishes, REQUEST_KEYS, "a request")
         wanted = wishes.get(REPORT_KEY, False)
         # A mapping is the report of an earlier request with the same parameters.
         wants_report = isinstance(wanted, Mapping) or parse_flag(REPORT_KEY, wanted)
         server = eviction_config(vllm_config)
         if server is None:
             for key, value in wishes.items():
-                if wants_report if key == REPORT_KEY else (value or OFF) != OFF:
+                if wants_report if key == REPORT_KEY else value not in (None, OFF):
                     raise ValueError(f"{key} needs a server with eviction: start it with {flag(POLICY_KEY)}")
             return None
-        config = server.for_request(wishes, vllm_config.model_config.max_model_len)
+        config = for_request(server, wishes, vllm_config.model_config.max_model_len)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     return report(config, None) if wants_report else None

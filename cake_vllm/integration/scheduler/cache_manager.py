@@ -15,7 +15,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 )
 from vllm.v1.request import Request
 
-from cake_vllm.integration.front.patching import wrap
+from cake_vllm.integration.patching import wrap
 
 
 class ExactPrefixManager(SingleTypeKVCacheManager):

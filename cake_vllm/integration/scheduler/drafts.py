@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from cake_vllm.integration.front.patching import wrap
+from cake_vllm.integration.patching import wrap
 
 
 def install_drafts() -> None:

@@ -17,7 +17,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
-from cake_vllm.config import REPORT_KEY, KVEvictionConfig
+from cake_vllm.config import REPORT_KEY, KVEvictionConfig, for_request
 from cake_vllm.integration.messages import Blocks, Counts, Cut, Eviction, Grant, Observation, Redirected, StepPlan
 from cake_vllm.integration.metrics import EvictionStats
 from cake_vllm.integration.reports import report
@@ -155,7 +155,7 @@ class EvictionScheduler:
 
     def add(self, request: Request) -> None:
         """A request has arrived. What it asks for was checked in the front end."""
-        config = self.config.for_request(_asked(request), self.max_model_len)
+        config = for_request(self.config, _asked(request), self.max_model_len)
         if request.resumable and config is not None:
             logger.info_once("streaming input sessions are served without eviction: their prompts go on growing")
             config = None

@@ -8,7 +8,7 @@ from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
-from cake_vllm.integration.front.plugin import BACKENDS
+from cake_vllm.integration.engine import BACKENDS
 from cake_vllm.integration.scheduler.cache_manager import EvictingManager, ExactSlidingWindowManager
 
 # vLLM fills an empty registry only: registering first would leave its own specs without managers.

@@ -20,7 +20,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec, replace_as
 
-from cake_vllm.integration.front.plugin import eviction_config, window_cuts
+from cake_vllm.integration.engine import eviction_config, window_cuts
 from cake_vllm.kernels import BlockLayout, Grid
 
 #: Name under which a step's work hangs on the attention metadata of evictable layers.

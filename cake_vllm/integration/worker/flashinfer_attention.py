@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.flashinfer import (
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from cake_vllm.config import POLICY_KEY, flag
-from cake_vllm.integration.front.plugin import eviction_config
+from cake_vllm.integration.engine import eviction_config
 from cake_vllm.integration.scheduler.spec import EvictableSpec
 from cake_vllm.integration.worker.attention import StepWork, is_quantized
 from cake_vllm.integration.worker.gpu_attention import (

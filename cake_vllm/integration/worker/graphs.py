@@ -19,8 +19,8 @@ from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
 from vllm.v1.worker.gpu_worker import Worker
 
-from cake_vllm.integration.front.patching import wrap
 from cake_vllm.integration.messages import StepPlan
+from cake_vllm.integration.patching import wrap
 
 
 class _Step:

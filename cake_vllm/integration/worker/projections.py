@@ -12,7 +12,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.model_loader import base_loader
 
-from cake_vllm.integration.front.patching import wrap
+from cake_vllm.integration.patching import wrap
 
 _projections: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]] = weakref.WeakKeyDictionary()
 

@@ -2,14 +2,14 @@
 
 The command line flags, the keyword arguments of ``LLM`` and the keys of ``VllmConfig.additional_config`` are the same
 three names. The front-end process validates them and writes them back with the preset that fits the model, so
-that every other process reads what was decided once. Under the same names a request may ask for settings of its own.
+that every other process reads what was decided once.
 """
 
 import argparse
-import functools
+import bisect
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -17,19 +17,14 @@ from typing import Any
 
 from cake_vllm.policies import Policy, create_policy, knobs, policy_class, policy_names
 from cake_vllm.policies.cake import PRESETS
+from cake_vllm.policies.parsing import MAX_INT, shown, written
 
 POLICY_KEY = "kv_eviction"
 BUDGET_KEY = "kv_eviction_budget"
 CONFIG_KEY = "kv_eviction_config"
 KEYS = (POLICY_KEY, BUDGET_KEY, CONFIG_KEY)
-#: A request's wish to hear what was kept of it.
-REPORT_KEY = "kv_eviction_report"
-#: What a request may ask for.
-REQUEST_KEYS = (*KEYS, REPORT_KEY)
 #: The knobs that a preset sets.
 TAUS = ("tau1", "tau2")
-#: Knobs that cost the server memory or time.
-COSTLY_KNOBS = ("window", "pool_kernel")
 
 OFF = "none"
 AUTO = "auto"
@@ -65,7 +60,8 @@ class KVEvictionConfig:
         Raises:
             ValueError: one sentence that names the flag and the fix.
         """
-        name = settings.get(POLICY_KEY) or OFF
+        check_keys(settings, KEYS, "--additional-config")
+        name = OFF if settings.get(POLICY_KEY) is None else settings[POLICY_KEY]
         budget, options = settings.get(BUDGET_KEY), settings.get(CONFIG_KEY)
         if name == OFF:
             for key, value in ((BUDGET_KEY, budget), (CONFIG_KEY, options)):
@@ -73,13 +69,13 @@ class KVEvictionConfig:
                     raise ValueError(f"{flag(key)} has no effect without {flag(POLICY_KEY)}: name a policy or drop it")
             return None
         if name not in policy_names():
-            raise ValueError(f"{flag(POLICY_KEY)} {name!r} is unknown: choose {', '.join((OFF, *policy_names()))}")
-        config = cls(name, parse_budget(DEFAULT_BUDGET if budget is None else budget), parse_options(options))
+            raise ValueError(f"{flag(POLICY_KEY)} {shown(name)} is unknown: choose {', '.join((OFF, *policy_names()))}")
+        config = cls(str(name), parse_budget(DEFAULT_BUDGET if budget is None else budget), parse_options(options))
         window, first = config.policy.window_size, config.policy.protect.first
         for option, choices in (("decode", config.policy.decodes), ("prefill", PREFILLS)):
             if config.options.get(option, choices[0]) not in choices:
                 raise ValueError(
-                    f"{flag(CONFIG_KEY)}: {option} {config.options[option]!r} is unknown to {name}: "
+                    f"{flag(CONFIG_KEY)}: {option} {shown(config.options[option])} is unknown to {name}: "
                     f"choose {', '.join(choices)}"
                 )
         config._check_elastic()
@@ -108,8 +104,8 @@ class KVEvictionConfig:
                 is_auto = True
             if is_auto:
                 raise ValueError(
-                    f"{flag(CONFIG_KEY)}: {key} {self.options[key]!r} is not an amount: give a positive whole number "
-                    "of tokens, or a fraction of the prompt above 0 and up to 1.0"
+                    f"{flag(CONFIG_KEY)}: {key} {shown(self.options[key])} is not an amount: give a positive whole "
+                    f"number of tokens up to {MAX_INT}, or a fraction of the prompt above 0 and up to 1.0"
                 )
         for option, only in (("decode", "off"), ("prefill", "exact")):
             if self.is_elastic and self.options.get(option, only) != only:
@@ -117,24 +113,6 @@ class KVEvictionConfig:
                     f"{flag(CONFIG_KEY)}: {option} {self.options[option]} needs a budget that is known beforehand: "
                     f"drop it, or give {flag(BUDGET_KEY)} a number"
                 )
-
-    def for_request(self, asked: Mapping[str, Any] | None, max_model_len: int) -> "KVEvictionConfig | None":
-        """What a request gets that asks for settings of its own; ``None`` if it asks for no eviction.
-
-        Its knobs are laid over the server's if the policy is the server's, else over the policy's defaults; ways of
-        prefill and decoding are the server's as far as the policy knows them. Equal wishes are parsed once.
-
-        Args:
-            asked: its ``vllm_xargs``; keys that are not ours are ignored.
-            max_model_len: the longest request, tokens.
-
-        Raises:
-            ValueError: one sentence that names the key and the fix.
-        """
-        wishes = {key: asked[key] for key in KEYS if key in asked} if asked else {}
-        if not wishes:
-            return self
-        return _for_request(self, json.dumps(wishes, sort_keys=True, default=repr), max_model_len)
 
     def settings(self) -> dict[str, Any]:
         """The three keys, such that :meth:`from_settings` gives this object back; JSON types only."""
@@ -147,13 +125,15 @@ class KVEvictionConfig:
         Raises:
             ValueError: for an unknown or bad knob, naming the flag.
         """
-        preset_key = ("preset",) if _has_presets(self.policy_name) else ()
+        preset_key = ("preset",) if has_presets(self.policy_name) else ()
         beside = ("decode", "prefill", FLOOR_KEY, CEILING_KEY, *preset_key)
         options = {key: value for key, value in self.options.items() if key not in beside}
-        preset = self.options.get("preset") if _has_presets(self.policy_name) else None
+        preset = self.options.get("preset") if has_presets(self.policy_name) else None
         if preset is not None:
-            if preset not in PRESETS:
-                raise ValueError(f"{flag(CONFIG_KEY)}: unknown preset {preset!r}; choose {', '.join(sorted(PRESETS))}")
+            if not isinstance(preset, str) or preset not in PRESETS:
+                raise ValueError(
+                    f"{flag(CONFIG_KEY)}: unknown preset {shown(preset)}; choose {', '.join(sorted(PRESETS))}"
+                )
             options = dict(zip(TAUS, PRESETS[preset], strict=True)) | options
         if self.is_progressive:
             options = {**policy_class(self.policy_name).when_progressive, **options}
@@ -198,7 +178,8 @@ class KVEvictionConfig:
         if not isinstance(least, int) or self.decode == "window":
             return 0
         least = max(least, self.policy.least_budget)
-        return next(length for length in range(least, least + 4096) if self.policy.is_evicted(length + 1, least))
+        lengths = range(least, least + 2 * MAX_INT)
+        return least + bisect.bisect(lengths, False, key=lambda length: self.policy.is_evicted(length + 1, least))
 
     def max_request_tokens(self, max_model_len: int, max_in_flight: int) -> int | None:
         """What a layer holds of a request at most, in the mean over layers; ``None`` where nothing bounds it.
@@ -240,7 +221,7 @@ class KVEvictionConfig:
         Args:
             model: a Hugging Face text config, or anything with its attributes.
         """
-        if not _has_presets(self.policy_name) or {"preset", *TAUS} & set(self.options):
+        if not has_presets(self.policy_name) or {"preset", *TAUS} & set(self.options):
             return self
         family = model_family(model)
         if family is None:
@@ -255,75 +236,9 @@ def _of_prompt(amount: int | float, prompt_len: int) -> int:
     return amount if isinstance(amount, int) else int(Fraction(str(amount)) * prompt_len)
 
 
-def _has_presets(name: str) -> bool:
+def has_presets(name: str) -> bool:
+    """Whether CAKE's table of taus is for policy ``name``."""
     return set(TAUS) <= set(knobs(name))
-
-
-@functools.lru_cache(maxsize=256)
-def _for_request(server: KVEvictionConfig, wishes_json: str, max_model_len: int) -> KVEvictionConfig | None:
-    wishes = json.loads(wishes_json)
-    try:
-        config = KVEvictionConfig.from_settings(_merge_wishes(server, wishes))
-    except ValueError as error:
-        message = str(error)
-        for key in (BUDGET_KEY, CONFIG_KEY, POLICY_KEY):
-            message = message.replace(flag(key), key)
-        raise ValueError(message) from None
-    if config is not None and CONFIG_KEY in wishes:
-        _refuse_costly(server, config)
-    most = server.max_request_tokens(max_model_len, 0)
-    if most is not None:
-        asked_for = config.max_request_tokens(max_model_len, 0) if config else None
-        if asked_for is None or asked_for > most:
-            raise ValueError(
-                f"{BUDGET_KEY} and {POLICY_KEY} of a request must not let it hold more than the server's "
-                f"{flag(BUDGET_KEY)} {server.budget}, on which progressive prefill counts: ask for less"
-            )
-    return server if config == server else config
-
-
-def _merge_wishes(server: KVEvictionConfig, wishes: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a request: its wishes over the server's."""
-    settings = {**server.settings(), **wishes}
-    name = settings[POLICY_KEY] or OFF
-    if name == OFF:
-        return dict(wishes)
-    own = parse_options(wishes.get(CONFIG_KEY))
-    elastic = (FLOOR_KEY, CEILING_KEY) if settings[BUDGET_KEY] == AUTO else ()
-    if name in policy_names():
-        known = {*knobs(name), *(("preset",) if _has_presets(name) else ()), *elastic}
-        for key in own.keys() - known:
-            why = "is for the server to choose" if key in ("decode", "prefill") else f"is unknown to {name}"
-            raise ValueError(f"{CONFIG_KEY}: {key} {why}; a request may give {', '.join(sorted(known))}")
-    if name == server.policy_name:
-        # A preset stands for both taus.
-        replaced = (FLOOR_KEY, CEILING_KEY, *(TAUS if "preset" in own else ()))
-        options = {key: value for key, value in server.options.items() if key not in replaced}
-    elif name in policy_names() and not server.is_elastic:
-        options = {"prefill": server.prefill}
-        if server.decode in policy_class(name).decodes:
-            options["decode"] = server.decode
-    else:
-        options = {}
-    if elastic:
-        options = {key: value for key, value in options.items() if key not in ("decode", "prefill")}
-        options |= {key: server.options[key] for key in elastic if key in server.options}
-    return settings | {CONFIG_KEY: options | own}
-
-
-def _refuse_costly(server: KVEvictionConfig, config: KVEvictionConfig) -> None:
-    """A request must not take more of what it shares with others than the server's settings or the defaults do."""
-    default = KVEvictionConfig(config.policy_name, config.budget, {"prefill": config.prefill}).policy
-    for knob in COSTLY_KNOBS:
-        value = getattr(config.policy, knob, 0)
-        most = max(getattr(policy, knob, 0) for policy in (server.policy, default))
-        if value > most:
-            raise ValueError(f"{CONFIG_KEY}: {knob} of a request may be {most} at most, not {value}: ask for less")
-    observed = getattr(config.policy, "observe", 0)
-    densest = min(filter(None, (getattr(policy, "observe", 0) for policy in (server.policy, default))), default=0)
-    if observed and not 0 < densest <= observed:
-        allowed = f"0, or at least {densest}" if densest else "0, as the server's is"
-        raise ValueError(f"{CONFIG_KEY}: observe of a request may be {allowed}, not {observed}")
 
 
 def flag(key: str) -> str:
@@ -338,7 +253,7 @@ def parse_budget(value: Any) -> int | float | str:
         ValueError: one sentence that names the flag and the fix.
     """
     refusal = ValueError(
-        f"{flag(BUDGET_KEY)} {value!r} is not a budget: give a positive whole number of tokens, "
+        f"{flag(BUDGET_KEY)} {shown(value)} is not a budget: give a positive whole number of tokens up to {MAX_INT}, "
         "a fraction of the prompt above 0 and up to 1.0, or auto"
     )
     if value == AUTO:
@@ -350,10 +265,11 @@ def parse_budget(value: Any) -> int | float | str:
             raise refusal from None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise refusal
-    if isinstance(value, int) and value > 0:
-        return value
+    # Numpy's numbers are Python's own, too, but no message carries them.
+    if isinstance(value, int) and 0 < value <= MAX_INT:
+        return int(value)
     if isinstance(value, float) and 0 < value <= 1:
-        return value
+        return float(value)
     raise refusal
 
 
@@ -369,40 +285,28 @@ def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return typed
 
 
-def parse_flag(key: str, value: Any) -> bool:
-    """Reads a yes or no as people write it: ``true``, ``"yes"``, ``"1"``, ``1``, ``"on"`` and their opposites.
-
-    Raises:
-        ValueError: one sentence that names ``key`` and the fix.
-    """
-    text = str(value).strip().lower()
-    if text in ("true", "yes", "on", "1", "1.0"):
-        return True
-    if text in ("false", "no", "off", "0", "0.0", "", "none"):
-        return False
-    raise ValueError(f"{key} {value!r} is neither yes nor no: give true or false")
-
-
 def wishes_of(asked: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What among a request's extra arguments is meant for this plugin, misspelt keys included."""
-    if not asked:
-        return {}
-    return {key: value for key, value in asked.items() if key.replace("-", "_").lower().startswith(POLICY_KEY)}
+    """What in a mapping that others have keys in, too, is meant for this plugin, misspelt keys included."""
+    return {key: value for key, value in (asked or {}).items() if _plain(key).startswith("kvevict")}
 
 
-def check_keys(wishes: Mapping[str, Any]) -> None:
-    """Refuses keys that nobody reads.
+def _plain(key: Any) -> str:
+    return str(key).replace("-", "").replace("_", "").lower()
+
+
+def check_keys(asked: Mapping[str, Any], known: Sequence[str], who: str) -> None:
+    """Refuses keys of ours that nobody reads.
 
     Raises:
         ValueError: one sentence that names the key and the known ones.
     """
-    for key in wishes:
-        if key not in REQUEST_KEYS:
-            raise ValueError(f"{key} is unknown: a request may give {', '.join(REQUEST_KEYS)}")
+    for key in wishes_of(asked):
+        if key not in known:
+            raise ValueError(f"{written(key)} is unknown: {who} may give {', '.join(known)}")
 
 
-def parse_options(value: Any) -> dict[str, Any]:
-    """Reads the policy's knobs: a mapping, or the JSON text of one.
+def parse_options(value: Any, name: str = flag(CONFIG_KEY)) -> dict[str, Any]:
+    """Reads the policy's knobs: a mapping, or the JSON text of one; ``name`` is what messages call it.
 
     Raises:
         ValueError: one sentence that names the flag and the fix.
@@ -412,12 +316,13 @@ def parse_options(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            # Not only what is malformed: also thousands of digits, or of lists in each other.
             raise ValueError(
-                f"{flag(CONFIG_KEY)} is not valid JSON ({error}): give an object such as '{{\"gamma\": 200}}'"
+                f"{name} is not valid JSON ({error}): give an object such as '{{\"gamma\": 200}}'"
             ) from None
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{flag(CONFIG_KEY)} must be a JSON object such as '{{\"gamma\": 200}}', not {value!r}")
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{name} must be a JSON object such as '{{\"gamma\": 200}}', not {shown(value)}")
     return dict(value)
 
 

@@ -1,0 +1,28 @@
+"""What every process reads off an engine's configuration, and the names that are registered with vLLM."""
+
+from vllm.config import VllmConfig
+
+from cake_vllm.config import KVEvictionConfig
+
+CONNECTOR = "KVEvictionConnector"
+
+#: Stock attention backends that can evict, and the class that takes each one's place.
+BACKENDS = {
+    "CPU_ATTN": "cake_vllm.integration.worker.cpu_attention.EvictingCPUBackend",
+    "FLASH_ATTN": "cake_vllm.integration.worker.gpu_attention.EvictingFlashBackend",
+    "FLASHINFER": "cake_vllm.integration.worker.flashinfer_attention.EvictingFlashInferBackend",
+    "TRITON_ATTN": "cake_vllm.integration.worker.gpu_attention.EvictingTritonBackend",
+}
+
+
+def eviction_config(vllm_config: VllmConfig | None) -> KVEvictionConfig | None:
+    """The resolved settings that travel in a ``VllmConfig``; ``None`` when eviction is off."""
+    settings = getattr(vllm_config, "additional_config", None)
+    return KVEvictionConfig.from_settings(settings) if isinstance(settings, dict) else None
+
+
+def window_cuts(window: int | None, max_model_len: int) -> bool:
+    """Whether a sliding window hides a token from another one of the same request; a window as long as what can be
+    served, in tokens, is full attention.
+    """
+    return window is not None and window < max_model_len
