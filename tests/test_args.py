@@ -249,6 +249,10 @@ FEATURES = {
         {"kv_cache_dtype": "fp8_per_token_head"},
         "--kv-cache-dtype fp8_per_token_head yet: choose auto, float16, bfloat16, fp8, fp8_e4m3, fp8_e5m2",
     ),
+    "KV caches of eight bits in some full-attention layers and not in others": (
+        {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["1"]},
+        "--kv-cache-dtype-skip-layers that names some layers of full attention and not the others yet: name all of",
+    ),
     "KV caches of four bits": ({"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4 yet: choose auto, float16"),
     "KV caches with a scale for each head": (
         {"hf_overrides": {"quantization_config": PER_HEAD}},

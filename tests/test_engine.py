@@ -200,3 +200,23 @@ def most_running(engine: Engine, prompts: list[list[int]], num_tokens: int) -> i
         most = max(most, engine.num_running)
     assert engine.is_idle()
     return most
+
+
+def test_engines_of_one_process_take_turns(no_engine, tiny_model, same_on_both):
+    """vLLM has one KV connector per process: who comes second is refused with a sentence, and who was there goes on."""
+    evicting = {"kv_eviction": "cake", "kv_eviction_budget": 100}
+    settings = {"skip_tokenizer_init": True, "num_gpu_blocks_override": 300}
+    expected = []
+    for first, others in ((evicting, ({}, evicting | {"kv_eviction_budget": 200})), ({}, (evicting,))):
+        no_engine()
+        engine = Engine(tiny_model, **settings, **first)
+        expected.append(engine.generate([numbers(3, 600)], 20))
+        for second in others:
+            with pytest.raises(RuntimeError, match="needs a process without another engine in it: shut that one down"):
+                Engine(tiny_model, **settings, **second)
+            engine.forget_prefixes()
+            assert engine.generate([numbers(3, 600)], 20) == expected[-1]
+        engine.shutdown()
+    engine = Engine(tiny_model, **settings, **evicting)
+    assert engine.generate([numbers(3, 600)], 20) == expected[0]
+    engine.shutdown()

@@ -143,9 +143,8 @@ def test_memory_beside_the_pool_is_what_the_worker_takes(tiny, tiny_model, polic
         divide(policy, scores, *args)
 
     monkeypatch.setattr(judging, "divide", dividing)
-    monkeypatch.setattr(
-        worker, "_rows", {of: type(rows)(worker.layers.grid, of) for of, rows in worker.reading.rows.items()}
-    )
+    for of, rows in dict(worker.reading.rows).items():
+        monkeypatch.setitem(worker.reading.rows, of, type(rows)(worker.layers.grid, of))
     prompt_len = 1500
     for seed in range(3):
         engine.add(numbers(seed, prompt_len), 6, extra_args={"kv_eviction": policy})

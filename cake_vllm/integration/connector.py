@@ -1,5 +1,6 @@
 """The KV connector through which the two halves of the plugin talk. It transfers no KV."""
 
+import os
 from typing import Any
 
 import torch
@@ -19,12 +20,18 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from cake_vllm.integration.engine import eviction_config
+from cake_vllm.integration.engine import BESIDE, eviction_config
 from cake_vllm.integration.messages import EvictionReport, StepPlan
 from cake_vllm.integration.metrics import EvictionPromMetrics, EvictionStats
 from cake_vllm.integration.reports import install_news
 from cake_vllm.integration.scheduler.drafts import install_drafts
 from cake_vllm.integration.scheduler.scheduler import EvictionScheduler
+
+#: vLLM has one worker's end of a connector per process.
+COMPANY = (
+    "--kv-eviction needs a process without another engine in it: shut that one down first "
+    "(llm.llm_engine.engine_core.shutdown()), or unset VLLM_ENABLE_V1_MULTIPROCESSING=0, so that each has its own"
+)
 
 
 class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
@@ -34,6 +41,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         config = eviction_config(vllm_config)
         assert config is not None, "the connector is set up only where eviction is on"
+        if role == KVConnectorRole.WORKER and self._kv_transfer_config.get_from_extra_config(BESIDE, 0) == os.getpid():
+            raise RuntimeError(COMPANY)
         if role == KVConnectorRole.SCHEDULER:
             self.scheduler = EvictionScheduler(
                 config,
@@ -97,6 +106,9 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         config = eviction_config(self._vllm_config)
         assert config is not None
         assert self._kv_cache_config is not None
+        layers = self._vllm_config.compilation_config.static_forward_context
+        if any(name not in layers or not _is_of(cache, layers[name]) for name, cache in kv_caches.items()):
+            raise RuntimeError(COMPANY)
         self.worker = EvictionWorker(config, self._vllm_config, self._kv_cache_config)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
@@ -147,3 +159,10 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
     def build_prom_metrics(cls, *args: Any) -> KVConnectorPromMetrics | None:
         """The counters on ``/metrics``."""
         return EvictionPromMetrics(*args)
+
+
+def _is_of(cache: Any, layer: Any) -> bool:
+    """Whether a KV cache is this layer's; those that are no tensors are of layers that are not evicted."""
+    if not (isinstance(cache, torch.Tensor) and isinstance(layer.kv_cache, torch.Tensor)):
+        return True
+    return cache.untyped_storage().data_ptr() == layer.kv_cache.untyped_storage().data_ptr()

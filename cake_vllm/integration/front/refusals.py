@@ -77,6 +77,11 @@ SETTINGS: tuple[Row, ...] = (
         f"choose {', '.join(CACHE_DTYPES)}",
     ),
     (
+        lambda of: _divides_full_layers(of),
+        "--kv-cache-dtype-skip-layers that names some layers of full attention and not the others",
+        "name all of them or none",
+    ),
+    (
         lambda of: (getattr(of.vllm.quant_config, "kv_cache_scheme", None) or {}).get("strategy") == "attn_head",
         "a checkpoint whose KV cache has a scale for each head",
         f"choose one with a scale for each layer, or {WITHOUT}",
@@ -183,6 +188,16 @@ def _has_windows(model: ModelConfig) -> bool:
     text = model.hf_text_config
     is_mixed = "sliding_attention" in (getattr(text, "layer_types", None) or ())
     return is_mixed and window_cuts(getattr(text, "sliding_window", None), model.max_model_len)
+
+
+def _divides_full_layers(of: Engine) -> bool:
+    """Whether layers of full attention have pages of different size, and could not use each other's."""
+    cache, text = of.vllm.cache_config, of.model.hf_text_config
+    if not cache.cache_dtype.startswith("fp8"):
+        return False
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    skipped = [str(index) in cache.kv_cache_dtype_skip_layers for index, kind in enumerate(kinds) if "full" in kind]
+    return any(skipped) and not all(skipped)
 
 
 def _kv_heads(model: ModelConfig, of: Engine) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from cake_vllm.integration.worker.graphs import step as current_step
 from cake_vllm.integration.worker.judging import Judging
 from cake_vllm.integration.worker.layers import Batch, Layers
 from cake_vllm.integration.worker.moving import Moving
+from cake_vllm.integration.worker.projections import output_projection
 from cake_vllm.integration.worker.reading import Reading
 from cake_vllm.kernels import EvictedRows
 
@@ -34,10 +35,14 @@ class EvictionWorker:
 
     Raises:
         RuntimeError: when it is made, if what vLLM allocated cannot be evicted from.
+        ValueError: if the policy needs what a layer has not.
     """
 
     def __init__(self, config: KVEvictionConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig):
         self.layers = layers = Layers.of(vllm_config, kv_cache_config)
+        if config.policy.needs_output_weight:
+            for layer in layers.target:
+                output_projection(layer.module)
         rows = {by_head: EvictedRows(layers.whole, by_head) for by_head in (False, True)}
         speculative = vllm_config.speculative_config
         # A model that is no head of the target is given the sampled token beside the step's.
