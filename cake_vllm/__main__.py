@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from pydantic import ValidationError
+
 from cake_vllm import __version__
 
 
@@ -24,10 +26,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except (ValueError, OSError) as error:
-        # Of vLLM's errors, pydantic's come with lines of context.
-        print(f"cake-vllm: error: {error}", file=sys.stderr)
+        print(f"cake-vllm: error: {sentence(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, without the page that pydantic makes of vLLM's."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False, include_context=False)[0]
+    said = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").partition("\n")[0]
+    return f"--{str(first['loc'][0]).replace('_', '-')}: {said}" if first["loc"] else said
 
 
 if __name__ == "__main__":

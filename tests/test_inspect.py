@@ -15,7 +15,8 @@ from cake_vllm.__main__ import main
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.policies import LayerInputs
 from cake_vllm.policies.cake import Cake
-from cake_vllm.tools.inspect import Inspection, Layer, Terms, draw, page, read_prompt, tokenize
+from cake_vllm.tools.inspect import Terms, read_prompt, tokenize
+from cake_vllm.tools.report import Inspection, Layer, draw, page
 
 pytest.importorskip("matplotlib")
 LICENSE = ROOT / "LICENSE"

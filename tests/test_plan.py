@@ -12,8 +12,8 @@ from transformers import AutoConfig
 
 from cake_vllm.__main__ import main
 from cake_vllm.integration.worker import judging
-from cake_vllm.policies import LayerInputs, create_policy, policy_names
-from cake_vllm.tools import plan
+from cake_vllm.policies import LayerInputs, create_policy, knobs, policy_names
+from cake_vllm.tools import capacity, costs, plan
 
 TINY = ["--dtype", "float32", "--block-size", "32", "--max-num-batched-tokens", "512"]
 MEMORY = 2**27
@@ -161,16 +161,18 @@ def test_memory_beside_the_pool_is_what_the_worker_takes(tiny, tiny_model, polic
     found, _ = planned(tiny_model, *flags, "--kv-cache-memory", "1")
     model = found.model
     assert (model.evictable, model.kv_heads, model.query_heads, model.head_size) == (4, 2, 4, 32)
-    pool = plan.Pool(0, engine.pool.num_gpu_blocks, 1, 0, 0, 0)
-    assert plan.table_bytes(model, pool, 3, widest, by_head=policy != "cake") == tables
-    costs = {cost.what: cost.memory for cost in found.costs}
-    assert seen == [costs["scores"]] * 3
-    assert costs["queries of the window"] == queries > 0
+    pool = capacity.Pool(0, engine.pool.num_gpu_blocks, 1, 0, 0, 0)
+    assert costs.table_bytes(model, pool, 3, widest, by_head=policy != "cake") == tables
+    taken = {cost.what: cost.memory for cost in found.costs}
+    assert seen == [taken["scores"]] * 3
+    assert taken["queries of the window"] == queries > 0
 
 
 @pytest.mark.parametrize("name", policy_names())
 def test_scores_grow_as_on_short_prompts(name):
-    policy, width, heads, length = create_policy(name, {}), 16, 2, 3001
+    # A window as long as the trials, too.
+    options = {"window": 1500} if "window" in knobs(name) else {}
+    policy, width, heads, length = create_policy(name, options), 16, 2, 4001
     torch.manual_seed(0)
     inputs = LayerInputs(
         torch.randn(4, policy.num_queries, width),
@@ -182,18 +184,18 @@ def test_scores_grow_as_on_short_prompts(name):
     )
     score = policy.judge(inputs)
     taken = sum(tensor.nbytes for tensor in (score.indicator, score.terms, *score.extra))
-    assert plan.score_bytes(policy, heads, length) == taken
+    assert costs.score_bytes(policy, heads, length) == taken
 
 
 def test_notes_are_counted(tiny_model):
     flags = ("--policy", "echo", "--context", "2000", "--budget", "200", "--kv-cache-memory", "1")
-    costs = [
+    taken = [
         {cost.what: cost.memory for cost in planned(tiny_model, *flags, "--config", json.dumps(config))[0].costs}
         for config in ({}, {"observe": 8})
     ]
-    assert "notes" not in costs[0]
+    assert "notes" not in taken[0]
     # A float32 for each key of four layers and two heads.
-    assert costs[1]["notes"] == 4 * 2 * 2000 * 4
+    assert taken[1]["notes"] == 4 * 2 * 2000 * 4
 
 
 def test_weights_are_those_of_the_files_or_else_of_the_config(tiny_model, tmp_path):
@@ -252,10 +254,26 @@ BAD = [
     (["--gpu-memory", "1", "--kv-cache-memory", "1"], 2, "not allowed with argument"),
     ([], 2, "one of the arguments --gpu-memory --kv-cache-memory is required"),
     (["--gpu-memory", "1"], 1, "nothing is left for a KV pool"),
-    (["--kv-cache-memory", "1", "--budget", "0"], 2, "argument --budget: --kv-eviction-budget '0' is not a budget"),
+    (
+        ["--kv-cache-memory", "1", "--budget", "0"],
+        2,
+        "argument --budget/--kv-eviction-budget: --kv-eviction-budget '0' is not a budget",
+    ),
     (["--kv-cache-memory", "1", "--budget", "20"], 1, "--kv-eviction-budget 20 leaves nothing beside the window"),
     (["--kv-cache-memory", "1", "--config", '{"gama": 1}'], 1, "--kv-eviction-config: unknown key 'gama'"),
-    (["--kv-cache-memory", "1", "--output-len", "9000"], 1, "max_model_len"),
+    (
+        ["--kv-cache-memory", "1", "--context", "8192"],
+        1,
+        "error: a prompt of 8,192 tokens and 256 generated ones are more than the 8,192 of",
+    ),
+    (["--kv-cache-memory", "1", "--max-model-len", "1100"], 1, "generated ones are more than --max-model-len 1100"),
+    (["--kv-cache-memory", "1", "--context", 5000 * "9"], 2, "is not a whole number above 0 and up to 2147483647"),
+    (["--kv-cache-memory", 400 * "9"], 2, "is not a size: give a number of GiB"),
+    (["--gpu-memory", "8", "--gpu-memory-utilization", "nan"], 2, "'nan' is not a number above 0 and up to 1"),
+    # What pydantic says of vLLM's arguments takes pages.
+    (["--kv-cache-memory", "1", "--dtype", "float7"], 1, "error: --dtype: Input should be 'auto', "),
+    (["--kv-cache-memory", "1", "--kv-cache-dtype", "fp9"], 1, "error: --cache-dtype: Input should be 'auto', "),
+    (["--kv-cache-memory", "1", "--tp", "3"], 1, "attention heads (4) must be divisible by tensor parallel size (3)"),
     (["--kv-cache-memory", "1", "--block-size", "0"], 2, "'0' is not a whole number above 0"),
 ]
 
@@ -267,7 +285,39 @@ def test_errors_are_a_sentence(tiny_model, capsys, flags, status, message):
     except SystemExit as ended:
         got = ended.code
     assert got == status
-    assert message in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert message in told
+    assert status == 2 or len(told.splitlines()) == 1
+
+
+NAMES = {
+    "--policy": "--kv-eviction",
+    "--budget": "--kv-eviction-budget",
+    "--config": "--kv-eviction-config",
+    "--tp": "--tensor-parallel-size",
+}
+
+
+def test_options_have_the_names_of_the_flags(tiny_model):
+    """Those of ``vllm serve`` that mean the same."""
+    values = {"--policy": "snapkv", "--budget": "300", "--config": '{"window": 16}', "--tp": "2"}
+    values |= {"--kv-cache-memory": "64MiB", "--context": "1000", "--max-model-len": "4096", "--max-num-seqs": "7"}
+    short, _ = planned(tiny_model, *(part for option in values.items() for part in option))
+    long, _ = planned(tiny_model, *(part for name, value in values.items() for part in (NAMES.get(name, name), value)))
+    assert short == long
+    assert short.flags[short.flags.index("--max-model-len") + 1] == "4096"
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "{", '{"weight_map": {"a": "b"}}'])
+def test_files_that_hold_no_weights(tiny_model, tmp_path, capsys, text):
+    AutoConfig.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    line = ["plan", str(tmp_path), "--context", "1000", "--kv-cache-memory", "1"]
+    (tmp_path / "model.safetensors").write_text(100 * "x")
+    assert main(line) == 1
+    assert "cannot be read" in capsys.readouterr().err
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    assert main(line) == 1
+    assert "is no index of weights: give --weights" in capsys.readouterr().err
 
 
 def test_quantized_weights_without_files_have_to_be_given(tmp_path, capsys):

@@ -1,0 +1,217 @@
+"""How many requests a KV pool holds: divided by vLLM's own functions, counted with the scheduler's."""
+
+import argparse
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cake_vllm.config import KVEvictionConfig
+from cake_vllm.kernels import columns_for
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model keeps in its KV cache, on each GPU.
+
+    Attributes:
+        layers: all of those with a KV cache.
+        evictable: those of full attention.
+        kv_heads: of a layer, on each GPU.
+        query_heads: the same.
+        head_size: elements of a key.
+        dtype: of the model.
+    """
+
+    layers: int
+    evictable: int
+    kv_heads: int
+    query_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The KV cache as vLLM will report it.
+
+    Attributes:
+        memory: bytes on each GPU.
+        blocks: of ``block_size`` tokens, the null block included.
+        groups: of layers of full attention, each with blocks of its own.
+        others: blocks that layers with a sliding window need for one request, at most.
+        tokens: vLLM's "KV cache size".
+        concurrency: vLLM's "Maximum concurrency", of requests without eviction.
+    """
+
+    memory: int
+    blocks: int
+    groups: int
+    others: int
+    tokens: int
+    concurrency: float
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Requests of one kind, in blocks of all groups together.
+
+    Attributes:
+        entering: that many must be free for the next one.
+        decoding: what each holds at most while it decodes.
+        at_once: how many of them run, one of which is entering.
+    """
+
+    entering: int
+    decoding: int
+    at_once: int
+
+    @classmethod
+    def in_pool(cls, pool: Pool, entering: int, decoding: int, most: int | None) -> "Requests":
+        """Counts them, given blocks of one group; ``most`` run at once, whatever the pool holds."""
+        entering, decoding = (blocks * pool.groups + pool.others for blocks in (entering, decoding))
+        usable = pool.blocks - 1
+        at_once = 0 if entering > usable else min(1 + (usable - entering) // decoding, usable // decoding)
+        return cls(entering, decoding, min(at_once, most or at_once))
+
+
+def configure(args: argparse.Namespace, config: KVEvictionConfig) -> Any:
+    """vLLM's own configuration of the engine, as far as no GPU is needed for it.
+
+    Raises:
+        ValueError: vLLM's or eviction's refusal.
+    """
+    wanted = args.context + args.output_len
+    if (args.max_model_len or wanted) < wanted:
+        raise ValueError(f"{_both(args)} are more than --max-model-len {args.max_model_len}: give a larger one")
+    import cake_vllm
+
+    cake_vllm.register()
+    from vllm import envs
+    from vllm.engine.arg_utils import EngineArgs
+
+    given = {"max_num_batched_tokens": args.max_num_batched_tokens} if args.max_num_batched_tokens else {}
+    # Without an executor's name vLLM looks for as many GPUs.
+    parallel = {"tensor_parallel_size": args.tp, "distributed_executor_backend": "mp"} if args.tp > 1 else {}
+    engine_args = EngineArgs(
+        args.model,
+        skip_tokenizer_init=True,
+        dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        block_size=args.block_size,
+        additional_config=config.settings(),
+        **parallel,
+        **given,
+    )
+    longest = engine_args.create_model_config().max_model_len
+    if wanted > longest and not envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN:
+        raise ValueError(f"{_both(args)} are more than the {longest:,} of {args.model}: give a smaller --context")
+    engine_args.max_model_len = args.max_model_len or wanted
+    return engine_args.create_engine_config()
+
+
+def _both(args: argparse.Namespace) -> str:
+    return f"a prompt of {args.context:,} tokens and {args.output_len:,} generated ones"
+
+
+def describe(vllm_config: Any) -> Model:
+    """What the KV cache depends on."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    windows = _windows(vllm_config)
+    return Model(
+        len(windows),
+        windows.count(None),
+        model.get_num_kv_heads(parallel),
+        model.get_num_attention_heads(parallel),
+        model.get_head_size(),
+        model.dtype,
+    )
+
+
+def _windows(vllm_config: Any) -> list[int | None]:
+    """The sliding window of each layer, where it cuts something."""
+    from cake_vllm.integration.engine import window_cuts
+
+    model = vllm_config.model_config
+    kinds = getattr(model.hf_text_config, "layer_types", None)
+    kinds = kinds or ["full_attention"] * model.get_num_layers(vllm_config.parallel_config)
+    window = model.get_sliding_window()
+    window = window if window_cuts(window, model.max_model_len) else None
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def divide(vllm_config: Any, memory: int) -> Pool:
+    """vLLM's own division of a pool of ``memory`` bytes."""
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec, get_kv_quant_mode
+
+    model, cache = describe(vllm_config), vllm_config.cache_config
+    cache.kv_cache_layout = cache.kv_cache_layout or "LBHNC"
+    page = {
+        "block_size": cache.block_size,
+        "num_kv_heads": model.kv_heads,
+        "head_size": model.head_size,
+        "dtype": kv_cache_dtype_str_to_dtype(cache.cache_dtype, vllm_config.model_config),
+        "kv_quant_mode": get_kv_quant_mode(cache.cache_dtype),
+    }
+    specs: dict[str, KVCacheSpec] = {
+        f"model.layers.{index}.self_attn.attn": SlidingWindowSpec(**page, sliding_window=window)
+        if window
+        else FullAttentionSpec(**page)
+        for index, window in enumerate(_windows(vllm_config))
+    }
+    planning: Any = kv_cache_utils
+    if not hasattr(planning, "get_kv_cache_groups"):
+        # Since vLLM 0.33.
+        planning = importlib.import_module("vllm.v1.core.kv_cache_planning")
+    groups = planning.get_kv_cache_groups(vllm_config, specs)
+    config = planning.get_kv_cache_config_from_groups(vllm_config, groups, memory)
+    tokens, concurrency = kv_cache_utils.get_kv_cache_capacity(vllm_config, config)
+    full = [group for group in groups if isinstance(group.kv_cache_spec, FullAttentionSpec)]
+    others = sum(
+        -(-group.kv_cache_spec.max_memory_usage_bytes(vllm_config) // group.kv_cache_spec.page_size_bytes)
+        for group in groups
+        if group not in full
+    )
+    return Pool(memory, config.num_blocks, len(full), others, tokens, concurrency)
+
+
+def count(
+    vllm_config: Any,
+    pool: Pool,
+    config: KVEvictionConfig,
+    prompt_len: int,
+    output_len: int,
+    most: int | None = None,
+) -> tuple[dict[str, Requests], KVEvictionConfig | None]:
+    """Requests of each kind that run at once, and the settings under which prefill is progressive.
+
+    Of a prompt that is not evicted there are ``whole`` ones only, and of elastic budgets no ``progressive`` ones.
+    """
+    from cake_vllm.integration.scheduler.spec import EvictableSpec
+
+    size, policy = vllm_config.cache_config.block_size, config.policy
+    prompt, full, end = -(-prompt_len // size), prompt_len // size, -(-(prompt_len + output_len) // size)
+    found = {"whole": Requests.in_pool(pool, prompt, end, most)}
+    # Where budgets are elastic: of a request at its floor.
+    budget = config.least_tokens(prompt_len) + output_len if config.is_elastic else config.tokens(prompt_len)
+    columns = columns_for(budget, size)
+    if output_len < 2 or not policy.is_evicted(prompt_len, budget) or columns >= full:
+        return found, None
+    behind = 1 if config.is_elastic or config.decode != "off" else end - full
+    found["exact"] = Requests.in_pool(pool, prompt, columns + behind, most)
+    if config.is_elastic:
+        return found, None
+    options = {**config.options, "prefill": "progressive"}
+    if config.decode == "off":
+        # Else a request might grow to any length, and vLLM admits it only where its whole prompt has room.
+        options.setdefault("decode", next(way for way in policy.decodes if way != "off"))
+    progressive = KVEvictionConfig(config.policy_name, config.budget, options)
+    bound = progressive.max_request_tokens(vllm_config.model_config.max_model_len, vllm_config.max_in_flight_tokens)
+    spec = EvictableSpec(block_size=size, num_kv_heads=1, head_size=1, dtype=torch.int8, max_request_tokens=bound)
+    entering = min(prompt, spec.max_request_blocks or prompt)
+    behind = 1 if progressive.decode != "off" else end - full
+    found["progressive"] = Requests.in_pool(pool, entering, columns + behind, most)
+    return found, progressive

@@ -1,0 +1,90 @@
+"""What the tools read on their command lines, under their own names and under those of ``vllm serve``."""
+
+import argparse
+import math
+import re
+
+from cake_vllm.config import (
+    BUDGET_KEY,
+    CONFIG_KEY,
+    DEFAULT_BUDGET,
+    POLICY_KEY,
+    argument,
+    flag,
+    parse_budget,
+    parse_options,
+)
+from cake_vllm.policies import policy_names
+from cake_vllm.policies.parsing import MAX_INT, shown
+
+
+def add_eviction(parser: argparse.ArgumentParser, budgets: str, described: str) -> None:
+    """Adds a method, its budget and its knobs, as ``vllm serve`` has them, and the model's dtype."""
+    parser.add_argument(
+        "--policy", flag(POLICY_KEY), choices=policy_names(), default="cake", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--budget",
+        flag(BUDGET_KEY),
+        type=argument(parse_budget),
+        default=DEFAULT_BUDGET,
+        metavar=budgets,
+        help=f"as {flag(BUDGET_KEY)} of vllm serve: {described} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--config",
+        flag(CONFIG_KEY),
+        type=argument(parse_options),
+        default={},
+        metavar="JSON",
+        help=f"as {flag(CONFIG_KEY)} of vllm serve",
+    )
+    parser.add_argument("--dtype", default="auto", help="as of vllm serve (default: %(default)s)")
+
+
+def size(text: str) -> int:
+    """Bytes of ``80``, ``80GiB``, ``79.6 GiB``, ``512MiB`` or ``80GB``.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not a size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?)?", text.strip(), re.IGNORECASE)
+    # Not more than 1 EiB of whatever.
+    if not found or not 0 < float(found[1]) <= 2**60:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a size: give a number of GiB, or one such as 512MiB")
+    number, unit, binary = found.groups()
+    power = "KMGT".index((unit or "G").upper()) + 1
+    return int(float(number) * (1024 if binary or not unit else 1000) ** power)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not.
+    """
+    # No longer than numbers are that tokens are counted with.
+    if not text.isdecimal() or len(text) > len(str(MAX_INT)) or not 0 < int(text) <= MAX_INT:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number above 0 and up to {MAX_INT}")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number above 0 and up to 1.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number above 0 and up to 1")
+    return value
+
+
+def readable(memory: int) -> str:
+    """A number of bytes as people read it."""
+    unit = next((power for power in (3, 2, 1) if memory >= 1024**power), 0)
+    return f"{memory / 1024**unit:.4g} {('bytes', 'KiB', 'MiB', 'GiB')[unit]}"
