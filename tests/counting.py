@@ -1,5 +1,9 @@
-"""What a piece of code asks of the device, counted on any device: launches, new memory, and waits for an answer."""
+"""What a piece of code asks of the device, counted on any device: launches, new memory, and waits for an answer.
 
+And what the scheduler's process holds of requests.
+"""
+
+import gc
 from collections import Counter
 from collections.abc import Callable
 from functools import wraps
@@ -88,3 +92,21 @@ class Operations(TorchDispatchMode):
             if torch.is_tensor(leaf) and leaf.untyped_storage()._cdata not in given:
                 self.num_bytes += leaf.untyped_storage().nbytes()
         return results
+
+
+#: Classes whose objects belong to requests: vLLM's own, and those of the scheduler half.
+OF_REQUESTS = ("vllm.v1.request.Request", "tracked.Tracked", "grants.Pending", "cache_manager.Owned")
+
+
+def living() -> Counter[str]:
+    """How many objects of requests are alive in this process, by class."""
+    gc.collect()
+    names = (f"{type(thing).__module__}.{type(thing).__qualname__}" for thing in gc.get_objects())
+    return Counter(name for name in names if name.endswith(OF_REQUESTS))
+
+
+class Living:
+    """Lets a server be asked: an extension of its worker, which shares a process with its scheduler."""
+
+    def count_living(self) -> dict[str, int]:
+        return dict(living())

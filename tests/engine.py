@@ -104,10 +104,10 @@ class Engine:
         for name, held in worker.moving.held.items():
             if name not in half._tracked or half._tracked[name].by_head is None:
                 continue
-            if name not in half._managers[0].req_to_blocks:
+            if name not in half._grants.managers[0].req_to_blocks:
                 # Preempted by a reset: the worker hears of it with the next plan.
                 continue
-            cuts = [manager.cuts[name] for manager in half._managers]
+            cuts = [manager.cuts[name] for manager in half._grants.managers]
             columns = [[block.block_id for block in cut.columns] for cut in cuts]
             assert {len(of_group) for of_group in columns} == {held.num_columns}
             own = set(worker.layers.grid.homes(columns, held.by_head).ravel().tolist())
@@ -120,7 +120,7 @@ class Engine:
             if worker.layers.drafts:
                 assert len(set(held.drafted)) == len(held.drafted)
                 assert set(held.drafted) <= set(columns[worker.layers.drafts[0].group])
-            for manager, cut in zip(half._managers, cuts, strict=True):
+            for manager, cut in zip(half._grants.managers, cuts, strict=True):
                 assert cut.num_traded == held.start
                 row = manager.req_to_blocks[name]
                 assert [block.is_null for block in row] == [index < held.start for index in range(len(row))]

@@ -384,5 +384,5 @@ def test_drafts_that_are_verified_a_step_late(tiny, speculation, monkeypatch, sa
     engine.add(numbers(70, 300), 20, extra_args={"kv_eviction_budget": "auto"})
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.step()
-        assert not engine.scheduler.connector.scheduler._cuttable
+        assert not engine.scheduler.connector.scheduler._pressure._cuttable
     engine.shutdown()

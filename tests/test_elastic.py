@@ -1,13 +1,16 @@
 """Budgets that shrink when memory is short, and not before."""
 
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from engine import Engine
-from random_models import numbers
+from random_models import numbers, save_random_adapter
 from ties import assert_same
+from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.interface import PauseState
 
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.scheduler.elastic import Holding, highest_cap
@@ -105,6 +108,53 @@ def test_a_queue_moves_as_long_as_floors_hold(tiny, same_on_both):
     assert engine.is_idle()
 
 
+@pytest.fixture
+def narrow(tiny, tmp_path_factory) -> Engine:
+    """A pool for one long prompt, from which vLLM keeps a tenth, and room for one adapter."""
+    return elastic(
+        tiny, 40, enable_lora=True, max_loras=1, max_lora_rank=8, watermark=0.1, max_model_len=1200, max_num_seqs=8
+    )
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> list[LoRARequest]:
+    path = save_random_adapter(tmp_path_factory.mktemp("adapter"), num_layers=4)
+    return [LoRARequest(f"adapter {number}", number, path) for number in (1, 2)]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("closed_by", ["adapters", "a pause"])
+def test_nobody_is_cut_for_a_request_that_waits_for_something_else(narrow, adapters, closed_by, same_on_both):
+    """What runs keeps its prompt: with the memory that it would give vLLM admits nobody."""
+    wish = {"kv_eviction_report": True}
+    first = narrow.add(numbers(140, 900), 100, extra_args=wish, lora_request=adapters[0])
+    for _ in range(3):
+        narrow.step()
+    if closed_by == "a pause":
+        narrow.core.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    second = narrow.add(numbers(141, 900), 10, lora_request=adapters[closed_by == "adapters"])
+    while first not in narrow.outputs:
+        narrow.step()
+    narrow.core.resume_scheduler()
+    assert len(narrow.run()[second]) == 10
+    assert narrow.outputs[first].kv_transfer_params["kv_eviction"]["cut_to"] == []
+
+
+@pytest.mark.engine
+def test_who_is_admitted_past_the_head_of_the_queue_gets_room(narrow, adapters, same_on_both):
+    """The head waits for another adapter; behind it is a request for which there is too little memory."""
+    long = narrow.add(numbers(142, 900), 100, extra_args={"kv_eviction_report": True}, lora_request=adapters[0])
+    for _ in range(3):
+        narrow.step()
+    head = narrow.add(numbers(143, 1100), 10, lora_request=adapters[1])
+    behind = narrow.add(numbers(144, 500), 10)
+    done: list[str] = []
+    while narrow.llm.llm_engine.has_unfinished_requests():
+        done += narrow.step()
+    assert done == [behind, long, head]
+    assert narrow.outputs[long].kv_transfer_params["kv_eviction"]["cut_to"]
+
+
 @pytest.mark.engine
 def test_who_opts_out_or_has_a_floor_keeps_it(tiny, same_on_both):
     prompts = [numbers(90 + i, 900) for i in range(3)]
@@ -133,19 +183,16 @@ def held(engine: Engine, request_id: str) -> list[list[list[int]]]:
 
 def cut_once(engine: Engine, request_id: str, budget: int) -> None:
     """Cuts a decoding request in its next step, as the scheduler half does when memory is short."""
-    half = engine.scheduler.connector.scheduler
-    cuts = half._cuts
+    pressure = engine.scheduler.connector.scheduler._pressure
 
     def cutting(output):
-        (tracked,) = (of for name, of in half._cuttable.items() if name.startswith(request_id))
-        name = tracked.request.request_id
-        end = tracked.request.num_computed_tokens + output.num_scheduled_tokens[name]
-        cap = half._cut_blocks(budget) * len(half._managers)
-        return [half._cut(name, end, half._holding(tracked, end), cap, output)]
+        (tracked,) = (of for name, of in pressure._cuttable.items() if name.startswith(request_id))
+        end = tracked.request.num_computed_tokens + output.num_scheduled_tokens[tracked.name]
+        cap = pressure._cut_blocks(budget) * len(pressure._grants.managers)
+        return (pressure._cut(tracked, pressure._holding(tracked, end), cap, output),)
 
-    half._cuts = cutting
-    engine.step()
-    half._cuts = cuts
+    with mock.patch.object(pressure, "cuts", cutting):
+        engine.step()
 
 
 @pytest.mark.engine

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from counting import living
 from engine import Engine, same_positions
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -166,9 +167,10 @@ class Lifecycle(RuleBasedStateMachine):
             self.late.deliver()
         half, worker = self.engine.scheduler.connector.scheduler, self.engine.connector.worker
         assert not half._tracked
-        assert not half._pending
+        assert not half._grants._pending
         assert not half._prefilling
-        assert not any(half._redirected.values())
+        assert not half.news
+        assert not any(half._grants._redirected.values())
         assert all(held.startswith(name) for held in [*worker.moving.held, *worker.judging.watched])
         self.engine.forget_prefixes()
         assert self.engine.is_idle()
@@ -218,6 +220,20 @@ def test_any_history(tiny, options, when, monkeypatch, same_on_both):
     stats = engine.stats()
     assert stats["cuts" if options is ELASTIC else "requests"] > 20
     assert stats["failures"] == 0
+    assert not living()
+
+
+def test_nothing_is_put_down_for_requests_that_are_gone(tiny, same_on_both):
+    """They would have been looked at again at the end of their budget, which none of them came near."""
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=150)
+    wishes = [{}, {"kv_eviction_budget": 131072}, {"kv_eviction_budget": 512, "kv_eviction_report": 1}]
+    names = [engine.add(numbers(200 + i, 20), 4, extra_args=wishes[i % 3]) for i in range(60)]
+    engine.step()
+    engine.abort(*names[:5])
+    engine.run()
+    half = engine.scheduler.connector.scheduler
+    assert not any(group.exact_len for group in half._grants._exact)
+    assert not living()
 
 
 def test_a_client_leaves_after_a_reset(tiny, same_on_both):

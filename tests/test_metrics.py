@@ -83,8 +83,10 @@ def test_how_things_stand_is_of_the_last_interval():
 def test_in_place_and_failed():
     assert counters(count(BY_LAYER, in_place=True))["in_place"] == 1
     failed = Eviction(3, False, 0, False, kept=((467,), (467,)), wanted=((467,), (467,)), failed=True)
-    # The request keeps its blocks: nothing was rounded.
-    assert counters(count(failed, freed=0)) == {"failures": 1}
+    # The request keeps its blocks: its prompt was not evicted, nothing was rewritten or rounded.
+    stats = count(failed, freed=0, in_place=True)
+    assert counters(stats) == {"failures": 1}
+    assert stats.data["kept_tokens"] == []
 
 
 def test_intervals_add_up():

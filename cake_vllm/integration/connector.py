@@ -91,11 +91,13 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         return False, self.scheduler.remove(request.request_id)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """No KV comes from outside."""
+        """No KV comes from outside; vLLM asks when it would admit the request if there is memory."""
+        self.scheduler.asked(request, num_computed_tokens)
         return 0, False
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        """No KV comes from outside."""
+        """There was."""
+        self.scheduler.admitted()
 
     # Worker side
 

@@ -50,25 +50,27 @@ class EvictionStats(KVConnectorStats):
         prompt_len: int | None,
         is_cut: bool = False,
     ) -> None:
-        """Adds an eviction, by which a request came to hold ``num_blocks`` blocks fewer.
+        """Adds an eviction, by which a request came to hold ``num_blocks`` blocks fewer, or one that failed.
 
         ``prompt_len`` is the length at which its prompt ended, if it ended with this eviction; ``is_cut``, whether it
         was because memory was short.
         """
         self.data["freed_blocks"] += num_blocks
         self.data["evicted_tokens"] += num_blocks * block_size
-        self.data["in_place"] += in_place
         self.data["failures"] += eviction.failed
-        if prompt_len is not None and not eviction.failed:
+        if not eviction.is_traded:
+            # The request holds what it held.
+            return
+        self.data["in_place"] += in_place
+        if prompt_len is not None:
             self.data["requests"] += 1
-            if eviction.is_traded:
-                held = eviction.columns * block_size + prompt_len % block_size
-                self.data["rounding_tokens"] += held - round(mean(map(mean, eviction.wanted)))
+            held = eviction.columns * block_size + prompt_len % block_size
+            self.data["rounding_tokens"] += held - round(mean(map(mean, eviction.wanted)))
             self._add_kept([mean(heads) for heads in eviction.kept])
             if eviction.by_head:
                 self._add_heads(1, eviction.kept)
         elif is_cut:
-            self.data["cuts"] += eviction.is_traded
+            self.data["cuts"] += 1
             self.data["cut_blocks"] += num_blocks
         elif num_blocks:
             self.data["trims"] += 1

@@ -88,15 +88,16 @@ def _from_new_request(
 def _update_from_output(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     outputs = original(self, *args, **kwargs)
     # Other engines of this process may have other connectors.
-    news = getattr(getattr(self.connector, "scheduler", None), "news", None)
-    if news is None:
+    half = getattr(self.connector, "scheduler", None)
+    if half is None:
         return outputs
     for batch in outputs.values():
         if batch.scheduler_stats is not None:
             # There is no cache outside that could have been asked.
             batch.scheduler_stats.connector_prefix_cache_stats = None
-        if news:
+        if half.news:
             for output in batch.outputs:
-                if output.request_id in news:
-                    output.kv_transfer_params = news.pop(output.request_id)
+                if output.request_id in half.news:
+                    output.kv_transfer_params = half.news.pop(output.request_id)
+    half.forget_news()
     return outputs

@@ -7,9 +7,22 @@ what is kept is judged by that token; so it must not share its step with drafts.
 from collections.abc import Callable
 from typing import Any
 
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
 
 from cake_vllm.integration.patching import wrap
+
+
+def num_drafts(request: Request, output: SchedulerOutput) -> int:
+    """How many of the tokens that a request computes in a step may be rejected."""
+    return len(output.scheduled_spec_decode_tokens.get(request.request_id, ()))
+
+
+def end_of(request: Request, output: SchedulerOutput) -> int:
+    """Logical length of a request after a step, drafts aside; in tokens."""
+    num_tokens = output.num_scheduled_tokens.get(request.request_id, 0)
+    return request.num_computed_tokens + num_tokens - num_drafts(request, output)
 
 
 def install_drafts() -> None:

@@ -1,0 +1,99 @@
+"""When a request that decodes gives a block back: which step it is looked at in, and what its drafts must leave."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from cake_vllm.config import KVEvictionConfig
+from cake_vllm.integration.messages import Observation
+from cake_vllm.integration.scheduler.drafts import end_of, num_drafts
+from cake_vllm.integration.scheduler.grants import Grants
+from cake_vllm.integration.scheduler.tracked import Terms, Tracked
+
+
+class Decoding:
+    """Requests past their prompt whose generated tokens are evicted.
+
+    They are not gone through one by one: each is in the list of the step that may fill its block.
+
+    A block that is given back ends with a token that is computed in a step without drafts, see :meth:`cut_drafts`; so
+    what is evicted is what would be without any.
+    """
+
+    def __init__(self, terms: Terms, grants: Grants):
+        self._terms, self._grants = terms, grants
+        self._step = 0
+        # By number of the step, requests to look at by id; and by id, the number of that step.
+        self._due: defaultdict[int, dict[str, Tracked]] = defaultdict(dict)
+        self._due_at: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """Another step of the engine is planned."""
+        self._step += 1
+
+    def observe(self, output: SchedulerOutput) -> Iterator[Observation | None]:
+        """What the worker has to look at in this step."""
+        for name, tracked in self._due.pop(self._step, {}).items():
+            del self._due_at[name]
+            yield self._observe(tracked, output)
+
+    def _observe(self, tracked: Tracked, output: SchedulerOutput) -> Observation | None:
+        request, config, size = tracked.request, tracked.config, self._terms.block_size
+        if config is None or tracked.failed:
+            return None
+        if tracked.name not in output.num_scheduled_tokens:
+            self._put_down(tracked, 1)
+            return None
+        end, drafts = end_of(request, output), num_drafts(request, output)
+        self.follow(tracked, end)
+        if -(end + drafts) % size >= config.num_watched or -(-end // size) <= self._most_blocks(tracked, config):
+            return None
+        # Right after its prompt an eviction may not be reported yet: the next block will do.
+        can_cut = not (tracked.num_pending or drafts or end % size or self._terms.ends_with(request, end))
+        budget = config.tokens(request.num_prompt_tokens)
+        grant = self._grants.grant(tracked, budget, output) if can_cut else None
+        return self._grants.observation(tracked, output, grant, is_last=not config.num_rescoring)
+
+    def follow(self, tracked: Tracked, end: int) -> None:
+        """Puts a request down for the first step in which it may come to the end of a block that is to be given back,
+        if all of its drafts are accepted.
+
+        Args:
+            tracked: it decodes from the next step on.
+            end: its logical length after this step.
+        """
+        config, size = tracked.config, self._terms.block_size
+        assert config is not None
+        num_blocks = max(end // size, self._most_blocks(tracked, config)) + 1
+        missing = num_blocks * size - config.num_watched + 1 - end
+        self._put_down(tracked, max(-(-missing // (1 + self._terms.num_drafts)), 1))
+
+    def _put_down(self, tracked: Tracked, num_steps: int) -> None:
+        step = self._due_at[tracked.name] = self._step + num_steps
+        self._due[step][tracked.name] = tracked
+
+    def forget(self, name: str) -> None:
+        """A request has left, or starts again."""
+        step = self._due_at.pop(name, None)
+        if step is not None:
+            del self._due[step][name]
+            if not self._due[step]:
+                del self._due[step]
+
+    def cut_drafts(self, tracked: Tracked) -> None:
+        """Leaves a request no drafts that would be computed together with the last token of a block that is to be
+        given back: tokens before it are verified by then, and none is behind it.
+        """
+        request, config, size = tracked.request, tracked.config, self._terms.block_size
+        if config is None or config.decode == "off" or tracked.failed:
+            return
+        num_blocks = -(-request.num_tokens // size)
+        if num_blocks > self._most_blocks(tracked, config):
+            request.spec_token_ids = request.spec_token_ids[: max(num_blocks * size - 1 - request.num_tokens, 0)]
+
+    def _most_blocks(self, tracked: Tracked, config: KVEvictionConfig) -> int:
+        """Up to so many blocks a request may hold without giving one back; none once it was evicted."""
+        if tracked.by_head is not None:
+            return 0
+        return -(-config.tokens(tracked.request.num_prompt_tokens) // self._terms.block_size)

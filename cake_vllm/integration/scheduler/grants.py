@@ -1,0 +1,251 @@
+"""Leave to evict: lends requests private columns, waits for the worker's report, and frees what they gave up."""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from cake_vllm.integration.messages import Blocks, Counts, Eviction, Grant, Observation, Redirected
+from cake_vllm.integration.metrics import EvictionStats
+from cake_vllm.integration.scheduler.cache_manager import EvictingManager, ExactPrefixManager, Owned, num_shared
+from cake_vllm.integration.scheduler.drafts import end_of, num_drafts
+from cake_vllm.integration.scheduler.tracked import Terms, Tracked
+from cake_vllm.kernels import columns_for
+
+logger = init_logger("vllm.cake_vllm.scheduler")
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An eviction that the worker has not reported yet.
+
+    Attributes:
+        tracked: the request as it was when the eviction was granted; if it was preempted since, it is another object.
+        length: logical length of the request after the step, tokens.
+        is_prompt_end: whether its prompt ended with the step.
+        is_cut: whether it is because memory is short.
+        columns: by group, what the grant names.
+        num_lent: how many of these, over all groups, came from the pool with this grant.
+        in_place: whether some of them are blocks of its row.
+        cut: what the request had beside its row in the first group; if its blocks were freed since, it is gone.
+    """
+
+    tracked: Tracked
+    length: int
+    is_prompt_end: bool
+    is_cut: bool
+    columns: list[list[KVCacheBlock]]
+    num_lent: int
+    in_place: bool
+    cut: Owned
+
+
+class Grants:
+    """The evictions that are under way, and the requests that have private columns by them.
+
+    Attributes:
+        stats: what happened since somebody took them.
+        managers: of the groups of evictable layers.
+    """
+
+    def __init__(self, terms: Terms, manager: KVCacheManager, groups: list[int], tracked: Mapping[str, Tracked]):
+        every = manager.coordinator.single_type_managers
+        self.stats = EvictionStats.empty()
+        self.managers: list[EvictingManager] = [every[group] for group in groups]  # type: ignore[misc]
+        self._terms, self._groups, self._pool, self._tracked = terms, groups, manager.block_pool, tracked
+        self._exact: list[ExactPrefixManager] = [group for group in every if isinstance(group, ExactPrefixManager)]
+        # Requests whose rows the worker redirects, by whether their owners are KV heads.
+        self._redirected: dict[bool, set[str]] = {False: set(), True: set()}
+        self._epochs = itertools.count(1)
+        # Evictions under way, by epoch.
+        self._pending: dict[int, Pending] = {}
+
+    def redirected(self, scheduled: Mapping[str, int]) -> dict[bool, Redirected]:
+        """Rows of a step that were evicted in an earlier one; ``scheduled`` are its tokens by request id."""
+        return {
+            by_head: Redirected(len(new), sum(new), max(new))
+            for by_head, names in self._redirected.items()
+            if (new := [scheduled[name] for name in names if name in scheduled])
+        }
+
+    def grown(self, output: SchedulerOutput) -> dict[str, Blocks]:
+        """Blocks that redirected requests were given for a step."""
+        cached = output.scheduled_cached_reqs
+        given = [(name, ids) for name, ids in zip(cached.req_ids, cached.new_block_ids, strict=True) if ids is not None]
+        return {
+            name: tuple(tuple(ids[group]) for group in self._groups)
+            for name, ids in given
+            if name in self._redirected[False] or name in self._redirected[True]
+        }
+
+    def observation(
+        self, tracked: Tracked, output: SchedulerOutput, grant: Grant | None, is_last: bool, is_noted: bool = False
+    ) -> Observation:
+        """What the worker is told of a scheduled request; see :class:`Observation`."""
+        name, end, drafts = tracked.name, end_of(tracked.request, output), num_drafts(tracked.request, output)
+        tail = self.managers[0].req_to_blocks[name][(end + drafts - 1) // self._terms.block_size].block_id
+        num_tokens, own = output.num_scheduled_tokens[name] - drafts, self._terms.own(tracked)
+        return Observation(name, end, num_tokens, tail, grant, is_last, own, is_noted, drafts)
+
+    def grant(
+        self,
+        tracked: Tracked,
+        budget: int,
+        output: SchedulerOutput,
+        is_prompt_end: bool | None = None,
+        prompt_len: int | None = None,
+    ) -> Grant | None:
+        """Leave to evict a request, and the columns for it.
+
+        Args:
+            tracked: the request.
+            budget: mean tokens per layer.
+            output: the step, at whose end it is evicted.
+            is_prompt_end: ``None`` while it decodes, unless it is cut.
+            prompt_len: of a request that is cut, see :class:`Grant`.
+
+        Returns:
+            ``None`` if nothing would be freed, or if neither the pool nor the request has blocks to write to.
+        """
+        assert tracked.config is not None
+        name, end, divides = tracked.name, end_of(tracked.request, output), is_prompt_end is not None
+        num_blocks = end // self._terms.block_size
+        found = self._columns(tracked, num_blocks, budget, divides, output)
+        if found is None:
+            return None
+        columns, num_lent, in_place = found
+        if divides:
+            # What fits in any case; less than was asked for only if the pool could not lend as much.
+            budget = min(budget, (len(columns[0]) - 1) * self._terms.block_size)
+        if tracked.by_head is None:
+            tracked.by_head = divides and tracked.config.policy.selection != "layer"
+            self._redirected[tracked.by_head].add(name)
+            for group in self._exact:
+                group.exact_len[name] = end
+        tail = ids(manager.req_to_blocks[name][num_blocks:] for manager in self.managers)
+        grant = Grant(next(self._epochs), budget, divides, tracked.by_head, ids(columns), tail, prompt_len)
+        tracked.num_pending += 1
+        cut = self.managers[0].cuts[name]
+        self._pending[grant.epoch] = Pending(
+            tracked, end, bool(is_prompt_end), prompt_len is not None, columns, num_lent, in_place, cut
+        )
+        return grant
+
+    def _columns(
+        self, tracked: Tracked, num_blocks: int, budget: int, divides: bool, output: SchedulerOutput
+    ) -> tuple[list[list[KVCacheBlock]], int, bool] | None:
+        """The private columns of an eviction: those that the request has, new ones, or blocks of its own row.
+
+        Returns:
+            By group, as many for each; how many come from the pool, and whether some are blocks of the row.
+        """
+        name, size = tracked.name, self._terms.block_size
+        pending = [other for other in self._pending.values() if other.tracked is tracked]
+        if pending:
+            # What an eviction under way leaves is not known yet.
+            return pending[-1].columns, 0, False
+        cuts = [manager.cuts.get(name) or Owned() for manager in self.managers]
+        num_held = len(cuts[0].columns)
+        needed = columns_for(budget, size) if divides else num_held or -(-budget // size)
+        if not num_held and needed >= num_blocks:
+            return None
+        missing = max(needed - num_held, 0)
+        own: list[list[KVCacheBlock]] = [[] for _ in cuts]
+        if missing * len(cuts) + (missing and self._next_blocks(output)) > self._pool.get_num_free_blocks():
+            for blocks, manager, cut in zip(own, self.managers, cuts, strict=True):
+                row = manager.req_to_blocks[name][:num_blocks]
+                # The last of them: the beginning of a prefix can be hit as long as nobody else needs its blocks.
+                blocks += row[max(num_shared(row), cut.num_traded) :][-missing:]
+        counts = [missing - len(blocks) for blocks in own]
+        if sum(counts) > self._pool.get_num_free_blocks():
+            self.stats.data["postponed"] += 1
+            return None
+        # Nobody may hit what is about to be overwritten.
+        self._pool.evict_blocks({block.block_id for blocks in own for block in blocks})
+        lent = iter(self._pool.get_new_blocks(sum(counts)))
+        columns = []
+        for manager, cut, blocks, count in zip(self.managers, cuts, own, counts, strict=True):
+            new = list(itertools.islice(lent, count))
+            columns.append([*cut.columns, *blocks, *new])
+            cut.columns = cut.columns + new
+            manager.cuts[name] = cut
+        return columns, sum(counts), any(own)
+
+    def _next_blocks(self, output: SchedulerOutput) -> int:
+        """Blocks that must be left, under asynchronous scheduling what this step's requests may take for the next."""
+        limits = self._terms.limits
+        if not limits.async_scheduling:
+            return 0
+        requests = [self._tracked[name].request for name in output.num_scheduled_tokens]
+        num_tokens = sum(max(request.num_tokens - end_of(request, output), 1) for request in requests)
+        num_tokens = min(num_tokens, limits.max_num_batched_tokens)
+        return (num_tokens // self._terms.block_size + len(requests)) * len(self.managers)
+
+    def settle(self, name: str, eviction: Eviction) -> Tracked | None:
+        """Frees what a request gave up by the worker's report; of one that left meanwhile there is nothing to free.
+
+        Returns:
+            The request as it was when the eviction was granted; ``None`` if that is void.
+        """
+        pending = self._pending.pop(eviction.epoch, None)
+        if pending is None:
+            return None
+        tracked = pending.tracked
+        is_held = pending.cut is self.managers[0].cuts.get(name)
+        if not is_held and self._tracked.get(name) is tracked:
+            # Preempted by a reset: it starts again and will be evicted again.
+            return None
+        tracked.num_pending -= 1
+        tracked.kept = eviction.kept
+        tracked.failed |= eviction.failed
+        num_freed = self._trade(name, pending, eviction) if eviction.is_traded and is_held else 0
+        prompt_len = pending.length if pending.is_prompt_end else None
+        size, in_place = self._terms.block_size, pending.in_place
+        self.stats.record(eviction, num_freed, size, in_place, prompt_len, pending.is_cut)
+        logger.debug(
+            "evicted request %s at %d tokens%s: layers keep %s tokens, %d columns",
+            name,
+            pending.length,
+            " in place" if in_place else "",
+            kept_tokens(eviction.kept),
+            eviction.columns,
+        )
+        return tracked
+
+    def _trade(self, name: str, pending: Pending, eviction: Eviction) -> int:
+        """Frees what the request gave up; returns by how many blocks fewer it holds now than before the grant, if any.
+
+        With progressive prefill it may be none: a chunk that fills no block can move a page from one owner to another.
+        """
+        num_blocks = pending.length // self._terms.block_size
+        # A later eviction, already planned, may use any of the columns.
+        num_columns = None if pending.tracked.num_pending else eviction.columns
+        freed = []
+        for manager, columns in zip(self.managers, pending.columns, strict=True):
+            freed += manager.trade(name, num_blocks, columns[:num_columns])
+        self._pool.free_blocks(freed)
+        return max(len(freed) - pending.num_lent, 0)
+
+    def release(self, tracked: Tracked) -> None:
+        """A request has left; what is not reported yet will be counted all the same."""
+        if tracked.by_head is not None:
+            self._redirected[tracked.by_head].discard(tracked.name)
+
+    def void(self, tracked: Tracked) -> None:
+        """A request starts again: nothing of it is under way any more."""
+        self.release(tracked)
+        self._pending = {epoch: of for epoch, of in self._pending.items() if of.tracked is not tracked}
+
+
+def ids(rows: Iterable[Iterable[KVCacheBlock]]) -> Blocks:
+    """By group, the blocks of rows as messages name them."""
+    return tuple(tuple(block.block_id for block in row) for row in rows)
+
+
+def kept_tokens(kept: Counts | None) -> list[int | list[int]] | None:
+    """As people read it: a number for each layer, or one for each KV head where heads may differ."""
+    return None if kept is None else [layer[0] if len(layer) == 1 else list(layer) for layer in kept]
