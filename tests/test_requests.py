@@ -248,3 +248,13 @@ def test_lora_beside_the_base_model(tiny, tmp_path, same_on_both):
     assert_same(together[1], *engine.runs([prompt], 20, lora_request=adapter))
     assert len({tuple(run.tokens) for run in (*stock, *together)}) == 4
     assert engine.is_idle()
+
+
+def test_a_model_of_transformers_is_evicted_as_vllms_own(tiny, same_on_both):
+    """With the projections found, which `criticalkv` weighs values by."""
+    settings = {"kv_eviction": "criticalkv", "kv_eviction_budget": 200, "max_num_batched_tokens": 512}
+    prompts = [numbers(26, 700), numbers(27, 900)]
+    ours = tiny(**settings).runs(prompts, 8)
+    theirs = tiny(**settings, model_impl="transformers").runs(prompts, 8)
+    for run, reference in zip(theirs, ours, strict=True):
+        assert_same(run, reference)
