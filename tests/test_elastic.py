@@ -132,7 +132,7 @@ def test_nobody_is_cut_for_a_request_that_waits_for_something_else(narrow, adapt
         narrow.step()
     if closed_by == "a pause":
         narrow.core.scheduler.set_pause_state(PauseState.PAUSED_NEW)
-    second = narrow.add(numbers(141, 900), 10, lora_request=adapters[closed_by == "adapters"])
+    second = narrow.add(numbers(141, 500), 10, lora_request=adapters[closed_by == "adapters"])
     while first not in narrow.outputs:
         narrow.step()
     narrow.core.resume_scheduler()
