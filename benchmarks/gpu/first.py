@@ -32,17 +32,17 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tests"))
 
-import torch
 from common import cpu_name, gpu_name
 from latency import TURN, Engine
-from random_models import numbers, save_random_model
+from random_models import save_random_model
 from shapes import SHAPES, save
 
 from cake_vllm.policies import policy_names
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 #: Called with what is known now.
 Emit = Callable[[dict[str, Any]], None]
 BACKENDS = ("TRITON_ATTN", "FLASH_ATTN", "FLASHINFER")
@@ -108,15 +108,10 @@ def _run_tests(emit: Emit, args: argparse.Namespace, selection: str) -> None:
 
     command = ["-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests" / "gpu" / "test_gpu_engine.py"), "--all", "-q"]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", "--runner", args.runner, "-k", selection]
-    if args.dry_run:
-        command.append("--dry-run")
-    else:
+    with tempfile.TemporaryDirectory() as folder:
         # Wide enough for the heads of all backends.
-        with tempfile.TemporaryDirectory() as folder:
-            save_random_model(Path(folder), "llama", "LlamaForCausalLM", num_hidden_layers=4, head_dim=64)
-            pytest.main([*command, "--model", folder], [Outcomes(emit)])
-        return
-    pytest.main(command, [Outcomes(emit)])
+        save_random_model(Path(folder), "llama", "LlamaForCausalLM", num_hidden_layers=4, head_dim=64)
+        pytest.main([*command, "--model", folder, *(["--dry-run"] if args.dry_run else [])], [Outcomes(emit)])
 
 
 def settings(args: argparse.Namespace, method: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ UNUSED = (
 )
 #: A dictionary that holds several of the alike kernels of a library.
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 2, "dict_size": 2**27}]
-#: The fatbin format: a header with the size of what follows, and entries of code for one GPU or, as PTX, for newer ones.
+#: Of the fatbin format: a header with the size of what follows, and entries of code for one GPU or, as PTX, newer ones.
 FATBIN, PTX, ELF = 0xBA55ED50, 1, 2
 
 
