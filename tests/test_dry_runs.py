@@ -44,10 +44,10 @@ def test_first(tmp_path):
     assert not [line for line in lines if line.get("outcome") == "failed" or "error" in line]
     ended = [line for line in lines if "ended" in line]
     assert [line["ended"] for line in ended] == [0] * len(ended)
-    assert Counter(line["part"] for line in ended) == {"a": 2, "b": 1, "c": 3, "d": 4, "e": 1}
+    assert Counter(line["part"] for line in ended) == {"a": 3, "b": 2, "c": 3, "d": 4, "e": 1}
     passed = {line["test"].partition("[")[0] for line in lines if line.get("outcome") == "passed"}
     tests = {"served_as_replayed", "attention_of_kept_tokens", "running_requests_shrink", "eight_bits"}
-    assert passed == {f"test_{name}" for name in {*tests, "drafts_change_nothing", "graphs_change_nothing"}}
+    assert passed >= {f"test_{name}" for name in {*tests, "drafts_change_nothing", "graphs_change_nothing", "move"}}
     held = {(line["name"], line["context"], line["rows"]): line["held"] for line in lines if "held" in line}
     for (name, context, rows), size in held.items():
         assert name == "stock" or size < held["stock", context, rows]
@@ -94,9 +94,8 @@ def save_wheel(folder: Path, name: str, files: dict[str, bytes], requires: list[
 
 def test_packed_and_unpacked(tmp_path, monkeypatch):
     """A distribution and what it requires, over parts that come one at a time."""
-    own, other, ptx, newer = (
-        entry(*of) for of in [(2, 90, b"own."), (2, 80, b"old."), (1, 80, b"ptx."), (1, 100, b"x")]
-    )
+    codes = [(2, 90, b"own code"), (2, 80, b"that of another."), (1, 80, b"PTX code"), (1, 100, b"for more")]
+    own, other, ptx, newer = (entry(*of) for of in codes)
     wheels, parts, site = (tmp_path / name for name in ("wheels", "parts", "site"))
     wheels.mkdir()
     code = {"zz_engine/kernels.so": library([[other, own, ptx], [other, ptx, newer], [newer, other]])}
@@ -131,15 +130,11 @@ def test_packed_and_unpacked(tmp_path, monkeypatch):
     assert (site / "zz_engine" / "noise").read_bytes() == code["zz_engine/noise"]
     got = (site / "zz_engine" / "kernels.so").read_bytes()
     assert len(got) == len(code["zz_engine/kernels.so"])
-    assert (got.count(b"own."), got.count(b"ptx."), got.count(b"old.")) == (1, 1, 0)
+    assert [got.count(code) for *_, code in codes] == [1, 0, 1, 1]
     assert b"symbols!" not in got
-    # Nothing fits: something stays, so that the fatbin is one.
-    assert newer in got
-    sizes = [
-        struct.unpack_from("<Q", got, place + 8)[0]
-        for place in range(64, len(got) - 16, 4)
-        if got[place : place + 4] == struct.pack("<I", pack.FATBIN)
-    ]
-    assert sizes == [len(own), len(ptx), len(newer)]
+    # Where nothing fits something stays, so that the fatbin is one.
+    magic = struct.pack("<I", pack.FATBIN)
+    places = [place for place in range(0, len(got) - 16, 8) if got[place : place + 4] == magic]
+    assert [struct.unpack_from("<Q", got, place + 8)[0] for place in places] == [len(own), len(ptx), len(newer)]
     with pytest.raises(AssertionError, match="do not import: zz_missing"):
         run(*unpacking, "zz_missing")

@@ -7,7 +7,7 @@ tests. ``c``: a decode step of a batch, stock vLLM at full and at kept length be
 stock with a KV cache of 8 bits, eviction by layer and by head. ``e``: what an eviction costs beside its prefill.
 
 Every engine runs in a process of its own, with a limit of its own: it is forked from one that has imported vLLM and not
-touched the GPU, so it starts at once, and what one breaks is whole for the next. Weights are random, of an 8B shape.
+touched the GPU (spawned if an import has), so it starts at once, and what one breaks is whole for the next. Weights are random, of an 8B shape.
 Where a command may not run as long as all of it takes, ``--parts`` splits it.
 
     python benchmarks/gpu/first.py --out first.jsonl
@@ -32,6 +32,8 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+# Looking for a GPU does not initialise it, which would be the end of forking.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tests"))
 
@@ -71,8 +73,9 @@ class Piece:
 def pieces(args: argparse.Namespace) -> list[Piece]:
     """All that is to be done, in its order."""
     return [
+        Piece("a", "kernels", 60, run_kernels),
         *(Piece("a", backend, 90, run_tests) for backend in args.backends),
-        *(Piece("b", backend, 90, run_graphs) for backend in args.backends if backend != "FLASHINFER"),
+        *(Piece("b", backend, 90, run_graphs) for backend in args.backends),
         *(Piece("c", method, 110, time_decode) for method in ("stock", *METHODS)),
         *(Piece("d", method, 100, time_load) for method in ("stock", *METHODS, EIGHT_BITS)),
         Piece("e", "evictions", 150, time_evictions),
@@ -93,9 +96,15 @@ class Outcomes:
             self._emit(found | ({"says": text} if text else {}))
 
 
+def run_kernels(emit: Emit, args: argparse.Namespace, _: str) -> None:
+    """The tests of moving pages and of tables."""
+    _run_tests(emit, args, "test_gpu_kernels")
+
+
 def run_tests(emit: Emit, args: argparse.Namespace, backend: str) -> None:
     """The tests of one backend but for those of graphs."""
-    _run_tests(emit, args, f"{backend} and not graphs")
+    few = " and (replayed or kept)" if args.dry_run and backend != "FLASH_ATTN" else ""
+    _run_tests(emit, args, f"{backend} and not graphs{few}")
 
 
 def run_graphs(emit: Emit, args: argparse.Namespace, backend: str) -> None:
@@ -106,7 +115,7 @@ def run_graphs(emit: Emit, args: argparse.Namespace, backend: str) -> None:
 def _run_tests(emit: Emit, args: argparse.Namespace, selection: str) -> None:
     import pytest
 
-    command = ["-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests" / "gpu" / "test_gpu_engine.py"), "--all", "-q"]
+    command = ["-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests" / "gpu"), "--all", "-q"]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", "--runner", args.runner, "-k", selection]
     with tempfile.TemporaryDirectory() as folder:
         # Wide enough for the heads of all backends.
@@ -258,36 +267,41 @@ class Lines:
 
 def run(piece: Piece, args: argparse.Namespace, lines: Lines) -> None:
     """Does it in a process of its own, which ends at the piece's limit; the last line says how it ended."""
-    of_piece = {"part": piece.part, "name": piece.name}
-
-    def child() -> None:
-        # Whatever it starts ends with it.
-        os.setsid()
-        try:
-            piece.run(lambda line: lines(of_piece | line), args, piece.name)
-        except BaseException as error:
-            lines(of_piece | {"error": f"{type(error).__name__}: {str(error)[:2000]}"})
-            raise SystemExit(1) from error
-
-    process, start = multiprocessing.get_context("fork").Process(target=child), time.monotonic()
+    process, start = (
+        multiprocessing.get_context(args.method).Process(target=child, args=(piece, args, lines)),
+        time.monotonic(),
+    )
     process.start()
-    process.join(min(piece.limit, args.until - start))
+    process.join(min(piece.limit * args.patience, args.until - start))
     ended = f"limit of {time.monotonic() - start:.0f} s" if process.is_alive() else process.exitcode
     if process.is_alive():
         os.killpg(process.pid, 9)
     process.join()
-    lines(of_piece | {"ended": ended, "took": time.monotonic() - start})
+    lines({"part": piece.part, "name": piece.name, "ended": ended, "took": time.monotonic() - start})
 
 
-def describe() -> dict[str, Any]:
-    """The machine; from a process of its own, which may touch the GPU."""
+def child(piece: Piece, args: argparse.Namespace, lines: Lines) -> None:
+    """The process of a piece."""
+    # Whatever it starts ends with it.
+    os.setsid()
+    of_piece = {"part": piece.part, "name": piece.name}
+    try:
+        piece.run(lambda line: lines(of_piece | line), args, piece.name)
+    except BaseException as error:
+        lines(of_piece | {"error": f"{type(error).__name__}: {str(error)[:2000]}"})
+        raise SystemExit(1) from error
+
+
+def describe(args: argparse.Namespace, lines: Lines) -> None:
+    """A line on the machine; in a process of its own, as it touches the GPU."""
     versions = {}
     for name in ("vllm", "torch", "triton", "flashinfer-python", "transformers"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), **gpu_name(), "versions": versions}
+    machine = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), **gpu_name()}
+    lines({"command": " ".join(sys.argv[1:]), "method": args.method, **machine, "versions": versions})
 
 
 def parse() -> argparse.Namespace:
@@ -303,7 +317,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--engine", type=json.loads, default={}, help="arguments of vLLM in parts c to e, as JSON")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny numbers")
     args = parser.parse_args()
-    args.until = time.monotonic() + 60 * args.minutes
+    # Dry runs are for whoever has time.
+    args.patience = 20 if args.dry_run else 1
+    args.until = time.monotonic() + 60 * args.minutes * args.patience
     args.budget, args.contexts, args.rows, args.turns = 1024, [8192, 32_768, 130_000], [1, 8, 32], 8
     args.load, args.output, args.pool = [(32_768, 12), (1024, 64)], 256, 4
     args.evicted, args.repeats, args.policies = [32_768, 128_000], 3, list(policy_names())
@@ -316,7 +332,7 @@ def parse() -> argparse.Namespace:
         args.budget, args.contexts, args.rows, args.turns = 64, [256, 512], [1, 2], 1
         args.load, args.output, args.vocabulary = [(256, 6), (64, 4)], 16, 251
         args.evicted, args.repeats, args.policies = [256], 1, list(METHODS)
-        args.backends, args.runner = ["FLASH_ATTN"], "v1"
+        args.backends, args.runner = ["FLASH_ATTN", "FLASHINFER"], "v1"
         defaults = {"dtype": "float32", "max_num_batched_tokens": 256, "kv_cache_memory_bytes": 2**26}
         args.token_bytes = 4 * 2 * 4 * 2 * 32
     args.engine = defaults | args.engine
@@ -331,10 +347,13 @@ def main() -> None:
     import vllm.v1.worker.gpu_worker  # noqa: F401
 
     lines = Lines(args.out)
-    context = multiprocessing.get_context("fork")
-    describing = context.Process(target=lambda: lines({"command": " ".join(sys.argv[1:]), **describe()}))
-    describing.start()
-    describing.join()
+    for args.method in ("fork", "spawn"):
+        describing = multiprocessing.get_context(args.method).Process(target=describe, args=(args, lines))
+        describing.start()
+        describing.join()
+        # A process cannot use CUDA if an import has initialised it before the fork: then each imports for itself.
+        if describing.exitcode == 0:
+            break
     # Nothing of it is looked at in every process again.
     gc.freeze()
     with tempfile.TemporaryDirectory() as folder:
