@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from elsewhere import InterpretedTritonBackend, ReferenceFlashBackend, flash_in_torch, in_place_of_cpu_attn
-from random_models import numbers, save_random_eagle
+from random_models import numbers, save_random_eagle, save_random_model
 from replay import Replay
 from stored import Stored, StoredReplay, save_scaled_model
 from test_drafts import NGRAM, drafts
@@ -121,6 +121,13 @@ def test_attention_of_kept_tokens(no_engine, served_model, settings, name, is_v2
     assert found["torch"]["difference"] < (5e-3 if settings.get("dtype") == "float16" else 1e-5)
 
 
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory) -> str:
+    """A random Llama whose heads every backend takes."""
+    fields = {"num_hidden_layers": 4, "head_dim": 64}
+    return save_random_model(tmp_path_factory.mktemp("wide"), "llama", "LlamaForCausalLM", **fields)
+
+
 def half(settings: dict) -> dict:
     """How far apart runs of an engine with these settings may be."""
     return HALF if settings.get("dtype") == "float16" else {}
@@ -151,15 +158,15 @@ def test_running_requests_shrink(start_engine, served_model, settings, name, is_
 
 
 @pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
-def test_eight_bits(start_engine, tiny_model, tmp_path, settings, name, is_dry, is_v2):
+def test_eight_bits(start_engine, wide_model, tmp_path, settings, name, is_dry, is_v2):
     """Caches with the scales of a checkpoint: replayed in float32; half precision shows that it runs."""
     if is_dry and is_v2:
         pytest.skip("the same on both runners")
     eviction = {"kv_eviction": name, "kv_eviction_budget": 100}
     eviction["kv_eviction_config"] = {"window": 8, "decode": "window"}
-    engine = start_engine(save_scaled_model(tmp_path / "scaled", tiny_model), **settings, **eviction)
+    engine = start_engine(save_scaled_model(tmp_path / "scaled", wide_model), **settings, **eviction)
     is_half = settings.get("dtype") == "float16"
-    replay = None if is_half else StoredReplay(tiny_model)
+    replay = None if is_half else StoredReplay(wide_model)
     if replay:
         replay.stored = Stored.of(engine, torch.float8_e4m3fn)
     prompt = numbers(180, 600)
