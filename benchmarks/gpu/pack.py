@@ -37,7 +37,7 @@ LEFT_OUT = {
     *("flashinfer-python", "tilelang", "quack-kernels", "tokenspeed-mla", "humming-kernels"),
     *("nvidia-cudnn-frontend", "nvidia-cutlass-dsl", "nvtx", "fastsafetensors", "instanttensor"),
     *("opentelemetry-sdk", "opentelemetry-api", "opentelemetry-exporter-otlp"),
-    *("opentelemetry-semantic-conventions-ai", "anthropic", "mcp", "model-hosting-container-standards"),
+    *("opentelemetry-semantic-conventions-ai", "anthropic", "mcp", "model-hosting-container-standards", "fastapi-cli"),
 }
 #: Files of vLLM's wheel for other models or GPUs, and FlashAttention 2, which Hopper does not take.
 UNUSED = (
