@@ -109,9 +109,9 @@ class Stored:
             update(layer.impl, module, key, value, kv_cache, slots)
             slots = slots[slots >= 0]
             # [n, Hkv, E]
-            pages = kv_cache[slots // layer.block_size].flatten(2)
+            pages, slots = kv_cache[slots // layer.block_size].flatten(2).cpu(), slots.cpu()
             token, place = torch.arange(len(slots)).view(-1, 1), slots % layer.block_size
-            orders = layer.layout.key_index, layer.layout.value_index
+            orders = layer.layout.key_index.cpu(), layer.layout.value_index.cpu()
             found = (pages[token, :, order[place]].view(self.dtype).float().transpose(1, 2) for order in orders)
             self.written[index].append(tuple(found))
 
@@ -120,7 +120,7 @@ class Stored:
     def _forwarding(self, index: int, layer: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
         def forwarding(module, query, key, value, kv_cache, metadata, *args, **kwargs):
             if metadata is not None and query.dtype == self.dtype:
-                self.queries[index].append(query[: metadata.num_actual_tokens].float())
+                self.queries[index].append(query[: metadata.num_actual_tokens].float().cpu())
             return forward(layer.impl, module, query, key, value, kv_cache, metadata, *args, **kwargs)
 
         return forwarding

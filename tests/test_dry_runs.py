@@ -2,11 +2,19 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks" / "gpu"))
+
+import pack
 
 pytestmark = [pytest.mark.full, pytest.mark.slow]
 
@@ -21,31 +29,112 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-#: Runner V2 shows Triton, interpreted, which is slow: one of its tests.
-SELECTED = {"v1": [], "v2": ["-k", "served_as_replayed and TRITON_ATTN and layer-defensivekv and exact"]}
-
-
-@pytest.mark.parametrize("runner", SELECTED)
-def test_the_tests(runner):
+def test_the_tests_interpreted():
+    """Runner V2 shows Triton, interpreted, which is slow: one of the tests. On V1 all run below."""
     command = ["-m", "pytest", "-c", "pyproject.toml", "-p", "no:xdist", "--all", "-q", "tests/gpu", "--dry-run"]
-    summary = run(*command, "--runner", runner, *SELECTED[runner]).splitlines()[-1]
-    assert "passed" in summary
-    # V1 has no Triton here, and nothing runs asynchronously: four replays each, two on kept tokens, two on graphs.
-    assert ("16 skipped" in summary) == (runner == "v1")
+    selected = "served_as_replayed and TRITON_ATTN and layer-defensivekv and exact"
+    assert "1 passed" in run(*command, "--runner", "v2", "-k", selected).splitlines()[-1]
 
 
-def test_the_benchmarks(chatty_model, tmp_path):
-    out = tmp_path / "gpu.json"
-    printed = run("benchmarks/gpu/run.py", chatty_model, "--dry-run", "--out", str(out))
-    results = json.loads(out.read_text())["results"]
-    for context in results["contexts"].values():
-        assert list(context) == ["stock", "cake", "layer-defensivekv"]
-        assert all(figures["seconds"] for figures in context.values())
-        held = [figures["held"] for figures in context.values()]
-        assert max(held[1:]) < held[0]
-    assert set(results["servers"]) == {"memory-bound", "ample pool"}
-    for side in results["servers"].values():
-        assert all(server["figures"]["completed"] for server in side.values())
-    for kind in results["references"].values():
-        assert kind["torch"]["difference"] < 1e-3
-    assert "flash-attn is not installed" in printed
+def test_first(tmp_path):
+    out = tmp_path / "first.jsonl"
+    run("benchmarks/gpu/first.py", "--dry-run", "--out", str(out))
+    header, *lines = map(json.loads, out.read_text().splitlines())
+    assert header["versions"]["vllm"]
+    assert not [line for line in lines if line.get("outcome") == "failed" or "error" in line]
+    ended = [line for line in lines if "ended" in line]
+    assert [line["ended"] for line in ended] == [0] * len(ended)
+    assert Counter(line["part"] for line in ended) == {"a": 3, "b": 2, "c": 3, "d": 4, "e": 1}
+    passed = {line["test"].partition("[")[0] for line in lines if line.get("outcome") == "passed"}
+    tests = {"served_as_replayed", "attention_of_kept_tokens", "running_requests_shrink", "eight_bits"}
+    assert passed >= {f"test_{name}" for name in {*tests, "drafts_change_nothing", "graphs_change_nothing", "move"}}
+    held = {(line["name"], line["context"], line["rows"]): line["held"] for line in lines if "held" in line}
+    for (name, context, rows), size in held.items():
+        assert name == "stock" or size < held["stock", context, rows]
+    loads = [line for line in lines if "requests/s" in line]
+    assert len(loads) == 8
+    # The pool of long requests is full.
+    running = {line["name"]: line["running"] for line in loads if line["input"] == 256}
+    assert running["stock"] < running["cake"]
+    assert {line["policy"] for line in lines if "costs" in line} == {"cake", "layer-defensivekv"}
+
+
+def entry(kind: int, capability: int, code: bytes) -> bytes:
+    """Of a fatbin: PTX or machine code for one GPU."""
+    return struct.pack("<HHIQ12xI32x", kind, 0x101, 64, len(code), capability) + code
+
+
+def library(fatbins: list[list[bytes]]) -> bytes:
+    """An ELF file with nothing but fatbins, symbols for debuggers and the names of its sections."""
+    code = b"".join(struct.pack("<IHHQ", pack.FATBIN, 1, 16, len(b"".join(of))) + b"".join(of) for of in fatbins)
+    symbols, names = b"symbols!", b"\0.nv_fatbin\0.symtab\0.shstrtab\0"
+    start = 64 + len(code)
+    sections = [(0, 0, 0, 0, 0, 0), (1, 1, 2, 0, 64, len(code)), (12, 2, 0, 0, start, len(symbols))]
+    sections.append((20, 3, 0, 0, start + len(symbols), len(names)))
+    headers = start + len(symbols) + len(names)
+    head = bytearray(64)
+    head[:4] = b"\x7fELF"
+    struct.pack_into("<Q", head, 0x28, headers)
+    struct.pack_into("<HH", head, 0x3C, len(sections), 3)
+    table = b"".join(struct.pack("<IIQQQQ24x", *of) for of in sections)
+    return bytes(head) + code + symbols + names + table
+
+
+def save_wheel(folder: Path, name: str, files: dict[str, bytes], requires: list[str]) -> None:
+    """A distribution of version 1.0."""
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+    metadata += "".join(f"Requires-Dist: {line}\n" for line in requires)
+    wheel = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files = files | {f"{name}-1.0.dist-info/METADATA": metadata.encode(), f"{name}-1.0.dist-info/WHEEL": wheel.encode()}
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+        for file, data in files.items():
+            archive.writestr(file, data)
+        archive.writestr(f"{name}-1.0.dist-info/RECORD", "")
+
+
+def test_packed_and_unpacked(tmp_path, monkeypatch):
+    """A distribution and what it requires, over parts that come one at a time."""
+    codes = [(2, 90, b"own code"), (2, 80, b"that of another."), (1, 80, b"PTX code"), (1, 100, b"for more")]
+    own, other, ptx, newer = (entry(*of) for of in codes)
+    wheels, parts, site = (tmp_path / name for name in ("wheels", "parts", "site"))
+    wheels.mkdir()
+    code = {"zz_engine/kernels.so": library([[other, own, ptx], [other, ptx, newer], [newer, other]])}
+    # Too random to become smaller than a part.
+    code |= {"zz_engine/__init__.py": b"import zz_needed", "zz_engine/noise": os.urandom(5000)}
+    save_wheel(wheels, "zz_engine", code, ["zz-needed>=1", "zz-there", "numpy<1", "zz-extra; extra == 'more'"])
+    save_wheel(wheels, "zz_needed", {"zz_needed.py": b"VALUE = 7"}, ["torch>=1"])
+    present = tmp_path / "present.txt"
+    present.write_text("zz_there==3\nnumpy==2.0\n")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    command = ["benchmarks/gpu/pack.py", str(parts), "--carry", "zz-engine", "--present", str(present)]
+    printed = run(*command, "--wheels", str(wheels), "--python", "3.11", "--megabytes", "0.004")
+    assert "2 wheels" in printed
+    first, second = sorted(parts.iterdir())
+    assert all(part.stat().st_size <= 4000 for part in (first, second))
+
+    plugin = tmp_path / "plugin"
+    plugin.mkdir()
+    (plugin / "setup.py").write_text("from setuptools import setup; setup(name='zz-plugin', packages=[])")
+    unpacking = ["benchmarks/gpu/unpack.py", str(parts), "--to", str(site), "--plugin", str(plugin)]
+    unpacking += ["--imports", "zz_engine"]
+    second = second.rename(tmp_path / second.name)
+    assert "yet to come: 2 of 2" in run(*unpacking)
+    assert not site.exists()
+    first.unlink()
+    second.rename(parts / second.name)
+    printed = run(*unpacking)
+    assert "zz-there: zz_engine wants it, not there" in printed
+    assert "numpy<1: zz_engine wants it, there is" in printed
+    assert "zz-extra" not in printed
+    assert "import zz_engine:" in printed
+    assert (site / "zz_engine" / "noise").read_bytes() == code["zz_engine/noise"]
+    got = (site / "zz_engine" / "kernels.so").read_bytes()
+    assert len(got) == len(code["zz_engine/kernels.so"])
+    assert [got.count(code) for *_, code in codes] == [1, 0, 1, 1]
+    assert b"symbols!" not in got
+    # Where nothing fits something stays, so that the fatbin is one.
+    magic = struct.pack("<I", pack.FATBIN)
+    places = [place for place in range(0, len(got) - 16, 8) if got[place : place + 4] == magic]
+    assert [struct.unpack_from("<Q", got, place + 8)[0] for place in places] == [len(own), len(ptx), len(newer)]
+    with pytest.raises(AssertionError, match="do not import: zz_missing"):
+        run(*unpacking, "zz_missing")

@@ -1,10 +1,9 @@
 """Model directories with a known model's shape and no weights: speed and memory do not depend on what the weights are.
 
-vLLM makes random weights of its own for them (``--load-format dummy``). The tokenizer is another model's.
+vLLM makes random weights of its own for them (``--load-format dummy``).
 """
 
 import json
-import shutil
 from pathlib import Path
 
 #: From the published ``config.json`` of the models.
@@ -37,12 +36,9 @@ SHAPES = {
 }
 
 
-def save(name: str, tokenizer: str, folder: Path) -> str:
-    """Writes the shape ``name`` with the tokenizer of the model directory ``tokenizer`` to ``folder``; its path."""
+def save(name: str, folder: Path) -> str:
+    """Writes the shape ``name`` without a tokenizer to ``folder``; its path."""
     target = folder / name
     target.mkdir(parents=True)
     (target / "config.json").write_text(json.dumps(SHAPES[name]))
-    for file in Path(tokenizer).iterdir():
-        if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "chat_template")):
-            shutil.copy(file, target)
     return str(target)
