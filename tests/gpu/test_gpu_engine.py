@@ -23,7 +23,7 @@ sys.path.append(str(ROOT / "benchmarks" / "gpu"))
 
 from references import Compared
 
-from cake_vllm.integration.worker.graphs import ReplayedRows
+from cake_vllm.integration.worker.captured import ReplayedRows
 from cake_vllm.policies import create_policy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
@@ -230,7 +230,6 @@ def test_graphs_change_nothing(start_engine, served_model, settings, name, wishe
         engine = start_engine(served_model, **settings, **eviction, enforce_eager=is_eager or is_dry)
         engine.forget_prefixes()
         engine.stats()
-        engine.connector.worker.trace_ranks.clear()
         num_tokens = [4 if is_dry and is_v2 else 30 + 5 * (index % 3 != 1) for index in range(len(prompts))]
         with mock.patch.object(ReplayedRows, "fill", autospec=True, side_effect=ReplayedRows.fill) as filled:
             names = [
