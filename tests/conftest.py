@@ -53,6 +53,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "contract: with --all also run on the Python files of a newer vLLM")
     config.addinivalue_line("markers", "gpu: needs a GPU")
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    # Servers share the cores with other tests: workers that are bound to all of them, and wait for each other in a
+    # loop, take many times as long, and so does what runs beside them.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # Engines run in this process, so that tests can look into them.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(config.getoption("--runner") == "v2"))
