@@ -38,6 +38,7 @@ from cake_vllm.config import (
 )
 from cake_vllm.kernels import EvictedRows, Grid, columns_for
 from cake_vllm.policies import LayerInputs, LayerScore, Policy, policy_names
+from cake_vllm.policies.entries import LinearGate, Rotary
 
 #: Prompts that policies are tried on, tokens: what they keep grows in proportion.
 TRIALS = (1024, 2048)
@@ -524,6 +525,7 @@ def _trial(policy: Policy, kv_heads: int, length: int, notes: bool) -> int:
         values=torch.randn(kv_heads, length, width) if policy.needs_values else None,
         output_weight=torch.randn(width, kv_heads * width) if policy.needs_output_weight else None,
         budget=length // 2,
+        gate=LinearGate.random(kv_heads, width, Rotary()) if policy.needs_gate else None,
     )
     if notes:
         return policy.note(inputs, places, None).nbytes

@@ -11,6 +11,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from cake_vllm.config import BUDGET_KEY, CONFIG_KEY, POLICY_KEY, KVEvictionConfig, flag
 from cake_vllm.integration.front.requests import install_http, install_requests
+from cake_vllm.integration.gates import find_gates
 from cake_vllm.integration.reports import install_states
 
 # Below the name "vllm", so that vLLM's logging configuration applies.
@@ -72,6 +73,7 @@ def switch_on(
     vllm_config = original(args, *rest, **kwargs)
     refuse_model(vllm_config)
     refuse_speculation(config, vllm_config)
+    refuse_without_gates(config, vllm_config)
     choose_draft_backend(vllm_config)
     if isinstance(args, AsyncEngineArgs):
         install_http()
@@ -81,6 +83,16 @@ def switch_on(
     logger.info("KV eviction is on: budget %s, %s, tau preset: %s", resolved.budget, resolved.policy, preset)
     logger.info("KV eviction uses the KV connector %s", CONNECTOR)
     return vllm_config
+
+
+def refuse_without_gates(config: KVEvictionConfig, vllm_config: VllmConfig) -> None:
+    """Refuses a policy that needs gates of a model that has none yet, or a file of another one's.
+
+    Raises:
+        ValueError: one sentence with the command that makes them.
+    """
+    if config.policy.needs_gate:
+        find_gates(vllm_config.model_config, getattr(config.policy, "gates", ""))
 
 
 def choose_draft_backend(vllm_config: VllmConfig) -> None:

@@ -103,7 +103,7 @@ def resolve(wishes: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str, Any
     Raises:
         VLLMValidationError: one sentence that names the key and the fix.
     """
-    from cake_vllm.integration.front.plugin import eviction_config
+    from cake_vllm.integration.front.plugin import eviction_config, refuse_without_gates
 
     try:
         check_keys(wishes)
@@ -117,6 +117,8 @@ def resolve(wishes: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str, Any
                     raise ValueError(f"{key} needs a server with eviction: start it with {flag(POLICY_KEY)}")
             return None
         config = server.for_request(wishes, vllm_config.model_config.max_model_len)
+        if config is not None:
+            refuse_without_gates(config, vllm_config)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     return report(config, None) if wants_report else None

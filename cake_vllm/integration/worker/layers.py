@@ -1,12 +1,14 @@
 """An attention layer as the worker half reads it: keys, values and queries as numbers, and the projection behind it."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from cake_vllm.integration.worker.attention import EvictingImpl
-from cake_vllm.integration.worker.projections import output_projection
+from cake_vllm.integration.worker.projections import output_projection, rotary_embedding
 from cake_vllm.kernels import BlockLayout
+from cake_vllm.policies.entries import Rotary
 
 
 class EvictableLayer:
@@ -43,6 +45,11 @@ class EvictableLayer:
     def _restore(self, stored: torch.Tensor, scale: float) -> torch.Tensor:
         dtype = self.impl.quantized_dtype
         return stored if dtype is None else stored.view(dtype).to(self.module.dtype).mul_(scale)
+
+    @cached_property
+    def rotary(self) -> Rotary:
+        """Which channels of its keys are turned by their positions; see :func:`rotary_embedding`."""
+        return rotary_embedding(self.module)
 
     @property
     def output_weight(self) -> torch.Tensor:

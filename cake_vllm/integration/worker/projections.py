@@ -1,4 +1,5 @@
-"""Finds the projection behind each attention layer, for policies that weigh values by what becomes of them.
+"""Finds what stands beside each attention layer: the projection behind it, for policies that weigh values by what
+becomes of them, and the rotary embedding before it, for those that read keys without their positions.
 
 No hook shows a plugin the loaded model, so a step of the loader is wrapped (ledger: ``patches/README.md``).
 """
@@ -13,12 +14,20 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.model_loader import base_loader
 
 from cake_vllm.integration.front.patching import wrap
+from cake_vllm.policies.entries import Rotary
 
-_projections: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]] = weakref.WeakKeyDictionary()
+Found = weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]]
+_projections: Found = weakref.WeakKeyDictionary()
+_rotaries: Found = weakref.WeakKeyDictionary()
+#: Layers without a rotary embedding, in models of which it is known where theirs are.
+_unturned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+#: Positions at which a rotary embedding is tried.
+TRIED = (0, 1, 5, 42, 911)
 
 
 def remember_projections() -> None:
-    """From now on, loaded models' projections can be found. Repeatable; in time while a model is being built."""
+    """From now on, what loaded models have can be found. Repeatable; in time while a model is being built."""
     wrap(base_loader, "process_weights_after_loading", _process_weights_after_loading)
 
 
@@ -38,10 +47,69 @@ def output_projection(attention: torch.nn.Module) -> Any:
     return projection
 
 
+def rotary_embedding(attention: Any) -> Rotary:
+    """Which channels of its keys the rotary embedding before ``attention`` turns together; tried, and not only read.
+
+    Raises:
+        ValueError: if that cannot be found out.
+    """
+    found = _rotaries.get(attention)
+    module: Any = found() if found is not None else None
+    if module is None:
+        if attention in _unturned:
+            return Rotary()
+        raise ValueError(_unknown(attention, "cannot be found"))
+    size: int = attention.head_size
+    rotary = Rotary(int(module.rotary_dim), not getattr(module, "is_neox_style", True))
+    device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
+    dice = torch.Generator().manual_seed(0)
+    key = torch.randn(1, size, generator=dice).repeat(len(TRIED), 1).to(device, attention.dtype)
+    highest = int(getattr(module, "max_position_embeddings", TRIED[-1] + 1)) - 1
+    positions = torch.tensor([min(position, highest) for position in TRIED], device=device)
+    try:
+        turned = module(positions, key.clone(), key.clone())[1].view(len(TRIED), size).float()
+        kept = torch.cat(rotary.parts(turned), dim=-1)
+    except Exception as error:
+        raise ValueError(_unknown(attention, f"({type(module).__name__}) fails on one head: {error}")) from None
+    # What scales all of a key by the same factor at each position is no harm.
+    if not torch.allclose(kept, kept[:1].expand_as(kept), rtol=0.03, atol=0.03) or torch.equal(turned[0], turned[-1]):
+        raise ValueError(_unknown(attention, f"({type(module).__name__}) does more than to turn pairs"))
+    return rotary
+
+
+def _unknown(attention: torch.nn.Module, why: str) -> str:
+    return f"--kv-eviction gate cannot read keys: the rotary embedding of {attention.layer_name} {why}; choose another"
+
+
+def _remember_rotaries(model: torch.nn.Module) -> None:
+    """Notes the nearest rotary embedding of each attention layer: beside it, or beside a module that it is in."""
+    modules = dict(model.named_modules())
+    beside: dict[str, torch.nn.Module] = {}
+    for name, module in modules.items():
+        # By their parents: layers share one, and a walk through the model meets it once.
+        for child in module.children():
+            if "Rotary" in type(child).__name__ and hasattr(child, "rotary_dim"):
+                beside[name] = child
+    layers = {name: module for name, module in modules.items() if isinstance(module, Attention)}
+    known = any("Rotary" in type(module).__name__ for module in modules.values())
+    unturned = []
+    for name, attention in layers.items():
+        parents = [*(name.rsplit(".", up)[0] for up in range(1, name.count(".") + 1)), ""]
+        nearest = next((beside[parent] for parent in parents if parent in beside), None)
+        if nearest is None:
+            unturned.append(attention)
+        else:
+            _rotaries[attention] = weakref.ref(nearest)
+    # If there is one somewhere, and no layer's, it is unknown whose it is.
+    if not known or len(unturned) < len(layers):
+        _unturned.update(unturned)
+
+
 def _process_weights_after_loading(
     original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any
 ) -> None:
     original(model, *args, **kwargs)
+    _remember_rotaries(model)
     for parent in model.modules():
         siblings = list(parent.children())
         for attention in siblings:

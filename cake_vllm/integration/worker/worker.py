@@ -32,6 +32,7 @@ from cake_vllm.integration.messages import (
 from cake_vllm.integration.scheduler.spec import evictable_groups
 from cake_vllm.integration.worker.attention import STEP, EvictingImpl, Rows, StepWork
 from cake_vllm.integration.worker.dealing import Held, Reads, copy_blocks, keep_recent, move, read, redeal
+from cake_vllm.integration.worker.gates import WorkerGates
 from cake_vllm.integration.worker.graphs import MISPLACED, ReplayedRows, install_graphs
 from cake_vllm.integration.worker.graphs import step as current_step
 from cake_vllm.integration.worker.layers import EvictableLayer
@@ -67,6 +68,7 @@ class EvictionWorker:
         # A model that is no head of the target is given the sampled token beside the step's.
         self._more_drafted = int(speculative is not None and speculative.uses_draft_model())
         self.group, self.stage = get_tp_group(), get_pp_group().rank_in_group
+        self.gates = WorkerGates(config.policy, vllm_config.model_config, self.layers, self.group)
         install_graphs()
         most_captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self._most_rows = min(vllm_config.scheduler_config.max_num_seqs, most_captured)
@@ -428,6 +430,7 @@ class EvictionWorker:
             layer.output_weight if policy and policy.needs_output_weight else None,
             layer_index,
             valid=valid,
+            gate=self.gates.of(policy, layer_index) if policy else None,
         )
 
     def _recall(self, cut: Cut) -> Watched:
