@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cake_vllm.config import CONFIG_KEY, POLICY_KEY, flag
 from cake_vllm.policies.entries import LinearGate, Rotary
 
 FORMAT = "cake_vllm gates 1"
@@ -112,14 +111,11 @@ def find_gates(model: Any, path: str = "") -> Path:
     if not found.is_file():
         where = f" --out {path}" if path else ""
         raise ValueError(
-            f"{flag(POLICY_KEY)} gate needs gates of {model.model}, and there are none at {found}: "
-            f"{remedy(model.model)}{where}"
+            f"the policy gate needs gates of {model.model}, and there are none at {found}: {remedy(model.model)}{where}"
         )
     about = read_about(found)
     if about["fingerprint"] != print_:
-        raise ValueError(
-            f"{flag(CONFIG_KEY)}: {found} has gates of another model ({about['model']}): {remedy(model.model)}"
-        )
+        raise ValueError(f"{found} has gates of another model ({about['model']}): {remedy(model.model)}")
     return found
 
 
@@ -129,10 +125,13 @@ def remedy(model: str) -> str:
 
 
 def default_path(fingerprint: str) -> Path:
-    """Where the gates of a model lie: in ``$CAKE_VLLM_CACHE``, or ``cake_vllm`` in the user's cache."""
+    """Where the gates of a model lie: in ``$CAKE_VLLM_GATES``, or in ``gates`` of ``$CAKE_VLLM_CACHE``, which is by
+    default ``cake_vllm`` in the user's cache.
+    """
     user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = Path(os.environ.get("CAKE_VLLM_CACHE") or Path(user_cache) / "cake_vllm")
-    return folder.absolute() / "gates" / f"{fingerprint}.safetensors"
+    cache = os.environ.get("CAKE_VLLM_CACHE") or os.path.join(user_cache, "cake_vllm")
+    folder = os.environ.get("CAKE_VLLM_GATES") or os.path.join(cache, "gates")
+    return Path(folder).absolute() / f"{fingerprint}.safetensors"
 
 
 def fingerprint(model: Any) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from cake_vllm.policies.base import LayerInputs, LayerScore, Policy, Protect
 from cake_vllm.policies.defensivekv import best_of_all
-from cake_vllm.policies.scores import finite, inherited, prefix_attention, require_window
+from cake_vllm.policies.scores import finite, heads_at_once, inherited, prefix_attention, require_window
 
 #: As in :class:`cake_vllm.policies.echo.Echo`.
 POOL_KERNEL, HALF_LIFE = 5, 12.0
@@ -56,7 +56,12 @@ class Gate(Policy):
         """See :meth:`Policy.score`."""
         assert inputs.gate is not None, "the policy says that it needs a gate"
         assert inputs.values is not None, "the policy says that it needs values"
-        worth = inputs.gate(inputs.keys[:, : -self.window], inputs.values[:, : -self.window]).clamp_(max=0).exp_()
+        keys, values = inputs.keys[:, : -self.window], inputs.values[:, : -self.window]
+        at_once = heads_at_once(keys.device, keys[0].numel() + values[0].numel())
+        starts = range(0, len(keys), at_once)
+        parts = zip(starts, keys.split(at_once), values.split(at_once), strict=True)
+        rows = [inputs.gate.heads(slice(first, first + at_once))(*part) for first, *part in parts]
+        worth = torch.cat(rows).clamp_(max=0).exp_()
         if self.evidence:
             worth *= 1 + self.evidence * self._seen(inputs)
         return LayerScore(finite(worth), torch.empty(0))
