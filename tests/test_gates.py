@@ -11,10 +11,14 @@ import torch
 from engine import Engine
 from random_models import numbers, save_random_gates, save_random_model
 from replay import Replay
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from cake_vllm.__main__ import main
 from cake_vllm.integration.gates import GateFile, find_gates
+from cake_vllm.integration.worker import projections
 from cake_vllm.policies import LayerInputs, create_policy
 from cake_vllm.policies.entries import LinearGate, Ridge, Rotary, features, overlap
 from cake_vllm.tools import calibrate
@@ -172,6 +176,78 @@ def test_overlap_is_of_all_layers_and_heads():
     assert overlap(scores, scores, 0.5) == 1
     # Best three: 9, 8 and 4; and 9, 8 and 7.
     assert overlap(scores, others, 0.5) == pytest.approx(1 / 3)
+
+
+def beside(*siblings: torch.nn.Module | None) -> torch.nn.Module:
+    """A module in which an attention layer of 32 channels has these beside it; a model of one such layer."""
+    attention = Attention.__new__(Attention)
+    torch.nn.Module.__init__(attention)
+    attention.head_size, attention.dtype, attention.layer_name = 32, torch.float32, "attn"
+    attention.num_heads = attention.head_size_v = 0
+    parent = torch.nn.Module()
+    parent.attn = attention
+    for index, sibling in enumerate(siblings):
+        setattr(parent, f"sibling{index}", sibling)
+    return parent
+
+
+@pytest.fixture
+def rope():
+    """vLLM's own rotary embeddings of 32 channels."""
+    with set_current_vllm_config(VllmConfig()):
+        yield lambda is_neox_style=True, **more: get_rope(32, 1024, is_neox_style, {"rope_theta": 10000.0, **more})
+
+
+KINDS = {
+    "default": ({}, Rotary(32)),
+    "neighbours": ({"is_neox_style": False}, Rotary(32, neighbours=True)),
+    "part": ({"partial_rotary_factor": 0.25}, Rotary(8)),
+    "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, Rotary(32)),
+    "dynamic": ({"rope_type": "dynamic", "factor": 4.0}, Rotary(32)),
+    "sections": ({"rope_type": "default", "mrope_section": (4, 6, 6)}, Rotary(32)),
+    "interleaved sections": ({"mrope_section": (4, 6, 6), "mrope_interleaved": True}, Rotary(32)),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), KINDS.values(), ids=KINDS)
+def test_rotary_embeddings_are_tried(rope, options, expected):
+    layer = beside(rope(**options))
+    projections._remember_rotaries(layer)
+    assert projections.rotary_embedding(layer.attn) == expected
+
+
+class DoublingRotaryEmbedding(torch.nn.Module):
+    """Turns nothing, and makes keys longer from place to place."""
+
+    rotary_dim = 32
+
+    def forward(self, positions, query, key):
+        return query, key * (1 + positions.unsqueeze(-1))
+
+
+def test_whose_rotary_embedding_it_is(rope):
+    """Layers share one; some have none; one may lie further up; and where it is unknown, gates are refused."""
+    shared = rope()
+    model = torch.nn.ModuleList([beside(shared), beside(None), beside(shared)])
+    projections._remember_rotaries(model)
+    found = [projections.rotary_embedding(layer.attn) for layer in model]
+    assert found == [Rotary(32), Rotary(), Rotary(32)]
+    model = beside()
+    model.rotary_emb, model.layers = rope(is_neox_style=False), torch.nn.ModuleList([beside()])
+    projections._remember_rotaries(model)
+    assert projections.rotary_embedding(model.layers[0].attn) == Rotary(32, neighbours=True)
+    alone = beside()
+    projections._remember_rotaries(alone)
+    assert projections.rotary_embedding(alone.attn) == Rotary()
+    elsewhere = torch.nn.ModuleList([beside(), torch.nn.Sequential(rope())])
+    projections._remember_rotaries(elsewhere)
+    for layer in (elsewhere[0], beside()):
+        with pytest.raises(ValueError, match="the rotary embedding of attn cannot be found"):
+            projections.rotary_embedding(layer.attn)
+    other = beside(DoublingRotaryEmbedding())
+    projections._remember_rotaries(other)
+    with pytest.raises(ValueError, match=r"of attn \(DoublingRotaryEmbedding\) does more than to turn pairs"):
+        projections.rotary_embedding(other.attn)
 
 
 class Words:

@@ -4,6 +4,7 @@ becomes of them, and the rotary embedding before it, for those that read keys wi
 No hook shows a plugin the loaded model, so a step of the loader is wrapped (ledger: ``patches/README.md``).
 """
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -60,25 +61,42 @@ def rotary_embedding(attention: Any) -> Rotary:
             return Rotary()
         raise ValueError(_unknown(attention, "cannot be found"))
     size: int = attention.head_size
-    rotary = Rotary(int(module.rotary_dim), not getattr(module, "is_neox_style", True))
     device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
-    dice = torch.Generator().manual_seed(0)
-    key = torch.randn(1, size, generator=dice).repeat(len(TRIED), 1).to(device, attention.dtype)
-    highest = int(getattr(module, "max_position_embeddings", TRIED[-1] + 1)) - 1
-    positions = torch.tensor([min(position, highest) for position in TRIED], device=device)
+    key = torch.randn(1, size, generator=torch.Generator().manual_seed(0)).repeat(len(TRIED), 1)
     try:
-        turned = module(positions, key.clone(), key.clone())[1].view(len(TRIED), size).float()
-        kept = torch.cat(rotary.parts(turned), dim=-1)
+        num_turned, turned = _turn(module, key.to(device, attention.dtype), torch.tensor(TRIED, device=device))
     except Exception as error:
         raise ValueError(_unknown(attention, f"({type(module).__name__}) fails on one head: {error}")) from None
-    # What scales all of a key by the same factor at each position is no harm.
-    if not torch.allclose(kept, kept[:1].expand_as(kept), rtol=0.03, atol=0.03) or torch.equal(turned[0], turned[-1]):
-        raise ValueError(_unknown(attention, f"({type(module).__name__}) does more than to turn pairs"))
-    return rotary
+    for rotary in (Rotary(num_turned), Rotary(num_turned, neighbours=True)):
+        kept = torch.cat(rotary.parts(turned), dim=-1)
+        # What is left of a key is the same at all positions, up to rounding.
+        if torch.allclose(kept, kept[:1].expand_as(kept), rtol=0.03, atol=0.03):
+            return rotary
+    raise ValueError(_unknown(attention, f"({type(module).__name__}) does more than to turn pairs"))
+
+
+def _turn(module: Any, key: torch.Tensor, positions: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """How many channels a rotary embedding turns at most, and ``[n, D]`` float32 keys at these positions."""
+    if hasattr(module, "rotary_dim"):
+        positions = positions.clamp(max=int(getattr(module, "max_position_embeddings", TRIED[-1] + 1)) - 1)
+        return int(module.rotary_dim), module(positions, key.clone(), key.clone())[1].view_as(key).float()
+    # Of the library Transformers: angles for all layers, and a function beside the module that turns by them.
+    apply = sys.modules[type(module).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+    cos, sin = module(key[None], positions[None])
+    size = cos.shape[-1]
+    turned = apply(key[None, None, :, :size], key[None, None, :, :size], cos, sin)[1][0, 0]
+    return size, torch.cat([turned, key[:, size:]], dim=-1).float()
 
 
 def _unknown(attention: torch.nn.Module, why: str) -> str:
-    return f"--kv-eviction gate cannot read keys: the rotary embedding of {attention.layer_name} {why}; choose another"
+    return (
+        f"--kv-eviction gate cannot read keys, the rotary embedding of {attention.layer_name} {why}: "
+        "choose another policy"
+    )
+
+
+def _is_rotary(module: torch.nn.Module) -> bool:
+    return type(module).__name__.endswith("RotaryEmbedding")
 
 
 def _remember_rotaries(model: torch.nn.Module) -> None:
@@ -88,10 +106,10 @@ def _remember_rotaries(model: torch.nn.Module) -> None:
     for name, module in modules.items():
         # By their parents: layers share one, and a walk through the model meets it once.
         for child in module.children():
-            if "Rotary" in type(child).__name__ and hasattr(child, "rotary_dim"):
+            if _is_rotary(child):
                 beside[name] = child
     layers = {name: module for name, module in modules.items() if isinstance(module, Attention)}
-    known = any("Rotary" in type(module).__name__ for module in modules.values())
+    is_any = any(map(_is_rotary, modules.values()))
     unturned = []
     for name, attention in layers.items():
         parents = [*(name.rsplit(".", up)[0] for up in range(1, name.count(".") + 1)), ""]
@@ -101,7 +119,7 @@ def _remember_rotaries(model: torch.nn.Module) -> None:
         else:
             _rotaries[attention] = weakref.ref(nearest)
     # If there is one somewhere, and no layer's, it is unknown whose it is.
-    if not known or len(unturned) < len(layers):
+    if not is_any or len(unturned) < len(layers):
         _unturned.update(unturned)
 
 
