@@ -51,6 +51,15 @@ def save_random_gates(model: str, path: Path | None = None) -> Path:
     return path
 
 
+def gates_of(model: str):
+    """What the engine finds for it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from cake_vllm.integration.gates import GateFile, find_gates
+
+    return GateFile.read(find_gates(EngineArgs(model=model, skip_tokenizer_init=True).create_model_config()))
+
+
 def save_random_adapter(path: Path, num_layers: int, hidden: int = 64, rank: int = 4) -> str:
     """A LoRA adapter for the query and output projections of the Llamas above, 128 wide, loud enough to be heard."""
     torch.manual_seed(1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from engine import Engine
-from random_models import numbers, save_random_gates, save_random_model
+from random_models import gates_of, numbers, save_random_gates, save_random_model
 from replay import Replay
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.exceptions import VLLMValidationError
@@ -17,7 +17,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from cake_vllm.__main__ import main
-from cake_vllm.integration.gates import GateFile, find_gates
+from cake_vllm.integration.gates import GateFile
 from cake_vllm.integration.worker import projections
 from cake_vllm.policies import LayerInputs, create_policy
 from cake_vllm.policies.entries import LinearGate, Ridge, Rotary, features, overlap
@@ -299,10 +299,7 @@ def test_prompts_come_from_all_over_the_text():
 
 @pytest.fixture(scope="module")
 def replay(tiny_model) -> Replay:
-    from vllm.engine.arg_utils import EngineArgs
-
-    config = EngineArgs(model=tiny_model, skip_tokenizer_init=True).create_model_config()
-    return Replay(tiny_model, gates=GateFile.read(find_gates(config)))
+    return Replay(tiny_model, gates=gates_of(tiny_model))
 
 
 @pytest.mark.engine

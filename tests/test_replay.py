@@ -2,6 +2,7 @@
 
 import pytest
 from engine import Engine
+from random_models import gates_of
 from replay import Replay
 
 from cake_vllm.policies import create_policy, policy_names
@@ -14,7 +15,7 @@ NUM_TOKENS = 16
 
 @pytest.fixture(scope="module")
 def replay(model_dir: str) -> Replay:
-    return Replay(model_dir)
+    return Replay(model_dir, gates=gates_of(model_dir))
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def _turn(module: Any, key: torch.Tensor, positions: torch.Tensor) -> tuple[int,
         positions = positions.clamp(max=int(getattr(module, "max_position_embeddings", TRIED[-1] + 1)) - 1)
         return int(module.rotary_dim), module(positions, key.clone(), key.clone())[1].view_as(key).float()
     # Of the library Transformers: angles for all layers, and a function beside the module that turns by them.
-    apply = sys.modules[type(module).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
+    apply = sys.modules[type(module).__module__].apply_rotary_pos_emb
     cos, sin = module(key[None], positions[None])
     size = cos.shape[-1]
     turned = apply(key[None, None, :, :size], key[None, None, :, :size], cos, sin)[1][0, 0]
