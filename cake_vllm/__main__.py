@@ -1,4 +1,4 @@
-"""The command ``cake-vllm``: what to know before serving, and what was kept of a prompt."""
+"""The command ``cake-vllm``: what to know before serving, what was kept of a prompt, and how gates are made."""
 
 import argparse
 import os
@@ -12,15 +12,15 @@ from cake_vllm import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit status."""
-    # vLLM reads these when it is imported. Its engine runs in this process, where `inspect` can look into it.
+    # vLLM reads these when it is imported. Its engine runs in this process, where tools can look into it.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from cake_vllm.tools import inspect, plan
+    from cake_vllm.tools import calibrate, inspect, plan
 
     parser = argparse.ArgumentParser("cake-vllm", description="Tools beside vLLM with KV cache eviction.")
     parser.add_argument("--version", action="version", version=f"cake-vllm {__version__}")
-    commands = parser.add_subparsers(title="subcommands", required=True, metavar="{plan,inspect}")
-    for tool in (plan, inspect):
+    commands = parser.add_subparsers(title="subcommands", required=True, metavar="{plan,inspect,calibrate}")
+    for tool in (plan, inspect, calibrate):
         tool.add_command(commands)
     args = parser.parse_args(argv)
     try:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +61,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(config.getoption("--runner") == "v2"))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # Gates of tests are random, and those of the user stay what they are.
+    folder = tempfile.TemporaryDirectory(prefix="gates")
+    config.add_cleanup(folder.cleanup)
+    os.environ["CAKE_VLLM_GATES"] = folder.name
     # Float32 is float32 in Triton's matrix products, too.
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     if config.getoption("--runner") == "v2":
@@ -160,12 +165,20 @@ def same_on_both(is_v2):
         pytest.skip("the same on both runners, and slow under Triton's interpreter: run on v1")
 
 
+def with_random_gates(model: str) -> str:
+    """The model, once there are gates of it."""
+    from random_models import save_random_gates
+
+    save_random_gates(model)
+    return model
+
+
 @pytest.fixture(scope="session")
 def model_dir() -> str:
     """SmolLM2-135M-Instruct as a Hugging Face directory."""
     script = ROOT / "deploy" / "convert_smollm2.py"
     run = subprocess.run([sys.executable, script], check=True, stdout=subprocess.PIPE, text=True)
-    return run.stdout.strip()
+    return with_random_gates(run.stdout.strip())
 
 
 @pytest.fixture(scope="session")
@@ -173,7 +186,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Llama of four layers with random weights: many steps in little time."""
     from random_models import save_random_model
 
-    return save_random_model(tmp_path_factory.mktemp("tiny"), "llama", "LlamaForCausalLM", num_hidden_layers=4)
+    path = tmp_path_factory.mktemp("tiny")
+    return with_random_gates(save_random_model(path, "llama", "LlamaForCausalLM", num_hidden_layers=4))
 
 
 @pytest.fixture(scope="session")

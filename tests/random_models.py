@@ -33,6 +33,33 @@ def save_random_model(path: Path, model_type: str, architecture: str, *, seed: i
     return str(path)
 
 
+def save_random_gates(model: str, path: Path | None = None) -> Path:
+    """Gates of a Llama that judge anyhow, where the engine looks for them."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from cake_vllm.integration.gates import GateFile, default_path, fingerprint
+    from cake_vllm.policies.entries import LinearGate, Rotary
+
+    config = EngineArgs(model=model, skip_tokenizer_init=True).create_model_config()
+    layers = range(config.hf_text_config.num_hidden_layers)
+    size, rotary = config.get_head_size(), Rotary(config.get_head_size())
+    gates = [LinearGate.random(config.get_total_num_kv_heads(), size, rotary, seed) for seed in layers]
+    weight, bias = (torch.stack([getattr(gate, name) for gate in gates]) for name in ("weight", "bias"))
+    about = {"fingerprint": fingerprint(config), "model": model}
+    path = path or default_path(about["fingerprint"])
+    GateFile(weight, bias, tuple(layers), (rotary,) * len(layers), about).save(path)
+    return path
+
+
+def gates_of(model: str):
+    """What the engine finds for it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from cake_vllm.integration.gates import GateFile, find_gates
+
+    return GateFile.read(find_gates(EngineArgs(model=model, skip_tokenizer_init=True).create_model_config()))
+
+
 def save_random_adapter(path: Path, num_layers: int, hidden: int = 64, rank: int = 4) -> str:
     """A LoRA adapter for the query and output projections of the Llamas above, 128 wide, loud enough to be heard."""
     torch.manual_seed(1)

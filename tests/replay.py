@@ -18,6 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from cake_vllm.integration.gates import GateFile
 from cake_vllm.policies import LayerInputs, PagedPrompt, Policy
 
 #: By layer ``[Hkv, S]``, where the heads of the running request have something, if not everywhere.
@@ -69,6 +70,7 @@ class Replay:
         dtype: that it is computed in.
         rank_bound: see :mod:`ties`.
         gap_bound: see :mod:`ties`.
+        gates: of the model, for policies that need them.
     """
 
     def __init__(
@@ -77,9 +79,11 @@ class Replay:
         dtype: torch.dtype = torch.float32,
         rank_bound: float = RANK_BOUND,
         gap_bound: float = GAP_BOUND,
+        gates: GateFile | None = None,
     ):
         self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="right_aligned")
         self.model.eval()
+        self.gates = gates
         self.rank_bound, self.gap_bound = rank_bound, gap_bound
         # What is still to be followed: evictions, each by layer and KV head; none if nothing is.
         self._choices: Iterator[list[list[torch.Tensor]]] | None = None
@@ -244,6 +248,7 @@ class Replay:
             output_weight=self.model.model.layers[index].self_attn.o_proj.weight,
             layer_index=index,
             valid=valid,
+            gate=self.gates and self.gates.gate(index, slice(None), keys.device),
         )
 
     def _prune(self, state: State, policy: Policy, budget: int, block_size: int) -> list[list[list[int]]]:

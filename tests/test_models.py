@@ -5,6 +5,8 @@ from engine import Engine, same_positions
 from random_models import numbers, save_random_model
 from ties import assert_same
 
+from cake_vllm.policies.entries import Rotary
+
 pytestmark = pytest.mark.engine
 
 
@@ -63,12 +65,16 @@ MODELS = {
         "Gemma2ForCausalLM",
         {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64, "query_pre_attn_scalar": 32},
     ),
+    "glm": ("glm", "GlmForCausalLM", {"hidden_size": 128, "partial_rotary_factor": 0.5, "pad_token_id": 0}),
+    "opt": ("opt", "OPTForCausalLM", {"hidden_size": 128, "ffn_dim": 128, "word_embed_proj_dim": 128}),
     "qwen3-moe": (
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
     ),
 }
+#: How their rotary embeddings turn keys of 32 channels, if not all of them, half by half.
+ROTARIES = {"phi": Rotary(16), "glm": Rotary(16, neighbours=True), "opt": Rotary()}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -81,6 +87,7 @@ def test_model(start_engine, tmp_path, name, same_on_both):
     expected = start_engine(model, **settings).generate(prompts, 16)
     # This policy asks for everything: queries, keys, values and the output projection.
     engine: Engine = start_engine(model, kv_eviction="criticalkv", kv_eviction_budget=100, **settings)
+    assert {layer.rotary for layer in engine.connector.worker.layers} == {ROTARIES.get(name, Rotary(32))}
     engine.stats()
     assert engine.generate(prompts, 16, extra_args={"kv_eviction": "none"}) == expected
     assert not engine.stats()

@@ -12,6 +12,7 @@ from cake_vllm.policies import LayerInputs, PagedPrompt, Policy, create_policy, 
 from cake_vllm.policies.base import LayerScore
 from cake_vllm.policies.budgets import cascade, kept_after, proportional, settle
 from cake_vllm.policies.cake import PRESETS, Cake
+from cake_vllm.policies.entries import LinearGate, Rotary
 from cake_vllm.policies.scores import average_pool, heads_at_once, prefix_attention
 
 
@@ -162,6 +163,7 @@ class Shape:
                 values=draw(self.num_kv_heads, self.prompt_len, size),
                 output_weight=draw(hidden, self.num_heads * size),
                 layer_index=layer,
+                gate=LinearGate.random(self.num_kv_heads, size, Rotary(size), layer),
             )
             for layer in range(self.num_layers)
         ]
@@ -241,7 +243,12 @@ def test_all_heads_at_once_are_scored_as_one_by_one(name):
             alone.append(
                 policy.score(
                     replace(
-                        layer, queries=queries, keys=layer.keys[mine], values=layer.values[mine], output_weight=weight
+                        layer,
+                        queries=queries,
+                        keys=layer.keys[mine],
+                        values=layer.values[mine],
+                        output_weight=weight,
+                        gate=layer.gate.heads(mine),
                     )
                 )
             )
@@ -373,6 +380,7 @@ def test_heads_of_different_lengths_are_scored_as_each_alone(name):
                 keys=layer.keys[head : head + 1, -length:],
                 values=None if layer.values is None else layer.values[head : head + 1, -length:],
                 output_weight=None if weight is None else weight[:, head * group * size : (head + 1) * group * size],
+                gate=layer.gate.heads(slice(head, head + 1)),
             )
         ).indicator[0]
         ours = together.indicator[head]

@@ -2,7 +2,7 @@
 
 import pytest
 from engine import Engine
-from random_models import numbers
+from random_models import gates_of, numbers
 from replay import Replay
 
 from cake_vllm.policies import create_policy, policy_names
@@ -15,12 +15,12 @@ NUM_TOKENS = 16
 
 @pytest.fixture(scope="module")
 def replay(model_dir: str) -> Replay:
-    return Replay(model_dir)
+    return Replay(model_dir, gates=gates_of(model_dir))
 
 
 @pytest.fixture(scope="module")
 def tiny_replay(tiny_model: str) -> Replay:
-    return Replay(tiny_model)
+    return Replay(tiny_model, gates=gates_of(tiny_model))
 
 
 @pytest.fixture

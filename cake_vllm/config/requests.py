@@ -29,6 +29,8 @@ REPORT_KEY = "kv_eviction_report"
 REQUEST_KEYS = (*KEYS, REPORT_KEY)
 #: Knobs that cost the server memory or time.
 COSTLY_KNOBS = ("window", "pool_kernel")
+#: Knobs that name files of the server's.
+FILE_KNOBS = ("gates",)
 
 
 def for_request(
@@ -98,9 +100,10 @@ def _merge_wishes(server: KVEvictionConfig, wishes: Mapping[str, Any]) -> dict[s
     own = parse_options(wishes.get(CONFIG_KEY))
     elastic = (FLOOR_KEY, CEILING_KEY) if settings[BUDGET_KEY] == AUTO else ()
     if name in policy_names():
-        known = {*knobs(name), *(("preset",) if has_presets(name) else ()), *elastic}
+        known = {*knobs(name), *(("preset",) if has_presets(name) else ()), *elastic}.difference(FILE_KNOBS)
         for key in own.keys() - known:
-            why = "is for the server to choose" if key in ("decode", "prefill") else f"is unknown to {name}"
+            is_servers = key in ("decode", "prefill", *FILE_KNOBS)
+            why = "is for the server to choose" if is_servers else f"is unknown to {name}"
             raise ValueError(f"{CONFIG_KEY}: {written(key)} {why}; a request may give {', '.join(sorted(known))}")
     if name == server.policy_name:
         # A preset stands for both taus.

@@ -24,6 +24,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from cake_vllm.policies.entries import LinearGate
+
 
 @dataclass(frozen=True)
 class LayerInputs:
@@ -46,6 +48,7 @@ class LayerInputs:
             their keys are aligned at the end, and a head with fewer has nothing where this is false: zeros as keys and
             values, no attention (:func:`cake_vllm.policies.scores.prefix_attention` sees to that). Such positions are
             never kept; a policy has to look at this only if it takes statistics over positions.
+        gate: of the layer's KV heads if :attr:`Policy.needs_gate`.
     """
 
     queries: torch.Tensor
@@ -58,6 +61,7 @@ class LayerInputs:
     budget: float | None = None
     notes: torch.Tensor | None = None
     valid: torch.Tensor | None = None
+    gate: LinearGate | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ class Policy(ABC):
         protect: spans that stay beside the last :attr:`protected` positions; they are part of the budget.
         needs_values: whether :meth:`score` reads :attr:`LayerInputs.values`.
         needs_output_weight: whether it reads :attr:`LayerInputs.output_weight`.
+        needs_gate: whether it reads :attr:`LayerInputs.gate`, which ``cake-vllm calibrate`` makes of a model; the file
+            is that of a knob ``gates``, or the one that fits the model.
         selection: who competes for the budget. ``"layer"``: layers, and all heads of a layer keep as many tokens
             (:meth:`budgets`); ``"heads"``: the heads of a layer too; ``"all"``: all heads of all layers with each other
             (:meth:`head_budgets`). Memory is freed accordingly: by layer, or by KV head.
@@ -125,6 +131,7 @@ class Policy(ABC):
 
     needs_values = False
     needs_output_weight = False
+    needs_gate = False
     selection: ClassVar[str] = "layer"
     decodes: ClassVar[tuple[str, ...]] = ("off", "window")
     when_progressive: ClassVar[Mapping[str, Any]] = MappingProxyType({})

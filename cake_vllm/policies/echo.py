@@ -6,14 +6,13 @@ from types import MappingProxyType
 
 import torch
 
-from cake_vllm.policies.base import LayerInputs, LayerScore, Policy, Protect, leading
+from cake_vllm.policies.base import LayerInputs, LayerScore, Policy, Protect
 from cake_vllm.policies.defensivekv import LayerDefensiveKV, best_of_all
 from cake_vllm.policies.scores import (
-    attention,
-    average_pool,
     better_ranks,
-    echoed,
     finite,
+    inherited,
+    largest_attention,
     prefix_attention,
     projected_values,
     require_echo,
@@ -23,8 +22,6 @@ from cake_vllm.policies.scores import (
 
 #: Positions just before a query that every query looks at.
 NEAR = 64
-#: Queries of a chunk that are looked at together.
-AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -84,25 +81,7 @@ class Echo(Policy):
 
     def note(self, inputs: LayerInputs, places: range, notes: torch.Tensor | None) -> torch.Tensor:
         """See :meth:`Policy.note`: the largest attention of any query to what lies further behind it than 64."""
-        num_kv_heads, length, _ = inputs.keys.shape
-        peak = torch.zeros(num_kv_heads, length, device=inputs.keys.device)
-        if notes is not None:
-            peak[:, : notes.shape[1]] = notes
-        # A few at a time, with what they can see: half of it in the mean.
-        for first in range(0, len(places), AT_ONCE):
-            part = places[first : first + AT_ONCE]
-            end = part[-1] + 1
-            seen = replace(
-                inputs,
-                queries=inputs.queries[:, first : first + AT_ONCE],
-                keys=inputs.keys[:, :end],
-                valid=None if inputs.valid is None else inputs.valid[:, :end],
-            )
-            own = part.start + part.step * torch.arange(len(part), device=peak.device).unsqueeze(1)
-            is_near = torch.arange(end, device=peak.device) >= own - NEAR
-            new = [weights.masked_fill_(is_near, 0).amax(dim=(1, 2)) for weights in attention(seen, part)]
-            peak[:, :end] = peak[:, :end].maximum(torch.cat(new))
-        return peak
+        return largest_attention(inputs, places, notes, NEAR)
 
     def score(self, inputs: LayerInputs) -> LayerScore:
         """See :meth:`Policy.score`; ``extra`` are Layer-DefensiveKV's indicator and extra, and the notes' worth."""
@@ -128,13 +107,7 @@ class Echo(Policy):
 
     def _worth(self, peak: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
         """``[Hkv, N]`` of the largest attention to each position."""
-        peak = peak.masked_fill(leading(self.protect.first, peak, valid), 0)
-        worth = echoed(average_pool(peak, self.pool_kernel), self.echo)
-        mean = worth.mean(dim=-1, keepdim=True)
-        if valid is not None:
-            there = valid[:, : worth.shape[1]]
-            mean = (worth * there).sum(dim=-1, keepdim=True) / there.sum(dim=-1, keepdim=True)
-        return worth.maximum(mean)
+        return inherited(peak, self.pool_kernel, self.echo, self.protect.first, valid)
 
     def settle(self, scores: Sequence[LayerScore], budget: float) -> Sequence[LayerScore]:
         """See :meth:`Policy.settle`: the best of the ranks among all layers becomes the indicator."""

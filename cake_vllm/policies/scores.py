@@ -1,6 +1,7 @@
 """What several policies look at: the window's attention over the prompt, and the size of projected values."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -12,6 +13,8 @@ ECHO_REACH = 63
 SINKS = 4
 #: Widest pooling, positions; it takes time and, in some policies, memory in proportion.
 MAX_KERNEL = 2**15
+#: Queries of a chunk that are looked at together.
+AT_ONCE = 32
 
 
 def prefix_attention(inputs: LayerInputs) -> Iterator[torch.Tensor]:
@@ -74,6 +77,59 @@ def attention(inputs: LayerInputs, places: range) -> Iterator[torch.Tensor]:
             logits.masked_fill_(absent[:, None, None], float("-inf"))
         logits[..., places.start :].masked_fill_(future, float("-inf"))
         yield logits.softmax(dim=-1)
+
+
+def largest_attention(inputs: LayerInputs, places: range, notes: torch.Tensor | None, near: int = 0) -> torch.Tensor:
+    """The largest attention that any query so far, in any head of the group, pays each position.
+
+    Args:
+        inputs: with the queries of a chunk; see :meth:`Policy.note`.
+        places: of their own keys.
+        notes: what this returned for the chunks before, of those positions that are left.
+        near: positions before a query that it says nothing of; its own is not among them and says nothing either.
+
+    Returns:
+        ``[Hkv, S]`` float32.
+    """
+    num_kv_heads, length, _ = inputs.keys.shape
+    peak = torch.zeros(num_kv_heads, length, device=inputs.keys.device)
+    if notes is not None:
+        peak[:, : notes.shape[1]] = notes
+    # A few at a time, with what they can see: half of it in the mean.
+    for first in range(0, len(places), AT_ONCE):
+        part = places[first : first + AT_ONCE]
+        end = part[-1] + 1
+        seen = replace(
+            inputs,
+            queries=inputs.queries[:, first : first + AT_ONCE],
+            keys=inputs.keys[:, :end],
+            valid=None if inputs.valid is None else inputs.valid[:, :end],
+        )
+        own = part.start + part.step * torch.arange(len(part), device=peak.device).unsqueeze(1)
+        is_near = torch.arange(end, device=peak.device) >= own - near
+        new = [weights.masked_fill_(is_near, 0).amax(dim=(1, 2)) for weights in attention(seen, part)]
+        peak[:, :end] = peak[:, :end].maximum(torch.cat(new))
+    return peak
+
+
+def inherited(
+    peak: torch.Tensor, pool_kernel: int, half_life: float, first: int, valid: torch.Tensor | None
+) -> torch.Tensor:
+    """The largest attention to each position, smoothed, passed on to successors, and at least its head's mean.
+
+    Args:
+        peak: ``[Hkv, N]``.
+        pool_kernel: width of the smoothing, odd.
+        half_life: see :func:`echoed`.
+        first: positions of each head that pass nothing on and get nothing of their own.
+        valid: see :class:`LayerInputs`.
+    """
+    worth = echoed(average_pool(peak.masked_fill(leading(first, peak, valid), 0), pool_kernel), half_life)
+    mean = worth.mean(dim=-1, keepdim=True)
+    if valid is not None:
+        there = valid[:, : worth.shape[1]]
+        mean = (worth * there).sum(dim=-1, keepdim=True) / there.sum(dim=-1, keepdim=True)
+    return worth.maximum(mean)
 
 
 def heads_at_once(device: torch.device, weights_per_head: int) -> int:

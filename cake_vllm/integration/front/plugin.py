@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.engine import BACKENDS, BESIDE, CONNECTOR
-from cake_vllm.integration.front.refusals import refuse_arguments, refuse_engine
+from cake_vllm.integration.front.refusals import refuse_arguments, refuse_engine, refuse_without_gates
 from cake_vllm.integration.front.requests import install_http, install_requests
 from cake_vllm.integration.reports import install_states
 
@@ -53,6 +53,7 @@ def switch_on(
     )
     vllm_config = original(args, *rest, **kwargs)
     refuse_engine(config, vllm_config)
+    refuse_without_gates(config, vllm_config)
     choose_draft_backend(vllm_config)
     if isinstance(args, AsyncEngineArgs):
         install_http()

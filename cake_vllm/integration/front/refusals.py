@@ -10,6 +10,7 @@ from vllm.config import ModelConfig, VllmConfig
 
 from cake_vllm.config import BUDGET_KEY, CONFIG_KEY, POLICY_KEY, KVEvictionConfig, flag
 from cake_vllm.integration.engine import BACKENDS, CONNECTOR, window_cuts
+from cake_vllm.integration.gates import find_gates
 
 #: What ``--kv-cache-dtype`` may ask for: numbers of eight bits with one scale for the keys of a layer and one for its
 #: values, and vLLM's unquantized caches.
@@ -176,6 +177,16 @@ def refuse_engine(config: KVEvictionConfig, vllm_config: VllmConfig) -> None:
         _refuse(LATE, "cannot {} while drafts are verified a step late", of)
     if of.drafts is not None and of.drafts.method in DRAFT_MODELS:
         _refuse(DRAFTERS, "does not work together with a --speculative-config with {} yet", of)
+
+
+def refuse_without_gates(config: KVEvictionConfig, vllm_config: VllmConfig) -> None:
+    """Refuses a policy that needs gates of a model that has none yet, or a file of another one's.
+
+    Raises:
+        ValueError: one sentence with the command that makes them.
+    """
+    if config.policy.needs_gate:
+        find_gates(vllm_config.model_config, getattr(config.policy, "gates", ""))
 
 
 def _refuse(rows: Iterable[Row], form: str, of: Any) -> None:

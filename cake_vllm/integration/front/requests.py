@@ -27,6 +27,7 @@ from cake_vllm.config import (
     wishes_of,
 )
 from cake_vllm.integration.engine import eviction_config
+from cake_vllm.integration.front.refusals import refuse_without_gates
 from cake_vllm.integration.patching import wrap
 from cake_vllm.integration.reports import report
 from cake_vllm.policies.parsing import written
@@ -124,6 +125,8 @@ def resolve(wishes: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str, Any
                     raise ValueError(f"{key} needs a server with eviction: start it with {flag(POLICY_KEY)}")
             return None
         config = for_request(server, wishes, vllm_config.model_config.max_model_len)
+        if config is not None:
+            refuse_without_gates(config, vllm_config)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
     return report(config, None) if wants_report else None

@@ -13,6 +13,7 @@ from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.messages import Cut, Observation
 from cake_vllm.integration.worker.dealing import Held, Reads, read
 from cake_vllm.integration.worker.dividing import Choice, divide
+from cake_vllm.integration.worker.gates import WorkerGates
 from cake_vllm.integration.worker.layers import Batch, Layers
 from cake_vllm.integration.worker.watched import Batched, Watched
 from cake_vllm.kernels import to_device
@@ -27,12 +28,15 @@ class Judging:
     Args:
         config: the engine's.
         layers: of this worker.
+        gates: of these layers.
         held: by request that was evicted, what it reads in place of its first blocks.
         group: tensor-parallel ranks.
     """
 
-    def __init__(self, config: KVEvictionConfig, layers: Layers, held: Mapping[str, Held], group: Any):
-        self.config, self.layers, self.held, self.group = config, layers, held, group
+    def __init__(
+        self, config: KVEvictionConfig, layers: Layers, gates: WorkerGates, held: Mapping[str, Held], group: Any
+    ):
+        self.config, self.layers, self.gates, self.held, self.group = config, layers, gates, held, group
         self.watched: dict[str, Watched] = {}
         #: Whether choices tell what they were made by.
         self.is_traced = False
@@ -122,20 +126,19 @@ class Judging:
         if all(count <= target for count, target in zip(num_pages, targets, strict=True)):
             everything = torch.arange(reads.length, device=reads.table.device)
             return [everything[missing * size :] for missing in reads.missing]
-        cache = self.layers.grid.cache
         if config.decode == "cake":
-            inputs = of_layer.inputs(cache, reads, of_layer.restore_queries(place.recent(query, 1)), policy)
+            inputs = self._inputs(policy, layer, of_layer.restore_queries(place.recent(query, 1)), reads)
             return list(policy.trim(inputs, targets[0] * size - policy.protected).sort(dim=-1).values)
         if len(recent) < policy.num_queries:
             return None
         counts = [min(pair) * size - policy.protected for pair in zip(num_pages, targets, strict=True)]
-        return policy.rescore(of_layer.inputs(cache, reads, recent, policy), counts)
+        return policy.rescore(self._inputs(policy, layer, recent, reads), counts)
 
     def _judge(
         self, policy: Policy, layer: int, queries: torch.Tensor, reads: Reads, budget: int, watched: Watched
     ) -> LayerScore:
         """A prompt's scores in one layer, as its budget is divided."""
-        inputs = self.layers.target[layer].inputs(self.layers.grid.cache, reads, queries, policy)
+        inputs = self._inputs(policy, layer, queries, reads)
         inputs = replace(inputs, budget=budget, notes=watched.notes.get(layer))
         score = policy.judge(inputs)
         if self.on_judged is not None:
@@ -150,8 +153,12 @@ class Judging:
         back = reads.length - what.end
         places = range(positions.start + back, positions.stop + back, positions.step)
         queries = of_layer.restore_queries(place.at(query, positions))
-        inputs = of_layer.inputs(self.layers.grid.cache, reads, queries, None)
+        inputs = self._inputs(None, layer, queries, reads)
         watched.notes[layer] = policy.note(inputs, places, watched.notes.get(layer))
+
+    def _inputs(self, policy: Policy | None, layer: int, queries: torch.Tensor, reads: Reads) -> LayerInputs:
+        gate = self.gates.of(policy, layer) if policy else None
+        return self.layers.target[layer].inputs(self.layers.grid.cache, reads, queries, policy, gate)
 
     def _read(self, layer: int, what: Observation | Cut, watched: Watched) -> Reads:
         return read(self.layers.grid, layer, self.held.get(what.req_id), watched.rows, what.end, self.layers.block_size)

@@ -15,9 +15,10 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from cake_vllm.integration.scheduler.spec import evictable_groups
 from cake_vllm.integration.worker.attention import EvictingImpl
 from cake_vllm.integration.worker.dealing import Reads
-from cake_vllm.integration.worker.projections import output_projection
+from cake_vllm.integration.worker.projections import output_projection, rotary_embedding
 from cake_vllm.kernels import BlockLayout, Grid
 from cake_vllm.policies import LayerInputs, Policy
+from cake_vllm.policies.entries import LinearGate, Rotary
 
 
 class EvictableLayer:
@@ -38,7 +39,14 @@ class EvictableLayer:
         self.layout: BlockLayout = self.impl.block_layout(module, block_size)
         self._output_weight: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def inputs(self, cache: torch.Tensor, reads: Reads, queries: torch.Tensor, policy: Policy | None) -> LayerInputs:
+    def inputs(
+        self,
+        cache: torch.Tensor,
+        reads: Reads,
+        queries: torch.Tensor,
+        policy: Policy | None,
+        gate: LinearGate | None = None,
+    ) -> LayerInputs:
         """What a policy may look at; without one, queries and keys.
 
         Args:
@@ -46,6 +54,7 @@ class EvictableLayer:
             reads: what the layer reads of the request.
             queries: ``[q, Hq, D]``, see :meth:`restore_queries`.
             policy: says what else it needs.
+            gate: of the layer, if the policy needs one.
         """
         valid = reads.valid(self.block_size)
 
@@ -62,6 +71,7 @@ class EvictableLayer:
             self.output_weight if policy and policy.needs_output_weight else None,
             self.impl.layer_index,
             valid=valid,
+            gate=gate,
         )
 
     def no_queries(self) -> torch.Tensor:
@@ -81,6 +91,11 @@ class EvictableLayer:
     def _restore(self, stored: torch.Tensor, scale: float) -> torch.Tensor:
         dtype = self.impl.quantized_dtype
         return stored if dtype is None else stored.view(dtype).to(self.module.dtype).mul_(scale)
+
+    @cached_property
+    def rotary(self) -> Rotary:
+        """Which channels of its keys are turned by their positions; see :func:`rotary_embedding`."""
+        return rotary_embedding(self.module)
 
     @property
     def output_weight(self) -> torch.Tensor:

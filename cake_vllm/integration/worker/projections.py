@@ -1,8 +1,10 @@
-"""Finds the projection behind each attention layer, for policies that weigh values by what becomes of them.
+"""Finds what stands beside each attention layer: the projection behind it, for policies that weigh values by what
+becomes of them, and the rotary embedding before it, for those that read keys without their positions.
 
 No hook shows a plugin the loaded model, so a step of the loader is wrapped (ledger: ``patches/README.md``).
 """
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +15,20 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.model_loader import base_loader
 
 from cake_vllm.integration.patching import wrap
+from cake_vllm.policies.entries import Rotary
 
-_projections: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]] = weakref.WeakKeyDictionary()
+Found = weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]]
+_projections: Found = weakref.WeakKeyDictionary()
+_rotaries: Found = weakref.WeakKeyDictionary()
+#: Layers without a rotary embedding, in models of which it is known where theirs are.
+_unturned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+#: Positions at which a rotary embedding is tried.
+TRIED = (0, 1, 5, 42, 911)
 
 
 def remember_projections() -> None:
-    """From now on, loaded models' projections can be found. Repeatable; in time while a model is being built."""
+    """From now on, what loaded models have can be found. Repeatable; in time while a model is being built."""
     wrap(base_loader, "process_weights_after_loading", _process_weights_after_loading)
 
 
@@ -38,10 +48,86 @@ def output_projection(attention: torch.nn.Module) -> Any:
     return projection
 
 
+def rotary_embedding(attention: Any) -> Rotary:
+    """Which channels of its keys the rotary embedding before ``attention`` turns together; tried, and not only read.
+
+    Raises:
+        ValueError: if that cannot be found out.
+    """
+    found = _rotaries.get(attention)
+    module: Any = found() if found is not None else None
+    if module is None:
+        if attention in _unturned:
+            return Rotary()
+        raise ValueError(_unknown(attention, "cannot be found"))
+    size: int = attention.head_size
+    device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
+    key = torch.randn(1, size, generator=torch.Generator().manual_seed(0)).repeat(len(TRIED), 1)
+    try:
+        num_turned, turned = _turn(module, key.to(device, attention.dtype), torch.tensor(TRIED, device=device))
+    except Exception as error:
+        raise ValueError(_unknown(attention, f"({type(module).__name__}) fails on one head: {error}")) from None
+    for rotary in (Rotary(num_turned), Rotary(num_turned, neighbours=True)):
+        kept = torch.cat(rotary.parts(turned), dim=-1)
+        # What is left of a key is the same at all positions, up to rounding.
+        if torch.allclose(kept, kept[:1].expand_as(kept), rtol=0.03, atol=0.03):
+            return rotary
+    raise ValueError(_unknown(attention, f"({type(module).__name__}) does more than to turn pairs"))
+
+
+def _turn(module: Any, key: torch.Tensor, positions: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """How many channels a rotary embedding turns at most, and ``[n, D]`` float32 keys at these positions."""
+    if hasattr(module, "rotary_dim"):
+        positions = positions.clamp(max=int(getattr(module, "max_position_embeddings", TRIED[-1] + 1)) - 1)
+        return int(module.rotary_dim), module(positions, key.clone(), key.clone())[1].view_as(key).float()
+    # Of the library Transformers: angles for all layers, and a function beside the module that turns by them.
+    apply = sys.modules[type(module).__module__].apply_rotary_pos_emb
+    cos, sin = module(key[None], positions[None])
+    size = cos.shape[-1]
+    turned = apply(key[None, None, :, :size], key[None, None, :, :size], cos, sin)[1][0, 0]
+    return size, torch.cat([turned, key[:, size:]], dim=-1).float()
+
+
+def _unknown(attention: torch.nn.Module, why: str) -> str:
+    return (
+        f"--kv-eviction gate cannot read keys, the rotary embedding of {attention.layer_name} {why}: "
+        "choose another policy"
+    )
+
+
+def _is_rotary(module: torch.nn.Module) -> bool:
+    return type(module).__name__.endswith("RotaryEmbedding")
+
+
+def _remember_rotaries(model: torch.nn.Module) -> None:
+    """Notes the nearest rotary embedding of each attention layer: beside it, or beside a module that it is in."""
+    modules = dict(model.named_modules())
+    beside: dict[str, torch.nn.Module] = {}
+    for name, module in modules.items():
+        # By their parents: layers share one, and a walk through the model meets it once.
+        for child in module.children():
+            if _is_rotary(child):
+                beside[name] = child
+    layers = {name: module for name, module in modules.items() if isinstance(module, Attention)}
+    is_any = any(map(_is_rotary, modules.values()))
+    unturned = []
+    for name, attention in layers.items():
+        parents = [*(name.rsplit(".", up)[0] for up in range(1, name.count(".") + 1)), ""]
+        nearest = next((beside[parent] for parent in parents if parent in beside), None)
+        if nearest is None:
+            unturned.append(attention)
+        else:
+            _rotaries[attention] = weakref.ref(nearest)
+    # If there is one somewhere, and no layer's, it is unknown whose it is.
+    if not is_any or len(unturned) < len(layers):
+        _unturned.update(unturned)
+
+
 def _process_weights_after_loading(
     original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any
 ) -> None:
     original(model, *args, **kwargs)
+    _remember_rotaries(model)
     for parent in model.modules():
         siblings = list(parent.children())
         for attention in siblings:

@@ -20,6 +20,7 @@ from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.messages import Cut, Eviction, EvictionReport, Observation, StepPlan
 from cake_vllm.integration.worker.captured import CapturedSteps
 from cake_vllm.integration.worker.dividing import Choice
+from cake_vllm.integration.worker.gates import WorkerGates
 from cake_vllm.integration.worker.graphs import install_graphs
 from cake_vllm.integration.worker.graphs import step as current_step
 from cake_vllm.integration.worker.judging import Judging
@@ -49,7 +50,8 @@ class EvictionWorker:
         more_drafted = int(speculative is not None and speculative.uses_draft_model())
         self.reading = Reading(layers, rows, more_drafted)
         self.moving = Moving(config, layers, rows)
-        self.judging = Judging(config, layers, self.moving.held, get_tp_group())
+        gates = WorkerGates(config.policy, vllm_config.model_config, layers.target, get_tp_group())
+        self.judging = Judging(config, layers, gates, self.moving.held, get_tp_group())
         most_captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         most_rows = min(vllm_config.scheduler_config.max_num_seqs, most_captured)
         most_blocks = -(-vllm_config.model_config.max_model_len // layers.block_size) + 1

@@ -1,0 +1,148 @@
+"""What a cached entry says of itself, wherever it lies: features of its key and value, and linear maps of these.
+
+A rotary embedding turns pairs of a key's channels by an angle that depends on the position alone. The pairs' norms do
+not change, so the features of an entry are the same at any position, after any move and in any later turn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+#: The least that norms count for in the logarithm.
+LEAST_NORM = 1e-4
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Which channels of a key are turned together.
+
+    Attributes:
+        size: leading channels that are turned, an even number; 0 for none.
+        neighbours: whether a pair are two that lie side by side (GPT-J), or the two halves' (NeoX).
+    """
+
+    size: int = 0
+    neighbours: bool = False
+
+    def parts(self, keys: torch.Tensor) -> list[torch.Tensor]:
+        """Of ``[..., D]`` keys the ``[..., size / 2]`` norms of pairs, and the channels that are not turned."""
+        parts = []
+        if self.size:
+            turned = keys[..., : self.size]
+            pairs = (turned[..., ::2], turned[..., 1::2]) if self.neighbours else turned.chunk(2, dim=-1)
+            # In place from the second step on: half of the time is memory.
+            parts.append(pairs[0].square().addcmul_(pairs[1], pairs[1]).sqrt_())
+        if self.size < keys.shape[-1]:
+            parts.append(keys[..., self.size :])
+        return parts
+
+
+def entry_parts(keys: torch.Tensor, values: torch.Tensor, rotary: Rotary) -> list[torch.Tensor]:
+    """The features of :func:`features`, not joined: norms of pairs, other channels, values, and two logarithms."""
+    keys, values = keys.float(), values.float()
+    norms = [torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (keys, values)]
+    return [*rotary.parts(keys), values, *(norm.clamp_(min=LEAST_NORM).log_() for norm in norms)]
+
+
+def features(keys: torch.Tensor, values: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """``[Hkv, S, F]`` float32 features of ``[Hkv, S, D]`` keys and values of any float dtype.
+
+    ``F`` is ``2 * D + 2`` less half of the channels that are turned.
+    """
+    return torch.cat(entry_parts(keys, values, rotary), dim=-1)
+
+
+@dataclass(frozen=True)
+class LinearGate:
+    """One layer's linear map of an entry's features to the natural logarithm of what it is worth.
+
+    Attributes:
+        weight: ``[Hkv, F]`` float32.
+        bias: ``[Hkv]`` float32.
+        rotary: of the layer.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    rotary: Rotary = Rotary()
+
+    def __call__(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """``[Hkv, S]`` float32 of ``[Hkv, S, D]`` keys and values."""
+        parts = entry_parts(keys, values, self.rotary)
+        weights = self.weight.split([part.shape[-1] for part in parts], dim=1)
+        total = self.bias.unsqueeze(1)
+        for part, weight in zip(parts, weights, strict=True):
+            total = total + (part @ weight.unsqueeze(-1)).squeeze(-1)
+        return total
+
+    def heads(self, chosen: slice) -> "LinearGate":
+        """That of some of the KV heads."""
+        return LinearGate(self.weight[chosen], self.bias[chosen], self.rotary)
+
+    @staticmethod
+    def random(num_kv_heads: int, head_size: int, rotary: Rotary, seed: int = 0) -> "LinearGate":
+        """One that judges anyhow, for what does not depend on how."""
+        dice = torch.Generator().manual_seed(seed)
+        weight = torch.randn(num_kv_heads, 2 * head_size + 2 - rotary.size // 2, generator=dice) * head_size**-0.5
+        return LinearGate(weight, torch.full((num_kv_heads,), -6.0), rotary)
+
+
+class Ridge:
+    """Ridge regression of each KV head of a layer, by sums alone: what is added may be forgotten.
+
+    Args:
+        num_heads: KV heads.
+        num_features: ``F``.
+        device: where the sums are kept, in float64.
+    """
+
+    def __init__(self, num_heads: int, num_features: int, device: torch.device):
+        # Products of [features, 1, target] with themselves: all sums in one matrix.
+        size = num_features + 2
+        self._sums = torch.zeros(num_heads, size, size, dtype=torch.float64, device=device)
+
+    def add(self, found: torch.Tensor, target: torch.Tensor) -> None:
+        """Adds ``[Hkv, S, F]`` features and the ``[Hkv, S]`` targets that belong to them."""
+        target = target.unsqueeze(-1)
+        rows = torch.cat([found, torch.ones_like(target), target], dim=-1).double()
+        self._sums += rows.transpose(1, 2) @ rows
+
+    @property
+    def level(self) -> torch.Tensor:
+        """``[Hkv]`` float32, the mean of the targets."""
+        return (self._sums[:, -1, -2] / self._sums[:, -2, -2]).float()
+
+    def solve(self, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights ``[Hkv, F]`` and bias ``[Hkv]``, float32, for features as they are.
+
+        Args:
+            penalty: on the squared weights of standardised features, beside the sum of squared errors.
+        """
+        count, target = self._sums[:, -2, -2], self._sums[:, -1, -2]
+        sums, products = self._sums[:, :-2, -2], self._sums[:, :-2, -1]
+        mean, level = sums / count.unsqueeze(1), target / count
+        spread = self._sums[:, :-2, :-2] - sums.unsqueeze(2) * mean.unsqueeze(1)
+        size = (spread.diagonal(dim1=1, dim2=2) / count.unsqueeze(1)).clamp(min=0).sqrt()
+        # A feature that never changes says nothing.
+        size = torch.where(size > 1e-6 * (mean.abs() + 1e-6), size, float("inf"))
+        scaled = spread / size.unsqueeze(1) / size.unsqueeze(2)
+        scaled.diagonal(dim1=1, dim2=2).add_(penalty)
+        weight = torch.linalg.solve(scaled, (products - sums * level.unsqueeze(1)) / size) / size
+        return weight.float(), (level - (weight * mean).sum(dim=1)).float()
+
+
+def overlap(scores: Sequence[torch.Tensor], others: Sequence[torch.Tensor], share: float) -> float:
+    """How much of the best ``share`` of all entries of all layers two rankings have in common, from 0 to 1.
+
+    Args:
+        scores: ``[Hkv, S]`` for each layer.
+        others: the same.
+        share: of all entries, in (0, 1).
+    """
+    first, second = (torch.cat([layer.flatten() for layer in ranking]) for ranking in (scores, others))
+    count = max(int(share * len(first)), 1)
+    best = torch.zeros(2, len(first), dtype=torch.bool, device=first.device)
+    for row, ranking in zip(best, (first, second), strict=True):
+        row[ranking.topk(count).indices] = True
+    return float(best.all(dim=0).sum()) / count
