@@ -299,7 +299,7 @@ def test_a_share_of_the_budget_for_both_ends(name):
         ({"protect": {"first": -1}}, "protect: first must be at least 0, not -1"),
         ({"protect": 4}, "protect must be of type object, not 4"),
         ({"echo": -1.0}, "echo must be a number of positions of at least 0, not -1.0"),
-        ({"echo": float("nan")}, "echo must be a number of positions of at least 0, not nan"),
+        ({"echo": float("nan")}, "echo must be a finite number, at most 1e\\+15 in size, not nan"),
     ],
 )
 def test_bad_options(options, message):
