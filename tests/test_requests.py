@@ -49,10 +49,15 @@ def test_bad_wishes_are_refused(engine: Engine, wish, message):
 
 
 def test_a_policy_that_raises_costs_no_request(engine: Engine, monkeypatch):
-    """Whether it scores, divides or ranks: the request is served with all it has, and the next one is evicted."""
+    """Whether it scores, divides or ranks: the request is served with all it has, and the next one is evicted.
+
+    The log says where it raised.
+    """
+    from cake_vllm.integration.worker import judging
     from cake_vllm.policies.cake import Cake
 
-    prompt = numbers(23, 900)
+    prompt, logged = numbers(23, 900), []
+    monkeypatch.setattr(judging.logger, "warning_once", lambda form, *args: logged.append(form % args))
 
     def cold(**params) -> list[list[int]]:
         engine.forget_prefixes()
@@ -70,6 +75,8 @@ def test_a_policy_that_raises_costs_no_request(engine: Engine, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(Cake, method, fail)
             assert cold() == unlimited
+        assert "ArithmeticError: no" in logged[-1]
+        assert f'{__file__}", line' in logged[-1]
         stats = engine.stats()
         assert (stats["failures"], stats["requests"], stats["freed_blocks"]) == (1, 0, 0)
         assert engine.is_idle()
@@ -157,8 +164,7 @@ def test_a_failure_while_pages_are_moved(tiny, monkeypatch, name):
             answers += engine.generate([prompt], 50)
         stats = engine.stats()
         assert (stats["failures"], stats["requests"]) == (1, 0)
-        assert stats["freed_blocks"] == 0
-        assert stats["in_place"] == (blocks == 32)
+        assert stats["freed_blocks"] == stats["in_place"] == 0
         assert answers[-1] not in (whole[0], evicted[0])
         assert engine.is_idle()
     assert answers[0] == answers[1]
