@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from engine import Engine
 from random_models import gates_of, numbers, save_random_gates, save_random_model
 from replay import Replay
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import get_rope
@@ -19,6 +21,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from cake_vllm.__main__ import main
 from cake_vllm.integration.gates import GateFile
 from cake_vllm.integration.worker import projections
+from cake_vllm.integration.worker.gates import WorkerGates
 from cake_vllm.policies import LayerInputs, create_policy
 from cake_vllm.policies.entries import LinearGate, Ridge, Rotary, features, overlap
 from cake_vllm.tools import calibrate
@@ -344,6 +347,29 @@ def test_a_repetition_is_served_as_replayed(tiny, replay, same_on_both):
     behind = [position for layer in chosen for head in layer for position in head.tolist() if position >= 400]
     # Rounding to pages leaves room for some.
     assert len(behind) < 0.3 * sum(len(head) for layer in chosen for head in layer)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_and_stages_take_what_is_theirs(tiny_model, world_size):
+    """Two KV heads: both, one of them, or one that two ranks share; layers by their place in the model."""
+    file = gates_of(tiny_model)
+    model = EngineArgs(model=tiny_model, skip_tokenizer_init=True).create_model_config()
+    num_heads, policy = max(2 // world_size, 1), create_policy("gate", {})
+    layers = [
+        SimpleNamespace(
+            name=f"model.layers.{index}.attn", impl=SimpleNamespace(num_kv_heads=num_heads), rotary=Rotary(32)
+        )
+        for index in (2, 3)
+    ]
+    for rank in range(world_size):
+        gates = WorkerGates(policy, model, layers, SimpleNamespace(rank_in_group=rank, world_size=world_size))
+        heads = {1: [0, 1], 2: [rank], 4: [rank // 2]}[world_size]
+        for row, layer in enumerate((2, 3)):
+            assert torch.equal(gates.of(policy, row).weight, file.weight[layer, heads])
+            assert torch.equal(gates.of(policy, row).bias, file.bias[layer, heads])
+    layers[0].rotary = Rotary(16)
+    with pytest.raises(ValueError, match=r"made for Rotary\(size=32.*has Rotary\(size=16.*: make them with"):
+        WorkerGates(policy, model, layers, SimpleNamespace(rank_in_group=0, world_size=1))
 
 
 @pytest.mark.engine

@@ -64,10 +64,11 @@ def test_workers_keep_what_one_in_this_process_keeps(tiny, tiny_model, workers):
     compare(answers, tiny(max_model_len=2048, **eviction), PROMPTS)
 
 
-def test_two_ranks_agree_where_heads_compete(tiny_model):
+@pytest.mark.parametrize("name", ["layer-defensivekv", pytest.param("gate", marks=pytest.mark.full)])
+def test_two_ranks_agree_where_heads_compete(tiny_model, name):
     """Heads compete inside a rank, in columns that all ranks share."""
     eviction = {
-        "kv_eviction": "layer-defensivekv",
+        "kv_eviction": name,
         "kv_eviction_budget": 150,
         "kv_eviction_config": {"decode": "window"},
     }
