@@ -29,13 +29,6 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def test_the_tests_interpreted():
-    """Runner V2 shows Triton, interpreted, which is slow: one of the tests. On V1 all run below."""
-    command = ["-m", "pytest", "-c", "pyproject.toml", "-p", "no:xdist", "--all", "-q", "tests/gpu", "--dry-run"]
-    selected = "served_as_replayed and TRITON_ATTN and layer-defensivekv and exact"
-    assert "1 passed" in run(*command, "--runner", "v2", "-k", selected).splitlines()[-1]
-
-
 def test_first(tmp_path):
     out = tmp_path / "first.jsonl"
     run("benchmarks/gpu/first.py", "--dry-run", "--out", str(out))

@@ -42,7 +42,7 @@ from latency import TURN, Engine
 from random_models import save_random_model
 from shapes import SHAPES, save
 
-from cake_vllm.policies import policy_names
+from cake_vllm.policies import policy_class, policy_names
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 #: Called with what is known now.
@@ -103,13 +103,16 @@ def run_kernels(emit: Emit, args: argparse.Namespace, _: str) -> None:
 
 def run_tests(emit: Emit, args: argparse.Namespace, backend: str) -> None:
     """The tests of one backend but for those of graphs."""
-    few = " and (replayed or kept)" if args.dry_run and backend != "FLASH_ATTN" else ""
+    few = ""
+    if args.dry_run:
+        # One of each kind, of one backend.
+        few = " and not async and (layer or eagle)" if backend == "FLASH_ATTN" else " and replayed and layer and exact"
     _run_tests(emit, args, f"{backend} and not graphs{few}")
 
 
 def run_graphs(emit: Emit, args: argparse.Namespace, backend: str) -> None:
     """Those of graphs."""
-    _run_tests(emit, args, f"{backend} and graphs")
+    _run_tests(emit, args, f"{backend} and graphs{' and not async and both' if args.dry_run else ''}")
 
 
 def _run_tests(emit: Emit, args: argparse.Namespace, selection: str) -> None:
@@ -305,6 +308,11 @@ def describe(args: argparse.Namespace, lines: Lines) -> None:
     lines({"command": " ".join(sys.argv[1:]), "method": args.method, **machine, "versions": versions})
 
 
+def without_gates() -> list[str]:
+    """Policies that need nothing which is made of real weights."""
+    return [name for name in policy_names() if not policy_class(name).needs_gate]
+
+
 def parse() -> argparse.Namespace:
     """The command line, and what follows from it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -323,7 +331,7 @@ def parse() -> argparse.Namespace:
     args.until = time.monotonic() + 60 * args.minutes * args.patience
     args.budget, args.contexts, args.rows, args.turns = 1024, [8192, 32_768, 130_000], [1, 8, 32], 8
     args.load, args.output, args.pool = [(32_768, 12), (1024, 64)], 256, 4
-    args.evicted, args.repeats, args.policies = [32_768, 128_000], 3, list(policy_names())
+    args.evicted, args.repeats, args.policies = [32_768, 128_000], 3, without_gates()
     defaults = {"dtype": "bfloat16", "block_size": 16, "max_num_batched_tokens": 8192, "enforce_eager": False}
     defaults |= {"load_format": "dummy"}
     shape, args.vocabulary = SHAPES[args.shape], 32_003
