@@ -47,7 +47,9 @@ class Engine:
         self.outputs: dict[str, RequestOutput] = {}
         self._stats = EvictionStats.empty()
         if self.evicts:
-            self._forget_choices()
+            self._choices: defaultdict[str, list[list[list[torch.Tensor]]]] = defaultdict(list)
+            self._kept: dict[str, Kept] = {}
+            self._ranks: dict[str, dict[int, torch.Tensor]] = {}
             self.connector.worker.judging.is_traced = True
             self.connector.worker.on_evicted = self._follow
             self._take_stats = self.scheduler.connector.get_kv_connector_stats
@@ -73,7 +75,7 @@ class Engine:
     ) -> str:
         """Adds a greedy request and returns its id."""
         if self.evicts and not self.scheduler.requests:
-            self._forget_choices()
+            self._choices.clear()
         name = f"r{next(self._ids)}"
         sampling = SamplingParams(**({"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True} | params))
         self.llm.llm_engine.add_request(
@@ -142,6 +144,8 @@ class Engine:
 
     def trace(self, prompts: list[list[int]], max_tokens: int, **params: Any) -> list[tuple[list[int], Kept]]:
         """Greedy tokens and kept positions of prompts that run together; positions are empty if nothing left."""
+        self._kept.clear()
+        self._ranks.clear()
         names = [self.add(prompt, max_tokens, **params) for prompt in prompts]
         done = self.run()
         return [(done[name], self.positions(name)) for name in names]
@@ -174,11 +178,6 @@ class Engine:
         """A request of the last batch."""
         choices = self._of_request(self._choices, name, [])
         return Served(tokens, [[[head.cpu() for head in layer] for layer in eviction] for eviction in choices])
-
-    def _forget_choices(self) -> None:
-        self._choices: defaultdict[str, list[list[list[torch.Tensor]]]] = defaultdict(list)
-        self._kept: dict[str, Kept] = {}
-        self._ranks: dict[str, dict[int, torch.Tensor]] = {}
 
     def _follow(self, what, choice, eviction) -> None:
         """Remembers what every eviction keeps, and of those that divide a budget what they chose by."""
