@@ -31,13 +31,8 @@ def crowd(engine: Engine, prompts: list[list[int]]) -> None:
     assert {*names} - {*done} <= {names[0], names[3]}
 
 
-@pytest.mark.parametrize(
-    ("name", "decode"),
-    [
-        pytest.param("cake", "cake", marks=pytest.mark.interpreted),
-        ("layer-defensivekv", "window"),
-    ],
-)
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("name", "decode"), [("cake", "cake")])
 def test_generated_tokens_are_evicted_as_without_drafts(start_engine, model_dir, text_ids, name, decode):
     """Token for token, and position for position, what a replay keeps that knows of no drafts."""
     engine: Engine = start_engine(
@@ -61,7 +56,7 @@ def test_generated_tokens_are_evicted_as_without_drafts(start_engine, model_dir,
 
 @pytest.mark.parametrize(
     "decode",
-    [pytest.param("off", marks=pytest.mark.contract), pytest.param("window", marks=pytest.mark.contract), "cake"],
+    [pytest.param("off", marks=pytest.mark.contract), pytest.param("window", marks=pytest.mark.contract)],
 )
 def test_rows_of_all_kinds_share_a_batch(tiny, is_v2, decode):
     """Drafts fill blocks and are taken back; a real model accepts more of them."""

@@ -45,7 +45,7 @@ def test_bytes_are_found_where_the_kernel_puts_them(name, dtype, block_size, sam
         assert_neighbours(found[0], exact[:, 0] / scale, FLOATS[name])
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("name", [pytest.param("fp8", marks=pytest.mark.full), "fp8_e5m2"])
 def test_nothing_changes_where_nothing_is_evicted(tiny, tiny_model, name, is_v2):
     prompts = [numbers(170 + i, length) for i, length in enumerate((20, 300, 900))]
     expected = stock(is_v2, tiny_model, prompts, 8, skip_tokenizer_init=True, kv_cache_dtype=name)
