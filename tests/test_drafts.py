@@ -32,19 +32,18 @@ def crowd(engine: Engine, prompts: list[list[int]]) -> None:
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize(("name", "decode"), [("cake", "cake")])
-def test_generated_tokens_are_evicted_as_without_drafts(start_engine, model_dir, text_ids, name, decode):
+def test_generated_tokens_are_evicted_as_without_drafts(start_engine, model_dir, text_ids):
     """Token for token, and position for position, what a replay keeps that knows of no drafts."""
     engine: Engine = start_engine(
-        kv_eviction=name,
+        kv_eviction="cake",
         kv_eviction_budget=128,
-        kv_eviction_config={"decode": decode},
+        kv_eviction_config={"decode": "cake"},
         max_num_batched_tokens=512,
         speculative_config=NGRAM,
     )
     prompt, num_tokens = text_ids[:200] * 2, 170
     (served,) = engine.served([prompt], num_tokens)
-    Replay(model_dir).verify(prompt, served, create_policy(name, {}), 128, block_size=32, decode=decode)
+    Replay(model_dir).verify(prompt, served, create_policy("cake", {}), 128, block_size=32, decode="cake")
     accepted, rejected = drafts(engine)
     assert accepted > 20
     assert rejected > 0
