@@ -223,3 +223,18 @@ def test_reports_that_come_a_step_late(tiny, prefill, monkeypatch):
     for name, run in zip(names[1:], expected[1:], strict=True) if prefill == "exact" else ():
         assert_same(engine.run_of(name), run)
     assert engine.is_idle()
+
+
+def test_the_longest_request_that_the_pool_holds(tiny, same_on_both):
+    """``--max-model-len auto``: a bounded request may be as long as the model allows, in a pool of 2,000 tokens."""
+    per_token = 4 * 2 * 2 * 32 * 4
+    settings = {"num_gpu_blocks_override": None, "max_model_len": -1, "kv_cache_memory_bytes": 2000 * per_token}
+    settings |= {"kv_eviction": "cake", "kv_eviction_budget": 100, "max_num_batched_tokens": 256}
+    exact: Engine = tiny(**settings, kv_eviction_config={"decode": "off"})
+    fits = exact.vllm_config.model_config.max_model_len
+    assert 1900 < fits < 2000
+    assert len(exact.generate([numbers(5, fits - 20)], 20)[0]) == 20
+    bounded: Engine = tiny(**settings, kv_eviction_config={"prefill": "progressive", "decode": "cake"})
+    assert bounded.vllm_config.model_config.max_model_len == 8192
+    assert len(bounded.generate([numbers(5, 6000)], 20)[0]) == 20
+    assert bounded.is_idle()
