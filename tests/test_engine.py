@@ -202,21 +202,28 @@ def most_running(engine: Engine, prompts: list[list[int]], num_tokens: int) -> i
     return most
 
 
-def test_engines_of_one_process_take_turns(no_engine, tiny_model, same_on_both):
-    """vLLM has one KV connector per process: who comes second is refused with a sentence, and who was there goes on."""
-    evicting = {"kv_eviction": "cake", "kv_eviction_budget": 100}
+def test_engines_of_one_process(no_engine, tiny_model, same_on_both):
+    """vLLM has one KV connector per process: who comes second is refused with a sentence, and who was there goes on.
+
+    A stock engine that was there first knows nothing of it.
+    """
+    no_engine()
     settings = {"skip_tokenizer_init": True, "num_gpu_blocks_override": 300}
-    expected = []
-    for first, others in ((evicting, ({}, evicting | {"kv_eviction_budget": 200})), ({}, (evicting,))):
-        no_engine()
-        engine = Engine(tiny_model, **settings, **first)
-        expected.append(engine.generate([numbers(3, 600)], 20))
-        for second in others:
-            with pytest.raises(RuntimeError, match="needs a process without another engine in it: shut that one down"):
-                Engine(tiny_model, **settings, **second)
-            engine.forget_prefixes()
-            assert engine.generate([numbers(3, 600)], 20) == expected[-1]
-        engine.shutdown()
-    engine = Engine(tiny_model, **settings, **evicting)
-    assert engine.generate([numbers(3, 600)], 20) == expected[0]
+    evicting = settings | {"kv_eviction": "cake", "kv_eviction_budget": 100}
+    stock = Engine(tiny_model, **settings)
+    whole = stock.generate([numbers(3, 600)], 20)
+    engine = Engine(tiny_model, **evicting)
+    expected = engine.generate([numbers(3, 600)], 20)
+    assert expected != whole
+    stock.forget_prefixes()
+    assert stock.generate([numbers(3, 600)], 20) == whole
+    for second in (settings, evicting | {"kv_eviction_budget": 200}):
+        with pytest.raises(RuntimeError, match="lives in this process, and another one cannot start beside it: shut"):
+            Engine(tiny_model, **second)
+        engine.forget_prefixes()
+        assert engine.generate([numbers(3, 600)], 20) == expected
+    engine.shutdown()
+    del stock.llm, stock.core
+    engine = Engine(tiny_model, **evicting)
+    assert engine.generate([numbers(3, 600)], 20) == expected
     engine.shutdown()

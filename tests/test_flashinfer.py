@@ -143,8 +143,8 @@ def test_a_missed_row_is_an_error(monkeypatch, req_idx):
     """Rows are requests' places on runner V1, and places are looked up on V2."""
     requests = SimpleNamespace(req_id_to_index={"a": 0, "b": 1} if req_idx is None else {"a": 5, "b": 3, "c": 4})
     runner = SimpleNamespace(input_batch=requests, req_states=requests)
-    worker = SimpleNamespace(evicted=lambda plan, known: {*known} & {"b", "c"})
-    monkeypatch.setattr(graphs, "_worker", lambda: worker)
+    reading = SimpleNamespace(evicted=lambda plan, known: {*known} & {"b", "c"})
+    monkeypatch.setattr(graphs, "_worker", lambda: SimpleNamespace(reading=reading))
     monkeypatch.setattr(graphs.step, "runner", runner)
     monkeypatch.setattr(graphs.step, "plan", StepPlan(redirected={False: Redirected(1, 1, 1)}))
     assert graphs.evicted_rows(req_idx).tolist() == [1]

@@ -1,6 +1,5 @@
 """The KV connector through which the two halves of the plugin talk. It transfers no KV."""
 
-import os
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from cake_vllm.integration.engine import BESIDE, eviction_config
+from cake_vllm.integration.engine import eviction_config
 from cake_vllm.integration.messages import EvictionReport, StepPlan
 from cake_vllm.integration.metrics import EvictionPromMetrics, EvictionStats
 from cake_vllm.integration.reports import install_news
@@ -29,8 +28,8 @@ from cake_vllm.integration.scheduler.scheduler import EvictionScheduler
 
 #: vLLM has one worker's end of a connector per process.
 COMPANY = (
-    "--kv-eviction needs a process without another engine in it: shut that one down first "
-    "(llm.llm_engine.engine_core.shutdown()), or unset VLLM_ENABLE_V1_MULTIPROCESSING=0, so that each has its own"
+    "an engine with --kv-eviction lives in this process, and another one cannot start beside it: shut that one down "
+    "first (llm.llm_engine.engine_core.shutdown()), or unset VLLM_ENABLE_V1_MULTIPROCESSING, so that each has its own"
 )
 
 
@@ -41,8 +40,6 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         config = eviction_config(vllm_config)
         assert config is not None, "the connector is set up only where eviction is on"
-        if role == KVConnectorRole.WORKER and self._kv_transfer_config.get_from_extra_config(BESIDE, 0) == os.getpid():
-            raise RuntimeError(COMPANY)
         if role == KVConnectorRole.SCHEDULER:
             self.scheduler = EvictionScheduler(
                 config,

@@ -6,9 +6,6 @@ from cake_vllm.config import KVEvictionConfig
 
 CONNECTOR = "KVEvictionConnector"
 
-#: Of the connector's settings: the process that had an engine in it when this one was configured.
-BESIDE = "beside_an_engine_of"
-
 #: Stock attention backends that can evict, and the class that takes each one's place.
 BACKENDS = {
     "CPU_ATTN": "cake_vllm.integration.worker.cpu_attention.EvictingCPUBackend",

@@ -1,18 +1,16 @@
 """What the plugin registers in every process, and what it switches on when a user asks for eviction."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 from vllm.config import KVTransferConfig, VllmConfig
-from vllm.distributed import model_parallel_is_initialized
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from cake_vllm.config import KVEvictionConfig
-from cake_vllm.integration.engine import BACKENDS, BESIDE, CONNECTOR
+from cake_vllm.integration.engine import BACKENDS, CONNECTOR
 from cake_vllm.integration.front.refusals import refuse_arguments, refuse_engine, refuse_without_gates
 from cake_vllm.integration.front.requests import install_http, install_requests
 from cake_vllm.integration.reports import install_states
@@ -47,10 +45,7 @@ def switch_on(
         ValueError: one sentence, if eviction cannot serve what else was set.
     """
     refuse_arguments(args)
-    beside = {BESIDE: os.getpid()} if model_parallel_is_initialized() else {}
-    args.kv_transfer_config = KVTransferConfig(
-        kv_connector=CONNECTOR, kv_role="kv_producer", kv_connector_extra_config=beside
-    )
+    args.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
     vllm_config = original(args, *rest, **kwargs)
     refuse_engine(config, vllm_config)
     refuse_without_gates(config, vllm_config)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from vllm.config import CUDAGraphMode
-from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group, kv_transfer_state
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
 from vllm.v1.worker.gpu_worker import Worker
@@ -59,6 +59,10 @@ def _remember_plan(original: Callable[..., Any], worker: Any, scheduler_output: 
     # The worker half forgets it at the end of the step: drafts choose graphs, too.
     step.plan, step.replays = plan if isinstance(plan, StepPlan) else None, False
     step.runner = worker.model_runner
+    if plan is None:
+        # Of an engine without a connector, which was in this process before: it must not meet this one.
+        with _swapped(kv_transfer_state, _KV_CONNECTOR_AGENT=None):
+            return original(worker, scheduler_output, *args, **kwargs)
     return original(worker, scheduler_output, *args, **kwargs)
 
 
