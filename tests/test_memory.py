@@ -134,14 +134,14 @@ def test_hit_rate_under_pressure_is_that_of_stock(tiny):
         pytest.param("cake", {"protect": {"first": 20}, "echo": 12}, marks=pytest.mark.full),
     ],
 )
-def test_progressive_prefill_equals_its_replay(start_engine, model_dir, prompts, name, knobs):
+def test_progressive_prefill_equals_its_replay(tiny, tiny_model, name, knobs):
     options = {"prefill": "progressive", "decode": "window", **knobs}
-    engine: Engine = start_engine(
+    engine: Engine = tiny(
         kv_eviction=name, kv_eviction_budget=256, kv_eviction_config=options, max_num_batched_tokens=512
     )
-    replay = Replay(model_dir)
+    replay = Replay(tiny_model)
     engine.stats()
-    prompt = prompts[2049]
+    prompt = numbers(41, 2049)
     (served,) = engine.served([prompt], 40)
     replay.verify(prompt, served, create_policy(name, knobs), 256, 32, decode="window", chunk=512)
     stats = engine.stats()
