@@ -54,6 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "contract: with --all also run on the Python files of a newer vLLM")
     config.addinivalue_line("markers", "gpu: needs a GPU")
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    # Numba, which n-gram drafts bring, sets the number of threads of the whole process when it starts its own.
+    os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
     # Servers share the cores with other tests: workers that are bound to all of them, and wait for each other in a
     # loop, take many times as long, and so does what runs beside them.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
