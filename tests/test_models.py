@@ -87,7 +87,7 @@ def test_model(start_engine, tmp_path, name, same_on_both):
     expected = start_engine(model, **settings).generate(prompts, 16)
     # This policy asks for everything: queries, keys, values and the output projection.
     engine: Engine = start_engine(model, kv_eviction="criticalkv", kv_eviction_budget=100, **settings)
-    assert {layer.rotary for layer in engine.connector.worker.layers} == {ROTARIES.get(name, Rotary(32))}
+    assert {layer.rotary for layer in engine.connector.worker.layers.target} == {ROTARIES.get(name, Rotary(32))}
     engine.stats()
     assert engine.generate(prompts, 16, extra_args={"kv_eviction": "none"}) == expected
     assert not engine.stats()
