@@ -5,6 +5,8 @@ from counting import Waits
 from engine import Engine
 from random_models import numbers
 
+from cake_vllm.integration.worker.judging import Judging
+from cake_vllm.integration.worker.reading import Reading
 from cake_vllm.integration.worker.worker import EvictionWorker
 
 pytestmark = pytest.mark.engine
@@ -14,8 +16,9 @@ pytestmark = pytest.mark.engine
 def test_the_worker_waits_once_for_each_prompt(tiny, tiny_model, monkeypatch, same_on_both, decode, num_drafts):
     """For the preferences, by which the budget is divided; never while it decodes, but for giving a block back."""
     counted = []
-    for name in ("begin", "finish", "end", "_observe", "_work_of_pass"):
-        method = getattr(EvictionWorker, name)
+    step = [(EvictionWorker, name) for name in ("begin", "finish", "end")]
+    for room, name in (*step, (Judging, "_observe"), (Reading, "_work_of_pass")):
+        method = getattr(room, name)
 
         def counting(*args, method=method):
             with Waits() as waits:
@@ -23,7 +26,7 @@ def test_the_worker_waits_once_for_each_prompt(tiny, tiny_model, monkeypatch, sa
             counted.append(sum(waits.seen.values()))
             return result
 
-        monkeypatch.setattr(EvictionWorker, name, counting)
+        monkeypatch.setattr(room, name, counting)
     options = {"kv_eviction_config": {"decode": decode}, "kv_eviction_budget": 100}
     if num_drafts:
         speculation = {"method": "draft_model", "model": tiny_model, "num_speculative_tokens": num_drafts}
