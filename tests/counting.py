@@ -103,10 +103,3 @@ def living() -> Counter[str]:
     gc.collect()
     names = (f"{type(thing).__module__}.{type(thing).__qualname__}" for thing in gc.get_objects())
     return Counter(name for name in names if name.endswith(OF_REQUESTS))
-
-
-class Living:
-    """Lets a server be asked: an extension of its worker, which shares a process with its scheduler."""
-
-    def count_living(self) -> dict[str, int]:
-        return dict(living())

@@ -125,7 +125,7 @@ def resolve(wishes: Mapping[str, Any], vllm_config: VllmConfig) -> dict[str, Any
                     raise ValueError(f"{key} needs a server with eviction: start it with {flag(POLICY_KEY)}")
             return None
         config = for_request(server, wishes, vllm_config.model_config.max_model_len)
-        if config is not None:
+        if config is not None and config is not server:
             refuse_without_gates(config, vllm_config)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
