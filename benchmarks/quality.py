@@ -13,7 +13,9 @@ conversation is the same over HTTP: its prompt is computed anew or taken from th
 evicted with the new question in sight. ``--prefill progressive``: the prompt is evicted after each chunk, and a chunk
 ends where the context does, so that the question reads what was kept without it (query-agnostic); prose in front of
 the context fills it up to whole chunks. One chunk is as long as the longest context, or ``--chunk``. Its server
-runs one request at a time, as a step's tokens are what ends a chunk.
+runs one request at a time, as a step's tokens are what ends a chunk. ``--prefill auto-3``: prefill is exact, the budget
+elastic, and other requests make memory so short that the prompt, a context alone, is cut three times, the last time to
+nearly the row's budget; then the request is made to go on with the question (query-agnostic, see ``neighbours.py``).
 
 Every answer is a line of a JSONL beside ``--out``; a run that was interrupted goes on where it was.
 
@@ -26,6 +28,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shlex
 import sys
 import time
@@ -43,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "deploy"))
 from common import write
 from demo import server
 from longbench import longbench_tasks
+from neighbours import FILLER, SPARE_BLOCKS, Neighbours
 from openai import OpenAI
 from ruler import RULER
 from tasks import TASKS, Sample, Task, Texts
@@ -56,6 +60,14 @@ POLICIES = (
 KEY = "forced_tokens"
 #: Methods of which a request for fewer queries has to say so, as the server may be started with more.
 OBSERVING = ("echo",)
+#: The floor of elastic budgets: less than what the other requests leave.
+MIN_TOKENS = 64
+
+
+def num_cuts(mode: str) -> int:
+    """How often a request is cut before its question: 3 for ``auto-3``, 0 for other ways of prefill."""
+    kind, _, count = mode.partition("-")
+    return int(count) if kind == "auto" else 0
 
 
 @dataclass(frozen=True)
@@ -86,15 +98,16 @@ class Row:
         """Every how many-th query of the prompt judges; 0 for none."""
         return self.knobs.get("observe", 0)
 
-    @property
-    def xargs(self) -> dict[str, Any]:
+    def xargs(self, mode: str) -> dict[str, Any]:
         """``vllm_xargs`` of its requests."""
         if self.policy == "full":
             return {"kv_eviction": "none"}
         knobs = {"observe": 0, **self.knobs} if self.name in OBSERVING else self.knobs
+        if num_cuts(mode):
+            knobs = {**knobs, "min_tokens": MIN_TOKENS}
         return {
             "kv_eviction": self.name,
-            "kv_eviction_budget": self.budget,
+            "kv_eviction_budget": "auto" if num_cuts(mode) else self.budget,
             "kv_eviction_config": json.dumps(knobs),
             "kv_eviction_report": True,
         }
@@ -193,6 +206,12 @@ class Prompts:
         padding = self.texts.prose(missing, random.Random(missing)) if missing else []
         return [*before, *padding, *sample.context, *sample.question, *behind, *sample.prefix]
 
+    def parts(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """The prompt up to the question, and what a request that is cut is made to go on with: prose, the question."""
+        before, behind = self._around(sample)
+        prose = self.texts.prose(FILLER, random.Random(len(sample.context)))
+        return [*before, *sample.context], [*prose, *sample.question, *behind, *sample.prefix]
+
     def _around(self, sample: Sample) -> tuple[list[int], list[int]]:
         return self._chat if sample.in_chat else self._plain
 
@@ -208,36 +227,77 @@ def make_questions(tasks: dict[str, Task], texts: Texts, args: argparse.Namespac
     return questions
 
 
-def ask(client: OpenAI, model: str, row: Row, question: Question, prompt: list[int], limit: int) -> dict[str, Any]:
-    """One answer: its figures, the tokens of the prompt that were kept, and the beginning of its text."""
-    sample = question.sample
-    extra: dict[str, Any] = {"vllm_xargs": row.xargs, "return_token_ids": True}
-    if row.observe:
-        # What the prefix cache has is not looked at.
-        extra["cache_salt"] = f"{row} {question.task} {question.length} {question.index} {question.part}"
-    if sample.forced:
-        extra |= {"vllm_xargs": row.xargs | {KEY: sample.forced}, "ignore_eos": True, "logprobs": 1}
-    max_tokens = len(sample.forced) or min(sample.max_tokens, limit)
-    answer = client.completions.create(
-        model=model, prompt=prompt, temperature=0, max_tokens=max_tokens, extra_body=extra
-    )
-    choice = answer.choices[0]
-    if sample.forced:
-        if choice.token_ids != sample.forced:
+@dataclass(frozen=True)
+class Server:
+    """A server that answers.
+
+    Attributes:
+        client: of it.
+        model: its name there.
+        mode: of prefill.
+        prompts: makes them.
+        limit: tokens of an answer.
+        neighbours: of the requests that are to be cut.
+    """
+
+    client: OpenAI
+    model: str
+    mode: str
+    prompts: Prompts
+    limit: int
+    neighbours: Neighbours | None = None
+
+    def ask(self, row: Row, question: Question) -> dict[str, Any]:
+        """One answer: its figures, the tokens of the prompt that were kept, and the beginning of its text."""
+        sample, told = question.sample, []
+        prompt = self.prompts.ids(sample)
+        if self.neighbours:
+            prompt, told = self.prompts.parts(sample)
+        forced = [*told, *sample.forced]
+        extra: dict[str, Any] = {"vllm_xargs": row.xargs(self.mode), "return_token_ids": True}
+        if row.observe:
+            # What the prefix cache has is not looked at.
+            extra["cache_salt"] = f"{row} {question.task} {question.length} {question.index} {question.part}"
+        if forced:
+            extra |= {
+                "vllm_xargs": extra["vllm_xargs"] | {KEY: forced},
+                "ignore_eos": bool(sample.forced),
+                "logprobs": 1,
+            }
+        max_tokens = len(forced) + (0 if sample.forced else min(sample.max_tokens, self.limit))
+        given: dict[str, Any] = {"model": self.model, "temperature": 0, "prompt": prompt, "max_tokens": max_tokens}
+        answer = self._answer(row, len(prompt), {**given, "extra_body": extra})
+        choice = answer.choices[0]
+        if choice.token_ids[: len(forced)] != forced:
             raise RuntimeError("the server forces no tokens: start it with --logits-processors forcing:Forced")
-        best = [max(of_step.values()) for of_step in choice.logprobs.top_logprobs]
-        scores = sample.forced_scores(choice.logprobs.token_logprobs, best)
-    else:
-        scores = sample.scores(choice.text)
-    report = (getattr(answer, "kv_transfer_params", None) or {}).get("kv_eviction", {})
-    kept = report.get("kept_tokens")
-    record = {
-        "scores": {name: round(value, 4) for name, value in scores.items()},
-        "prompt": len(prompt),
-        "kept": round(float(np.concatenate([np.ravel(layer) for layer in kept]).mean()), 1) if kept else len(prompt),
-        "text": choice.text[:200],
-    }
-    return record if sample.depth is None else record | {"depth": sample.depth}
+        text = self.prompts.texts.tokenizer.decode(choice.token_ids[len(told) :]) if told else choice.text
+        if sample.forced:
+            best = [max(of_step.values()) for of_step in choice.logprobs.top_logprobs[len(told) :]]
+            scores = sample.forced_scores(choice.logprobs.token_logprobs[len(told) :], best)
+        else:
+            scores = sample.scores(text)
+        report = (getattr(answer, "kv_transfer_params", None) or {}).get("kv_eviction", {})
+        kept = report.get("kept_tokens")
+        record = {
+            "scores": {name: round(value, 4) for name, value in scores.items()},
+            "prompt": len(prompt),
+            "kept": round(float(np.concatenate([np.ravel(layer) for layer in kept]).mean()), 1)
+            if kept
+            else len(prompt),
+            "text": text[:200],
+        }
+        if self.neighbours and row.budget:
+            record["cut_to"] = report["cut_to"]
+        return record if sample.depth is None else record | {"depth": sample.depth}
+
+    def _answer(self, row: Row, length: int, request: dict[str, Any]) -> Any:
+        if not (self.neighbours and row.budget):
+            return self.client.completions.create(**request)
+        before = self.neighbours.generated()
+        with ThreadPoolExecutor(1) as other:
+            answer = other.submit(self.client.completions.create, **request)
+            self.neighbours.cut(length, float(row.budget), num_cuts(self.mode), before)
+            return answer.result()
 
 
 def flags(mode: str, rows: Sequence[Row], chunk: int, longest: int, args: argparse.Namespace) -> list[str]:
@@ -246,17 +306,28 @@ def flags(mode: str, rows: Sequence[Row], chunk: int, longest: int, args: argpar
     for name in ("dtype", "block_size", "gpu_memory_utilization"):
         if (value := getattr(args, name)) is not None:
             found += [f"--{name.replace('_', '-')}", str(value)]
+    if num_cuts(mode):
+        # The pool holds one request in full, and a neighbour's prompt is one chunk.
+        size = args.block_size
+        found[1] = str(longest + 64 * size)
+        found += ["--num-gpu-blocks-override", str(pool_blocks(longest, size)), "--max-num-batched-tokens", found[1]]
     if chunk:
         # One request at a time takes whole chunks; --long-prefill-token-threshold would not bind one that is alone.
         found += ["--max-num-seqs", "1", "--max-num-batched-tokens", str(chunk), "--no-enable-prefix-caching"]
     evicting = [row for row in rows if row.policy != "full"]
     if evicting:
         densest = min((row for row in evicting if row.observe), key=lambda row: row.observe, default=None)
-        config = {"prefill": mode, "decode": "off"} | ({"observe": densest.observe} if densest else {})
+        config: dict[str, Any] = {"observe": densest.observe} if densest else {}
         first = densest or evicting[0]
-        found += ["--kv-eviction", first.name, "--kv-eviction-budget", first.budget]
+        config |= {"min_tokens": MIN_TOKENS} if num_cuts(mode) else {"prefill": mode, "decode": "off"}
+        found += ["--kv-eviction", first.name, "--kv-eviction-budget", "auto" if num_cuts(mode) else first.budget]
         found += ["--kv-eviction-config", json.dumps(config)]
     return [*found, *shlex.split(args.server_args)]
+
+
+def pool_blocks(longest: int, block_size: int) -> int:
+    """Blocks of a pool in which no second prompt fits beside the longest request."""
+    return -(-longest // block_size) + 2 * SPARE_BLOCKS
 
 
 @contextmanager
@@ -287,24 +358,29 @@ def run(
         return
     if prompts.chunk == 0 and mode == "progressive":
         prompts.chunk = args.chunk or max(prompts.up_to_question(question.sample) for question in questions)
-    ids: dict[int, list[int]] = {id(question): prompts.ids(question.sample) for question in questions}
-    longest = max(len(ids[id(question)]) + question.sample.max_tokens for question in questions)
+    longest = max(len(prompts.ids(question.sample)) + question.sample.max_tokens for question in questions)
+    longest += FILLER if num_cuts(mode) else 0
     of_server = flags(mode, rows, prompts.chunk, longest, args)
     with (
         served(args.url, args.model, of_server) as url,
-        ThreadPoolExecutor(args.concurrency) as pool,
+        ThreadPoolExecutor(concurrency := 1 if num_cuts(mode) else args.concurrency) as pool,
         tqdm(desc=mode, total=len(work)) as bar,
     ):
         client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=3600)
         name = client.models.list().data[0].id
+        neighbours = None
+        if num_cuts(mode):
+            num_blocks = pool_blocks(longest, args.block_size)
+            neighbours = Neighbours(url, client, name, prompts.texts, num_blocks, args.block_size)
+        answering = Server(client, name, mode, prompts, args.max_tokens, neighbours)
         running: dict[Future, tuple] = {}
         todo = iter(work)
         while True:
-            while len(running) < args.concurrency and time.monotonic() < args.deadline:
+            while len(running) < concurrency and time.monotonic() < args.deadline:
                 question, row = next(todo, (None, None))
                 if question is None:
                     break
-                asked = pool.submit(ask, client, name, row, question, ids[id(question)], args.max_tokens)
+                asked = pool.submit(answering.ask, row, question)
                 running[asked] = question.key(mode, row)
             if not running:
                 break
@@ -338,7 +414,7 @@ def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def tabulate(records: Sequence[dict[str, Any]], rows: Sequence[Row]) -> dict[str, Any]:
     """Cells by mode, row and column (task and length)."""
     table: dict[str, Any] = {}
-    for mode in ("exact", "progressive"):
+    for mode in dict.fromkeys(record["mode"] for record in records):
         for row in rows:
             of_row = [record for record in records if (record["mode"], record["row"]) == (mode, str(row))]
             columns = sorted({(record["task"], record["length"]) for record in of_row})
@@ -514,6 +590,13 @@ def draw_depths(records: Sequence[dict[str, Any]], rows: Sequence[Row], file: Pa
         pyplot.close(figure)
 
 
+def way_of_prefill(text: str) -> str:
+    """``exact``, ``progressive``, or ``auto-`` and how many cuts."""
+    if not re.fullmatch(r"exact|progressive|auto-[1-9]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither exact nor progressive nor auto-N")
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -524,7 +607,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 4000], help="of contexts, tokens")
     parser.add_argument("--samples", type=int, default=10, help="contexts of each task and length")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prefill", nargs="+", default=["exact"], choices=["exact", "progressive"])
+    parser.add_argument(
+        "--prefill", nargs="+", default=["exact"], type=way_of_prefill, metavar="{exact,progressive,auto-N}"
+    )
     parser.add_argument("--chunk", type=int, default=0, help="of progressive prefill, tokens (default: the context)")
     parser.add_argument("--chat", action="store_true", help="prompts in the chat's template, where the task allows it")
     parser.add_argument("--max-tokens", type=int, default=512, help="no answer longer than that")
@@ -559,6 +644,9 @@ def main() -> None:
     args.tasks = [name for task in args.tasks for name in groups.get(task, [task])]
     if unknown := [task for task in args.tasks if task not in tasks]:
         raise SystemExit(f"unknown tasks: {', '.join(unknown)}; there are {', '.join([*tasks, *groups])}")
+    if args.block_size is None and any(map(num_cuts, args.prefill)):
+        # What fits in the pool has to be known.
+        args.block_size = 32
     rows = [Row(policy, budget) for policy in args.policies for budget in ([""] if policy == "full" else args.budgets)]
     names = ("seed", "chat", "chunk", "max_tokens", "dtype", "block_size")
     settings = {"model": Path(args.model).resolve().name, "text": args.text and args.text.name}
@@ -570,8 +658,9 @@ def main() -> None:
     texts = Texts(AutoTokenizer.from_pretrained(args.model), args.data, args.text)
     questions = make_questions(tasks, texts, args)
     for mode in args.prefill:
-        # A chunk as long as the context asks for a server for each length.
-        lengths = sorted(set(args.lengths)) if mode == "progressive" and not args.chunk else [None]
+        # A chunk as long as the context, or a pool, asks for a server for each length.
+        of_length = num_cuts(mode) or (mode == "progressive" and not args.chunk)
+        lengths = sorted(set(args.lengths)) if of_length else [None]
         for length in lengths:
             chosen = [question for question in questions if length in (None, question.length)]
             run(mode, rows, chosen, Prompts(texts, args.chat), answers, args)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from stock import DEFAULTS, gaps
 from ties import Run, Served
@@ -246,3 +247,24 @@ def same_positions(a: Kept, b: Kept) -> bool:
         ours is theirs if ours is None or theirs is None else all(map(torch.equal, ours, theirs))
         for ours, theirs in layers
     )
+
+
+class Late:
+    """Has the scheduler half hear of a step only when the next one is planned, as under asynchronous scheduling."""
+
+    def __init__(self, half: Any, patch: pytest.MonkeyPatch):
+        self.reports: list[list] = []
+        plan, self._finish = half.plan, half.finish
+
+        def plan_first(output):
+            planned = plan(output)
+            self.deliver()
+            return planned
+
+        patch.setattr(half, "plan", plan_first)
+        patch.setattr(half, "finish", lambda evictions: self.reports.append(evictions))
+
+    def deliver(self) -> None:
+        due, self.reports = self.reports, []
+        for evictions in due:
+            self._finish(evictions)

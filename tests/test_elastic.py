@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from engine import Engine
+from engine import Engine, Late
 from random_models import numbers, save_random_adapter
 from ties import assert_same
 from vllm.lora.request import LoRARequest
@@ -106,6 +106,23 @@ def test_a_queue_moves_as_long_as_floors_hold(tiny, same_on_both):
     assert most > 4
     assert preemptions(engine) == before
     assert engine.is_idle()
+
+
+@pytest.mark.engine
+def test_what_a_cut_will_free_counts_before_it_is_reported(tiny, monkeypatch, same_on_both):
+    """Else the next step, which still finds memory short, would cut whoever was spared."""
+    engine = elastic(tiny, 48, kv_eviction_config={"min_tokens": 64})
+    Late(engine.scheduler.connector.scheduler, monkeypatch)
+    monkeypatch.setattr(engine, "_check_halves", lambda: None)
+    asked = {"extra_args": {"kv_eviction_report": True}}
+    long, short = engine.add(numbers(95, 900), 40, **asked), engine.add(numbers(96, 250), 40, **asked)
+    for _ in range(3):
+        engine.step()
+    last = engine.add(numbers(97, 500), 4)
+    assert len(engine.run()[last]) == 4
+    reports = [engine.outputs[name].kv_transfer_params["kv_eviction"]["cut_to"] for name in (long, short)]
+    assert len(reports[0]) == 1
+    assert not reports[1]
 
 
 @pytest.fixture

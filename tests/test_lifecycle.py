@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from counting import living
-from engine import Engine, same_positions
+from engine import Engine, Late, same_positions
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
@@ -45,27 +45,6 @@ ELASTIC_WISHES: list[dict[str, Any]] = [
 #: Prompts that are evicted as they come, and tokens as they are generated.
 PROGRESSIVE = {"prefill": "progressive", "decode": "window"}
 ELASTIC = {"min_tokens": 64}
-
-
-class Late:
-    """Has the scheduler half hear of a step only when the next one is planned, as under asynchronous scheduling."""
-
-    def __init__(self, half: Any, patch: pytest.MonkeyPatch):
-        self.reports: list[list] = []
-        plan, self._finish = half.plan, half.finish
-
-        def plan_first(output):
-            planned = plan(output)
-            self.deliver()
-            return planned
-
-        patch.setattr(half, "plan", plan_first)
-        patch.setattr(half, "finish", lambda evictions: self.reports.append(evictions))
-
-    def deliver(self) -> None:
-        due, self.reports = self.reports, []
-        for evictions in due:
-            self._finish(evictions)
 
 
 class Lifecycle(RuleBasedStateMachine):

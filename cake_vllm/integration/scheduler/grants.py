@@ -185,6 +185,10 @@ class Grants:
         num_tokens = min(num_tokens, limits.max_num_batched_tokens)
         return (num_tokens // self._terms.block_size + len(requests)) * len(self.managers)
 
+    def is_pending(self, epoch: int) -> bool:
+        """Whether the worker has not reported an eviction yet."""
+        return epoch in self._pending
+
     def settle(self, name: str, eviction: Eviction) -> Tracked | None:
         """Frees what a request gave up by the worker's report; of one that left meanwhile there is nothing to free.
 

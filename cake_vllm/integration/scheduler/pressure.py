@@ -29,6 +29,8 @@ class Pressure:
         self._cuttable: dict[str, Tracked] = {}
         # What vLLM would admit in this step, and how many of its tokens are in the prefix cache.
         self._head: tuple[Request, int] | None = None
+        # What cuts that are under way will free, in blocks, by epoch.
+        self._coming: dict[int, int] = {}
 
     def asked(self, request: Request, num_hits: int) -> None:
         """vLLM is about to take a request from its queue, ``num_hits`` tokens of which are in the prefix cache.
@@ -65,7 +67,9 @@ class Pressure:
         if not (self._cuttable and output.num_scheduled_tokens):
             return ()
         soon, later = self._needs(output)
+        self._coming = {epoch: given for epoch, given in self._coming.items() if self._grants.is_pending(epoch)}
         head, free = self._blocks_to_admit(*refused) if refused else 0, self._pool.get_num_free_blocks()
+        free += sum(self._coming.values())
         if soon + head <= free:
             return ()
         givers = [
@@ -143,6 +147,7 @@ class Pressure:
         if grant is None:
             return None
         tracked.cut_to.append(grant.budget)
+        self._coming[grant.epoch] = holding.given(cap)
         end = end_of(tracked.request, output)
         row = ids(manager.req_to_blocks[tracked.name][: -(-end // size)] for manager in managers)
         return Cut(tracked.name, end, row, grant, self._terms.own(tracked))
