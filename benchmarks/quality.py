@@ -308,9 +308,9 @@ def flags(mode: str, rows: Sequence[Row], chunk: int, longest: int, args: argpar
             found += [f"--{name.replace('_', '-')}", str(value)]
     if num_cuts(mode):
         # The pool holds one request in full, and a neighbour's prompt is one chunk.
-        size = args.block_size
-        found[1] = str(longest + 64 * size)
-        found += ["--num-gpu-blocks-override", str(pool_blocks(longest, size)), "--max-num-batched-tokens", found[1]]
+        num_blocks = pool_blocks(longest, args.block_size)
+        found[1] = str((num_blocks - 1) * args.block_size)
+        found += ["--num-gpu-blocks-override", str(num_blocks), "--max-num-batched-tokens", found[1]]
     if chunk:
         # One request at a time takes whole chunks; --long-prefill-token-threshold would not bind one that is alone.
         found += ["--max-num-seqs", "1", "--max-num-batched-tokens", str(chunk), "--no-enable-prefix-caching"]
