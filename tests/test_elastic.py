@@ -111,12 +111,12 @@ def test_a_queue_moves_as_long_as_floors_hold(tiny, same_on_both):
 @pytest.mark.engine
 def test_what_a_cut_will_free_counts_before_it_is_reported(tiny, monkeypatch, same_on_both):
     """Else the next step, which still finds memory short, would cut whoever was spared."""
-    engine = elastic(tiny, 48, kv_eviction_config={"min_tokens": 64})
+    engine = elastic(tiny, 66, kv_eviction_config={"min_tokens": 64})
     Late(engine.scheduler.connector.scheduler, monkeypatch)
     monkeypatch.setattr(engine, "_check_halves", lambda: None)
     asked = {"extra_args": {"kv_eviction_report": True}}
-    long, short = engine.add(numbers(95, 900), 40, **asked), engine.add(numbers(96, 250), 40, **asked)
-    for _ in range(3):
+    long, short = engine.add(numbers(95, 1400), 40, **asked), engine.add(numbers(96, 300), 40, **asked)
+    for _ in range(5):
         engine.step()
     last = engine.add(numbers(97, 500), 4)
     assert len(engine.run()[last]) == 4
