@@ -302,9 +302,12 @@ def outputs(layer: Layer, head: int, row: int) -> tuple[np.ndarray, np.ndarray]:
     return weights, weights @ layer.values[kv_head]
 
 
-@pytest.mark.parametrize("loudness", [0.5, 3.0])
+@pytest.mark.parametrize("loudness", [0.5, 3.0, 6.0])
 def test_dropkv(loudness):
-    """What the outputs of the window would move by without a position, squared; pooled over the window too."""
+    """What the outputs of the window would move by without a position, squared; pooled over the window too.
+
+    Also where a query looks at one position alone, nearly.
+    """
     layer = Layer.random(21, 60, loudness)
     expected = []
     for kv_head in range(2):
@@ -314,8 +317,10 @@ def test_dropkv(loudness):
             for j in range(60):
                 others = weights.copy()
                 others[j] = 0
-                without = others / others.sum() @ layer.values[kv_head]
-                moved[j] += np.square(without - output).sum() / 3
+                rest = others.sum()
+                without = others / rest @ layer.values[kv_head]
+                # The authors' code adds 1e-6 to what it divides by.
+                moved[j] += np.square((without - output) * rest / (rest + 1e-6)).sum() / 3
         expected.append(pool(moved)[: 60 - WINDOW])
     policy = create_policy("dropkv", {"window": WINDOW, "pool_kernel": KERNEL})
     np.testing.assert_allclose(policy.score(layer.inputs()).indicator, expected, rtol=1e-3)

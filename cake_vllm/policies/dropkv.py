@@ -45,10 +45,18 @@ class DropKV(Policy):
             # [n, G * w, S] and [n, G * w, D]
             weights = attention.flatten(1, 2)
             outputs = weights @ values
-            odds = (weights / (1 - weights + EPSILON)).square_()
+            # Of a weight near one `1 - p` and `o - v_j` are nothing but rounding. So for the largest one of each query
+            # both come from the others: what these add up to, and their output less that much of `v_j`.
+            largest, top = weights.max(dim=-1, keepdim=True)
+            others = weights.scatter(2, top, 0)
+            odds = (others / (1 - others + EPSILON)).square_()
             across = (outputs @ values.transpose(1, 2)).mul_(odds).sum(dim=1)
             own = odds.sum(dim=1) * values.square().sum(dim=-1)
             theirs = (outputs.square().sum(dim=-1).unsqueeze(1) @ odds).squeeze(1)
-            rows.append((own - 2 * across + theirs) / group)
+            moved = own - 2 * across + theirs
+            rest, of_top = others.sum(dim=-1, keepdim=True), values.gather(1, top.expand(-1, -1, values.shape[-1]))
+            shift = largest / (rest + EPSILON) * (others @ values - rest * of_top)
+            moved.scatter_add_(1, top.squeeze(-1), shift.square().sum(dim=-1))
+            rows.append(moved / group)
         pooled = average_pool(torch.cat(rows), self.pool_kernel)
         return LayerScore(finite(pooled[:, : -self.window]), torch.empty(0))
