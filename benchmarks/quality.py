@@ -249,10 +249,8 @@ class Server:
 
     def ask(self, row: Row, question: Question) -> dict[str, Any]:
         """One answer: its figures, the tokens of the prompt that were kept, and the beginning of its text."""
-        sample, told = question.sample, []
-        prompt = self.prompts.ids(sample)
-        if self.neighbours:
-            prompt, told = self.prompts.parts(sample)
+        sample = question.sample
+        prompt, told = self.prompts.parts(sample) if self.neighbours else (self.prompts.ids(sample), [])
         forced = [*told, *sample.forced]
         extra: dict[str, Any] = {"vllm_xargs": row.xargs(self.mode), "return_token_ids": True}
         if row.observe:

@@ -32,6 +32,7 @@ class Pending:
         num_lent: how many of these, over all groups, came from the pool with this grant.
         in_place: whether some of them are blocks of its row.
         cut: what the request had beside its row in the first group; if its blocks were freed since, it is gone.
+        given: blocks that it is to free because memory is short.
     """
 
     tracked: Tracked
@@ -42,6 +43,7 @@ class Pending:
     num_lent: int
     in_place: bool
     cut: Owned
+    given: int
 
 
 class Grants:
@@ -98,6 +100,7 @@ class Grants:
         output: SchedulerOutput,
         is_prompt_end: bool | None = None,
         prompt_len: int | None = None,
+        given: int = 0,
     ) -> Grant | None:
         """Leave to evict a request, and the columns for it.
 
@@ -107,6 +110,7 @@ class Grants:
             output: the step, at whose end it is evicted.
             is_prompt_end: ``None`` while it decodes, unless it is cut.
             prompt_len: of a request that is cut, see :class:`Grant`.
+            given: blocks that it then frees.
 
         Returns:
             ``None`` if nothing would be freed, or if neither the pool nor the request has blocks to write to.
@@ -131,7 +135,7 @@ class Grants:
         tracked.num_pending += 1
         cut = self.managers[0].cuts[name]
         self._pending[grant.epoch] = Pending(
-            tracked, end, bool(is_prompt_end), prompt_len is not None, columns, num_lent, in_place, cut
+            tracked, end, bool(is_prompt_end), prompt_len is not None, columns, num_lent, in_place, cut, given
         )
         return grant
 
@@ -185,9 +189,11 @@ class Grants:
         num_tokens = min(num_tokens, limits.max_num_batched_tokens)
         return (num_tokens // self._terms.block_size + len(requests)) * len(self.managers)
 
-    def is_pending(self, epoch: int) -> bool:
-        """Whether the worker has not reported an eviction yet."""
-        return epoch in self._pending
+    @property
+    def coming(self) -> int:
+        """Blocks that cuts under way will free, of requests whose blocks were not freed since."""
+        held = self.managers[0].cuts
+        return sum(of.given for of in self._pending.values() if of.cut is held.get(of.tracked.name))
 
     def settle(self, name: str, eviction: Eviction) -> Tracked | None:
         """Frees what a request gave up by the worker's report; of one that left meanwhile there is nothing to free.

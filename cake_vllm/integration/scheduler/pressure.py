@@ -29,8 +29,6 @@ class Pressure:
         self._cuttable: dict[str, Tracked] = {}
         # What vLLM would admit in this step, and how many of its tokens are in the prefix cache.
         self._head: tuple[Request, int] | None = None
-        # What cuts that are under way will free, in blocks, by epoch.
-        self._coming: dict[int, int] = {}
 
     def asked(self, request: Request, num_hits: int) -> None:
         """vLLM is about to take a request from its queue, ``num_hits`` tokens of which are in the prefix cache.
@@ -67,9 +65,8 @@ class Pressure:
         if not (self._cuttable and output.num_scheduled_tokens):
             return ()
         soon, later = self._needs(output)
-        self._coming = {epoch: given for epoch, given in self._coming.items() if self._grants.is_pending(epoch)}
-        head, free = self._blocks_to_admit(*refused) if refused else 0, self._pool.get_num_free_blocks()
-        free += sum(self._coming.values())
+        head = self._blocks_to_admit(*refused) if refused else 0
+        free = self._pool.get_num_free_blocks() + self._grants.coming
         if soon + head <= free:
             return ()
         givers = [
@@ -139,15 +136,17 @@ class Pressure:
         return columns_for(budget, size) + 1 + -(-self._terms.num_lookahead // size)
 
     def _cut(self, tracked: Tracked, holding: Holding, cap: int, output: SchedulerOutput) -> Cut | None:
-        if not holding.given(cap):
+        given = holding.given(cap)
+        if not given:
             return None
         managers, size = self._grants.managers, self._terms.block_size
         budget = (max(cap, holding.least) // len(managers) - self._cut_blocks(0)) * size
-        grant = self._grants.grant(tracked, budget, output, is_prompt_end=False, prompt_len=tracked.prompt_len)
+        grant = self._grants.grant(
+            tracked, budget, output, is_prompt_end=False, prompt_len=tracked.prompt_len, given=given
+        )
         if grant is None:
             return None
         tracked.cut_to.append(grant.budget)
-        self._coming[grant.epoch] = holding.given(cap)
         end = end_of(tracked.request, output)
         row = ids(manager.req_to_blocks[tracked.name][: -(-end // size)] for manager in managers)
         return Cut(tracked.name, end, row, grant, self._terms.own(tracked))
