@@ -18,7 +18,8 @@ class DropKV(Policy):
     Paper: Zhang et al., "DropKV: Decoupling Residual-Output Perturbation for Near-Optimal KV-Cache Eviction",
     NeurIPS 2026; code: AozhongZhang/DropKV. Without position ``j`` the output ``o`` of a query moves by
     ``p / (1 - p) * (o - v_j)``; the squares of that are summed over the window's queries, averaged over the group, and
-    pooled over all positions, the window's own among them.
+    pooled over all positions, the window's own among them. Deviation: the official code subtracts as it stands, which
+    leaves nothing but rounding of a weight near one; the largest weight of each query is computed otherwise here.
 
     Attributes:
         window: number of last prompt tokens whose queries judge, and which always stay.
