@@ -25,6 +25,11 @@ from cake_vllm.policies import LayerInputs
 FLOATS = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
+def cpu_has_eight_bits() -> bool:
+    """Whether vLLM has KV caches of eight bits on this CPU."""
+    return torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+
+
 class Scales(NamedTuple):
     """Of a layer."""
 

@@ -5,7 +5,16 @@ import torch
 from engine import Engine, same_positions
 from random_models import numbers
 from stock import stock
-from stored import FLOATS, SCALES, Scales, Stored, StoredReplay, assert_neighbours, save_scaled_model
+from stored import (
+    FLOATS,
+    SCALES,
+    Scales,
+    Stored,
+    StoredReplay,
+    assert_neighbours,
+    cpu_has_eight_bits,
+    save_scaled_model,
+)
 from vllm import _custom_ops as ops
 
 from cake_vllm.integration.worker.cpu_attention import probe_block_layout
@@ -14,7 +23,7 @@ from cake_vllm.policies import create_policy
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(
-        not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
+        not cpu_has_eight_bits(),
         reason="vLLM has no 8-bit caches on CPUs without AVX-512 or AMX",
     ),
 ]

@@ -71,13 +71,18 @@ class Piece:
 
 
 def pieces(args: argparse.Namespace) -> list[Piece]:
-    """All that is to be done, in its order."""
+    """All that is to be done, in its order; in a dry run what vLLM has on this CPU."""
+    methods = ("stock", *METHODS, EIGHT_BITS)
+    if args.dry_run:
+        from stored import cpu_has_eight_bits
+
+        methods = methods if cpu_has_eight_bits() else ("stock", *METHODS)
     return [
         Piece("a", "kernels", 60, run_kernels),
         *(Piece("a", backend, 90, run_tests) for backend in args.backends),
         *(Piece("b", backend, 90, run_graphs) for backend in args.backends),
         *(Piece("c", method, 110, time_decode) for method in ("stock", *METHODS)),
-        *(Piece("d", method, 100, time_load) for method in ("stock", *METHODS, EIGHT_BITS)),
+        *(Piece("d", method, 100, time_load) for method in methods),
         Piece("e", "evictions", 150, time_evictions),
     ]
 
