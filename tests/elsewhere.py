@@ -12,6 +12,7 @@ from engine import Engine
 from random_models import numbers
 from stored import Stored, StoredReplay, save_scaled_model
 from ties import assert_same
+from vllm.model_executor.layers.attention import Attention
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends import flash_attn
@@ -66,10 +67,11 @@ def in_place_of_cpu_attn(backend: type) -> Iterator[None]:
 
 @contextmanager
 def flash_in_torch(wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda kernel: kernel) -> Iterator[None]:
-    """Lets vLLM find a FlashAttention that also takes caches of eight bits, as on Hopper; its kernels wrapped."""
+    """Lets vLLM find a FlashAttention that takes caches of eight bits and sinks, as on Hopper; its kernels wrapped."""
     with (
         mock.patch.object(flash_attn, "flash_attn_supports_kv_cache_dtype", return_value=True),
         mock.patch.object(flash_attn, "get_flash_attn_version", return_value=2),
+        mock.patch.object(flash_attn, "flash_attn_supports_sinks", return_value=True, create=True),
         mock.patch.object(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", wrap(flash_reference.flash_attn_varlen_func)),
         mock.patch.object(
             flash_attn, "reshape_and_cache_flash", wrap(flash_reference.reshape_and_cache_flash), create=True
@@ -89,20 +91,23 @@ def same_elsewhere(
 ) -> list[type]:
     """An engine with ``backend`` in the place of the CPU's, and ``drafts``, keeps and says what one does without.
 
+    Both deal out whole blocks: a GPU's pages are smaller than a CPU's.
+
     Returns:
         What its layers are.
     """
     kwargs = {"skip_tokenizer_init": True, "max_num_batched_tokens": 64, **kwargs}
     expected = start_engine(model, **kwargs).runs(prompts, num_tokens)
     assert any(run.kept for run in expected)
-    with in_place_of_cpu_attn(backend):
+    whole_blocks = mock.patch.object(backend, "get_supported_kernel_block_sizes", return_value=[32])
+    with in_place_of_cpu_attn(backend), whole_blocks:
         engine = start_engine(model, **kwargs, seed=1, speculative_config=drafts)
         got = engine.runs(prompts, num_tokens)
         layers = list(engine.vllm_config.compilation_config.static_forward_context.values())
         engine.shutdown()
     for run, reference in zip(got, expected, strict=True):
         assert_same(run, reference)
-    return [type(layer.impl) for layer in layers]
+    return [type(layer.impl) for layer in layers if isinstance(layer, Attention)]
 
 
 def replayed_elsewhere(
@@ -119,8 +124,8 @@ def replayed_elsewhere(
 ) -> Stored:
     """An engine with ``backend`` in the place of the CPU's and an 8-bit cache says what a replay over it says.
 
-    The model with its scales is saved in ``folder``; returns what the engine stored. FlashInfer can be told to leave
-    queries as they are.
+    The model with its scales is saved in ``folder``; returns what the engine stored. Blocks are of two pages.
+    FlashInfer can be told to leave queries as they are.
     """
     scaled, size = save_scaled_model(folder, model, quantizes_queries), 64
     settings = {"kv_eviction": name, "kv_eviction_budget": budget, "kv_eviction_config": options}
@@ -138,5 +143,6 @@ def replayed_elsewhere(
     assert served.choices
     policy = create_policy(name, {"window": options["window"]})
     chunk = size if options.get("prefill") == "progressive" else None
-    replay.verify(prompt, served, policy, budget, block_size=32, decode=options["decode"], chunk=chunk)
+    sizes = {"block_size": 32, "page_size": 16}
+    replay.verify(prompt, served, policy, budget, **sizes, decode=options["decode"], chunk=chunk)
     return replay.stored

@@ -186,9 +186,8 @@ class Engine:
             return
         self._choices[what.req_id].append(choice.chosen)
         if eviction.is_traded and what.grant.divides:
-            size = self.connector.worker.layers.block_size
             self._kept[what.req_id] = [
-                None if all(len(head) == reads.length // size * size for head in chosen) else chosen
+                None if all(len(head) == reads.full_len for head in chosen) else chosen
                 for chosen, reads in zip(choice.chosen, choice.reads, strict=True)
             ]
             self._ranks[what.req_id] = choice.ranks

@@ -13,7 +13,7 @@ import torch
 def flash_attn_varlen_func(*, scheduler_metadata: torch.Tensor | None, **arguments: Any) -> None:
     """What ``FLASH_ATTN`` calls: :func:`attend`, with queries of the keys' type and a schedule left to the kernel."""
     assert scheduler_metadata is None
-    for name in ("alibi_slopes", "dynamic_causal", "s_aux", "mask_mod", "aux_tensors"):
+    for name in ("alibi_slopes", "dynamic_causal", "mask_mod", "aux_tensors"):
         assert arguments.get(name) is None, name
     assert arguments["q"].dtype == arguments["k"].dtype
     for name in ("q_descale", "k_descale", "v_descale"):
@@ -21,15 +21,15 @@ def flash_attn_varlen_func(*, scheduler_metadata: torch.Tensor | None, **argumen
     attend(**arguments)
 
 
-def unified_attention(*, q_descale: torch.Tensor | None, **arguments: Any) -> None:
+def unified_attention(*, q_descale: torch.Tensor | None, sinks: torch.Tensor | None, **arguments: Any) -> None:
     """What ``TRITON_ATTN`` calls: :func:`attend`, with queries of 8 bits and one scale, or the model's own and none."""
-    for name in ("alibi_slopes", "sinks", "output_scale", "mm_prefix_range", "rswa_prefix_lens", "k_scale_cache"):
+    for name in ("alibi_slopes", "output_scale", "mm_prefix_range", "rswa_prefix_lens", "k_scale_cache"):
         assert arguments.get(name) is None, name
     assert (q_descale is not None) == (arguments["q"].element_size() == 1)
     assert q_descale is None or arguments["q"].dtype == arguments["k"].dtype
     q_descale = torch.ones(1) if q_descale is None else q_descale
     assert q_descale.numel() == 1
-    attend(q_descale=q_descale.expand(arguments["k_descale"].shape), **arguments)
+    attend(q_descale=q_descale.expand(arguments["k_descale"].shape), s_aux=sinks, **arguments)
 
 
 def attend(
@@ -50,6 +50,7 @@ def attend(
     q_descale: torch.Tensor,
     k_descale: torch.Tensor,
     v_descale: torch.Tensor,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> None:
     """Attention of ``q`` ``[T, Hq, D]`` over pages ``k``, ``v`` ``[num_blocks, B, Hkv, D]``, written to ``out``.
@@ -71,6 +72,7 @@ def attend(
         q_descale: ``[R, Hkv]`` float32, what queries are times, as ``k_descale`` and ``v_descale``.
         k_descale: of keys.
         v_descale: of values.
+        s_aux: ``[Hq]``, a logit of nothing beside each head's, or none.
         _: what changes rounding only, or was seen to be empty.
     """
     num_sequences, descales = len(cu_seqlens_q) - 1, (q_descale, k_descale, v_descale)
@@ -86,6 +88,9 @@ def attend(
     for descale in descales:
         assert descale.shape == (num_sequences, k.shape[2])
         assert descale.dtype == torch.float32
+    if s_aux is not None:
+        assert s_aux.shape == (q.shape[1],)
+        assert s_aux.is_contiguous()
     starts, per_head = cu_seqlens_q.tolist(), q.shape[1] // k.shape[2]
     assert starts[-1] <= len(q)
     for index, length in enumerate(seqused_k.tolist()):
@@ -109,7 +114,10 @@ def attend(
         hidden = distance < 0
         if window_size[0] >= 0:
             hidden |= distance > window_size[0]
-        weights = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        logits = logits.masked_fill(hidden, float("-inf"))
+        if s_aux is not None:
+            logits = torch.cat([logits, s_aux.float().view(-1, 1, 1).expand(-1, num_queries, 1)], dim=-1)
+        weights = logits.softmax(dim=-1)[..., :length]
         out[rows] = (weights @ values).transpose(0, 1).to(out.dtype)
 
 

@@ -65,7 +65,7 @@ class copy_page_indices:
         return copy
 
 
-def beside(head_size: int, has_soft_cap: bool, kv_cache_dtype: str) -> type[HeadMajorBackend]:
+def beside(head_size: int, has_soft_cap: bool, has_sinks: bool, kv_cache_dtype: str) -> type[HeadMajorBackend]:
     """What there is a reference of."""
     return EvictingTritonBackend if is_quantized(kv_cache_dtype) else EvictingFlashBackend
 

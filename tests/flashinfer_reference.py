@@ -46,6 +46,7 @@ def attend(
     out: torch.Tensor,
     window_left: int = -1,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of ``q`` ``[T, Hq, D]`` over pages of keys and values, ``HND``: ``[num_pages, Hkv, B, D]``.
 
@@ -61,6 +62,7 @@ def attend(
         out: as ``q``.
         window_left: keys to the left that a query sees; -1: all.
         soft_cap: bound of the logits, 0: none.
+        sinks: ``[Hq]`` float32, a logit of nothing beside each head's, or none.
     """
     calls.setdefault(kernel, []).append(lengths)
     num_pages, num_kv_heads, page_size, head_size = kv_cache[0].shape
@@ -90,6 +92,7 @@ def attend(
         q_descale=ones,
         k_descale=ones,
         v_descale=ones * v_scale,
+        s_aux=sinks,
     )
 
 
@@ -205,6 +208,7 @@ def trtllm_batch_decode_with_kv_cache(
     out: torch.Tensor,
     kv_layout: str,
     q_len_per_req: int | None,
+    sinks: torch.Tensor | None = None,
     **rest: Any,
 ) -> None:
     """Rows are read on the device; TensorRT-LLM's kernels, and with ``backend="xqa"`` those of :func:`xqa`."""
@@ -233,6 +237,7 @@ def trtllm_batch_decode_with_kv_cache(
         window_left,
         out,
         kv_layout,
+        sinks,
     )
 
 
@@ -254,6 +259,7 @@ def trtllm_batch_context_with_kv_cache(
     cum_seq_lens_kv: torch.Tensor,
     window_left: int,
     out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
     **rest: Any,
 ) -> None:
     """Rows of a prefill, read on the device."""
@@ -276,6 +282,7 @@ def trtllm_batch_context_with_kv_cache(
         window_left,
         out,
         "HND",
+        sinks,
     )
 
 
@@ -292,6 +299,7 @@ def _by_tables(
     window_left: int,
     out: torch.Tensor,
     kv_layout: str,
+    sinks: torch.Tensor | None,
 ) -> None:
     assert kv_layout == "HND"
     assert block_tables.dtype == seq_lens.dtype == torch.int32
@@ -300,8 +308,9 @@ def _by_tables(
     for tensor in (query, block_tables, seq_lens):
         assert tensor.is_contiguous()
     used = [table[: -(-length // kv_cache[0].shape[2])] for table, length in zip(block_tables, seq_lens, strict=True)]
-    lengths, starts = seq_lens.tolist(), starts.tolist()
-    attend(name, query, kv_cache, used, lengths, starts, bmm1_scale, bmm2_scale, out, window_left)
+    assert sinks is None or sinks.dtype == torch.float32
+    rows = used, seq_lens.tolist(), starts.tolist()
+    attend(name, query, kv_cache, *rows, bmm1_scale, bmm2_scale, out, window_left, sinks=sinks)
 
 
 def unused(*args: Any, **kwargs: Any) -> Any:

@@ -29,8 +29,60 @@ def save_random_model(path: Path, model_type: str, architecture: str, *, seed: i
         "initializer_range": 0.3,
     }
     config = AutoConfig.for_model(model_type, architectures=[architecture], **{**common, **fields})
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        if name.endswith(".sinks"):
+            # As loud as these models are: of most queries about half, and no two alike.
+            weight.data.copy_(torch.linspace(16, 28, len(weight)).roll(len(name)))
+    model.save_pretrained(path)
     return str(path)
+
+
+#: Models whose attention is not only that of a Llama.
+KINDS: dict[str, tuple[str, str, dict]] = {
+    # One learned logit of each query head beside those of its keys; every other layer has a window.
+    "sinks": (
+        "gpt_oss",
+        "GptOssForCausalLM",
+        {"num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
+    ),
+    # The last three read the caches of those before them.
+    "shared": (
+        "gemma3n_text",
+        "Gemma3nForCausalLM",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 3,
+            "sliding_window": 64,
+            "intermediate_size": [128] * 6,
+            "activation_sparsity_pattern": [0.0] * 6,
+            "vocab_size_per_layer_input": 256,
+            "hidden_size_per_layer_input": 16,
+            "laurel_rank": 8,
+            # Whose embedding is nothing, which is no number behind the norms of these models.
+            "pad_token_id": 255,
+        },
+    ),
+    # Every other layer attends within chunks.
+    "chunks": (
+        "llama4_text",
+        "Llama4ForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "no_rope_layers": [1, 0, 1, 0],
+            "attention_chunk_size": 128,
+            "intermediate_size_mlp": 128,
+            "num_local_experts": 4,
+        },
+    ),
+}
+
+
+def save_random_kind(path: Path, name: str) -> str:
+    """One of :data:`KINDS`."""
+    model_type, architecture, fields = KINDS[name]
+    return save_random_model(path, model_type, architecture, **fields)
 
 
 def save_random_gates(model: str, path: Path | None = None) -> Path:

@@ -15,37 +15,20 @@ from dataclasses import dataclass, field, replace
 import torch
 from ties import GAP_BOUND, RANK_BOUND, Served, assert_tie
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from cake_vllm.integration.gates import GateFile
 from cake_vllm.policies import LayerInputs, PagedPrompt, Policy
 
-#: By layer ``[Hkv, S]``, where the heads of the running request have something, if not everywhere.
-_valid: dict[int, torch.Tensor] = {}
-
-
-def _right_aligned(module, query, key, value, mask, scaling=None, **kwargs):
-    """Attention whose last query sees all keys, whatever other layers and heads hold."""
-    causal = causal_lower_right(query.shape[2], key.shape[2]) if query.shape[2] > 1 else None
-    if module.layer_idx in _valid:
-        num_new = query.shape[2]
-        valid = torch.nn.functional.pad(_valid[module.layer_idx], (0, num_new), value=True)
-        _valid[module.layer_idx] = valid
-        seen = torch.ones(num_new, valid.shape[1], dtype=torch.bool).tril(valid.shape[1] - num_new)
-        causal = (valid[:, None] & seen).repeat_interleave(query.shape[1] // len(valid), dim=0)[None]
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=causal, scale=scaling, enable_gqa=True
-    )
-    return output.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("right_aligned", _right_aligned)
+#: The replay whose model is being computed.
+_running: list["Replay"] = []
+AttentionInterface.register("replayed", lambda *args, **kwargs: _running[0]._attention(*args, **kwargs))
 
 
 @dataclass
 class State:
-    """A request's cache, the last queries of each layer and, after an eviction, the heads' counts by layer.
+    """A request's cache, the last 64 queries of each layer and, after an eviction, the heads' counts by layer.
 
     Heads that hold different numbers of tokens are aligned at the end; ``valid`` says where they have something.
     ``notes`` are the policy's, if it takes any.
@@ -63,7 +46,8 @@ class State:
 
 
 class Replay:
-    """A Hugging Face model that decodes greedily over a pruned cache.
+    """A Hugging Face model that decodes greedily over a pruned cache: of its layers of full attention, of which a layer
+    that reads another's keys and values is none of its own.
 
     Args:
         model_dir: the model.
@@ -81,18 +65,23 @@ class Replay:
         gap_bound: float = GAP_BOUND,
         gates: GateFile | None = None,
     ):
-        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="right_aligned")
+        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="replayed")
         self.model.eval()
+        config = self.model.config
+        num_own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * num_own
+        self._chunked = [index for index, kind in enumerate(kinds) if kind == "chunked_attention"]
+        self._evictable = [index for index, kind in enumerate(kinds[:num_own]) if kind == "full_attention"]
         self.gates = gates
         self.rank_bound, self.gap_bound = rank_bound, gap_bound
         # What is still to be followed: evictions, each by layer and KV head; none if nothing is.
         self._choices: Iterator[list[list[torch.Tensor]]] | None = None
         self._prefilled: dict[tuple[int, ...], tuple[State, int]] = {}
         self._state = self._start()
+        #: Distance of the two best log probabilities at each token that was generated last.
+        self.gaps: list[float] = []
         # By layer, all queries of the last forward.
         self._latest: dict[int, torch.Tensor] = {}
-        for index, layer in enumerate(self.model.model.layers):
-            layer.self_attn.register_forward_pre_hook(self._capture(index), with_kwargs=True)
 
     def verify(self, prompt: list[int], served: Served, policy: Policy, budget: int, block_size: int, **ways) -> None:
         """Follows what was served; ``ways`` are those of :meth:`generate`.
@@ -113,6 +102,7 @@ class Replay:
         policy: Policy,
         budget: int,
         block_size: int,
+        page_size: int = 0,
         decode: str | None = None,
         chunk: int | None = None,
         hit: int = 0,
@@ -120,33 +110,36 @@ class Replay:
     ) -> tuple[list[int], list[list[list[int]]]]:
         """Greedy tokens, and what was kept per layer and KV head: indices into the cache before the last chunk's end.
 
+        Blocks are given back in pages of ``page_size`` tokens, of their own size if that is not given.
         ``decode`` is the policy's default if it is not given; with ``chunk`` prefill is progressive;
         the first ``hit`` tokens come from the prefix cache, and no notes are taken of them.
         """
-        decode = decode or policy.decodes[0]
+        decode, sizes = decode or policy.decodes[0], (block_size, page_size or block_size)
         if chunk is None and policy.takes_notes:
             state = State(DynamicCache())
             if hit:
                 self._forward(state, prompt[:hit])
             token = self._forward(state, prompt[hit:])
             self._note(state, policy, hit)
-            kept = self._prune(state, policy, budget, block_size)
+            kept = self._prune(state, policy, budget, sizes)
         elif chunk is None:
             state, token = copy.deepcopy(self._prefill(tuple(prompt)))
-            kept = self._prune(state, policy, budget, block_size)
+            kept = self._prune(state, policy, budget, sizes)
         else:
             state = self._start()
             for start in range(0, len(prompt), chunk):
                 token = self._forward(state, prompt[start : start + chunk])
                 self._note(state, policy, start)
-                kept = self._prune(state, policy, budget, block_size)
+                kept = self._prune(state, policy, budget, sizes)
         state.notes.clear()
         tokens: list[int] = []
+        self.gaps = []
         while True:
             if follow is not None and token != follow[len(tokens)]:
                 assert state.gap < self.gap_bound, f"token {len(tokens)} is {follow[len(tokens)]} instead of {token}"
                 token = follow[len(tokens)]
             tokens.append(token)
+            self.gaps.append(state.gap)
             if len(tokens) == num_tokens:
                 return tokens, kept
             token = self._forward(state, [token])
@@ -158,7 +151,7 @@ class Replay:
                 and not is_last
                 and (state.is_evicted or num_blocks > -(-budget // block_size))
             ):
-                self._trim(state, policy, block_size, decode)
+                self._trim(state, policy, sizes[1], decode)
 
     def _start(self) -> State:
         return State(DynamicCache())
@@ -166,25 +159,23 @@ class Replay:
     def _forward(self, state: State, tokens: list[int]) -> int:
         """Computes tokens and returns the next one."""
         self._state = state
-        _valid.clear()
-        _valid.update(state.valid)
+        _running[:] = [self]
         positions = torch.arange(state.length, state.length + len(tokens))[None]
         state.length += len(tokens)
         logits = self.model(
             torch.tensor([tokens]), past_key_values=state.cache, position_ids=positions, logits_to_keep=1
         ).logits
-        state.valid = dict(_valid)
         best = logits[0, -1].topk(2)
         state.gap = float(best.values[0] - best.values[1])
         return int(best.indices[0])
 
-    def _trim(self, state: State, policy: Policy, block_size: int, decode: str) -> None:
+    def _trim(self, state: State, policy: Policy, page_size: int, decode: str) -> None:
         """Eviction while decoding, once per block: of heads that hold more blocks than their count needs."""
         state.is_evicted = True
         choice = next(self._choices) if self._choices else None
-        for index, counts in enumerate(state.counts):
+        for place, (index, counts) in enumerate(zip(self._evictable, state.counts, strict=True)):
             inputs = self._inputs(state, index, 1 if decode == "cake" else policy.num_queries)
-            targets = [-(-(count + policy.protected) // block_size) * block_size for count in counts]
+            targets = [-(-(count + policy.protected) // page_size) * page_size for count in counts]
             lengths = self._lengths(state, index)
             if all(length <= target for length, target in zip(lengths, targets, strict=True)):
                 continue
@@ -197,7 +188,7 @@ class Replay:
                 keep = policy.rescore(inputs, counts)
                 (score,) = policy.settle([policy.judge(replace(inputs, budget=max(kept)))], max(kept))
                 ranks = policy.ranks(score, num_cached, max(kept) / num_cached, counts)
-            _gather(state, index, keep if choice is None else _follow(keep, choice[index], ranks, self.rank_bound))
+            _gather(state, index, keep if choice is None else _follow(keep, choice[place], ranks, self.rank_bound))
 
     def _lengths(self, state: State, index: int) -> list[int]:
         """Tokens that each head of a layer holds."""
@@ -211,66 +202,83 @@ class Replay:
             self._prefilled[prompt] = state, self._forward(state, list(prompt))
         return self._prefilled[prompt]
 
-    def _capture(self, index: int):
-        """Keeps the last 64 post-RoPE queries."""
-
-        def hook(attention, args, kwargs):
-            hidden = kwargs.get("hidden_states", args[0] if args else None)
-            cos, sin = kwargs["position_embeddings"]
-            query = attention.q_proj(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            self._latest[index] = query = apply_rotary_pos_emb(query, query, cos, sin)[0][0]
-            before = self._state.queries.get(index, query[:, :0])
-            self._state.queries[index] = torch.cat([before, query], dim=1)[:, -64:]
-
-        return hook
+    def _attention(self, module, query, key, value, mask, scaling=None, sliding_window=None, s_aux=None, **kwargs):
+        """Attention whose last query sees all keys, whatever other layers and heads hold."""
+        index, state, (num_new, length) = module.layer_idx, self._state, (query.shape[2], key.shape[2])
+        self._latest[index] = query[0]
+        before = state.queries.get(index, query[0, :, :0])
+        state.queries[index] = torch.cat([before, query[0]], dim=1)[:, -64:]
+        owner = index if getattr(module, "kv_shared_layer_index", None) is None else module.kv_shared_layer_index
+        seen = causal_lower_right(num_new, length) if num_new > 1 else None
+        if owner in state.valid or sliding_window or s_aux is not None or index in self._chunked:
+            seen = torch.ones(num_new, length, dtype=torch.bool).tril(length - num_new)
+        if sliding_window:
+            seen = seen.triu(length - num_new - sliding_window + 1)
+        if index in self._chunked:
+            chunk = torch.arange(length) // self.model.config.attention_chunk_size
+            seen = seen & (chunk == chunk[length - num_new :].unsqueeze(1))
+        if owner in state.valid:
+            valid = state.valid[owner]
+            state.valid[owner] = valid = pad(valid, (0, length - valid.shape[1]), value=True)
+            seen = (valid[:, None] & seen).repeat_interleave(query.shape[1] // len(valid), dim=0)[None]
+        if s_aux is not None:
+            # One more key, of which each head's logit is its sink, and whose value is nothing.
+            seen = torch.zeros(1, query.shape[1], num_new, length).masked_fill(~seen, float("-inf"))
+            seen = torch.cat([seen, s_aux.view(1, -1, 1, 1).expand(1, -1, num_new, 1)], dim=-1)
+            key, value = pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1))
+        output = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True)
+        return output.transpose(1, 2).contiguous(), None
 
     def _note(self, state: State, policy: Policy, start: int) -> None:
         """Shows the policy a chunk that begins at position ``start``."""
         if not policy.takes_notes:
             return
-        for index, layer in enumerate(state.cache.layers):
-            keys, positions = layer.keys[0], policy.noted(start, state.length)
+        for index in self._evictable:
+            keys, positions = state.cache.layers[index].keys[0], policy.noted(start, state.length)
             places = range(
                 *(bound + keys.shape[1] - state.length for bound in (positions.start, positions.stop)), positions.step
             )
             queries = self._latest[index][:, [position - start for position in positions]]
-            inputs = LayerInputs(queries, keys, keys.shape[-1] ** -0.5, valid=state.valid.get(index))
+            module = self.model.model.layers[index].self_attn
+            sinks = getattr(module, "sinks", None)
+            inputs = LayerInputs(queries, keys, module.scaling, valid=state.valid.get(index), sinks=sinks)
             state.notes[index] = policy.note(inputs, places, state.notes.get(index))
 
     def _inputs(self, state: State, index: int, num_queries: int) -> LayerInputs:
         layer, queries, valid = state.cache.layers[index], state.queries[index], state.valid.get(index)
-        keys, values = layer.keys[0], layer.values[0]
+        keys, values, module = layer.keys[0], layer.values[0], self.model.model.layers[index].self_attn
         return LayerInputs(
             queries[:, queries.shape[1] - num_queries :],
             keys,
-            layer.keys.shape[-1] ** -0.5,
+            module.scaling,
             values=values,
-            output_weight=self.model.model.layers[index].self_attn.o_proj.weight,
-            layer_index=index,
+            output_weight=module.o_proj.weight,
+            layer_index=self._evictable.index(index),
             valid=valid,
             gate=self.gates and self.gates.gate(index, slice(None), keys.device),
+            sinks=getattr(module, "sinks", None),
         )
 
-    def _prune(self, state: State, policy: Policy, budget: int, block_size: int) -> list[list[list[int]]]:
-        layers, length = state.cache.layers, state.length
-        frees = state.is_evicted or -(-(budget + block_size) // block_size) < length // block_size
+    def _prune(self, state: State, policy: Policy, budget: int, sizes: tuple[int, int]) -> list[list[list[int]]]:
+        layers, length = [state.cache.layers[index] for index in self._evictable], state.length
+        block_size, page_size = sizes
+        frees = state.is_evicted or -(-(budget + page_size) // block_size) < length // block_size
         if not (policy.is_evicted(length, budget) and frees):
             state.counts = [[budget - policy.protected] * layer.keys.shape[1] for layer in layers]
             return [[list(range(length))] * layer.keys.shape[1] for layer in layers]
         state.is_evicted = True
-        inputs = [
-            replace(self._inputs(state, index, policy.num_queries), budget=budget) for index in range(len(layers))
-        ]
+        inputs = [replace(self._inputs(state, index, policy.num_queries), budget=budget) for index in self._evictable]
         judged = [
-            policy.judge(replace(of_layer, notes=state.notes.get(index))) for index, of_layer in enumerate(inputs)
+            policy.judge(replace(of_layer, notes=state.notes.get(index)))
+            for index, of_layer in zip(self._evictable, inputs, strict=True)
         ]
         scores = policy.settle(judged, budget)
         given = policy.head_budgets(scores, length, budget)
         choice = next(self._choices) if self._choices else None
         kept, state.counts = [], []
-        for index, (score, counts) in enumerate(zip(scores, given, strict=True)):
-            num_cached, lengths = layers[index].keys.shape[2], self._lengths(state, index)
-            paged = PagedPrompt(num_cached, policy.protected, block_size)
+        for place, (index, score, counts) in enumerate(zip(self._evictable, scores, given, strict=True)):
+            num_cached, lengths = layers[place].keys.shape[2], self._lengths(state, index)
+            paged = PagedPrompt(num_cached, policy.protected, page_size, length % block_size)
             counts = [min(count, has - policy.protected) for count, has in zip(counts, lengths, strict=True)]
             ratio = min(1.0, budget / num_cached)
             ranks = policy.ranks(score, num_cached, ratio, counts)
@@ -278,7 +286,7 @@ class Replay:
             tail = torch.arange(paged.full_len, num_cached)
             positions = paged.positions(ranks, [paged.pages(count) for count in counts])
             if choice is not None:
-                positions = _follow(positions, choice[index], ranks, self.rank_bound)
+                positions = _follow(positions, choice[place], ranks, self.rank_bound)
             positions = [torch.cat([head, tail]) for head in positions]
             chosen = policy.keep(score, counts, num_cached, ratio)
             for rank, ours, head in zip(ranks, chosen, map(torch.Tensor.tolist, positions), strict=True):

@@ -15,11 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from engine import Engine
-from replay import Replay, State, _right_aligned
+from replay import Replay, State
 from safetensors.torch import load_file, save_file
-from transformers import AttentionInterface, DynamicCache
-
-from cake_vllm.policies import LayerInputs
+from transformers import DynamicCache
 
 #: What vLLM's names mean on CPUs.
 FLOATS = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -114,8 +112,9 @@ class Stored:
             update(layer.impl, module, key, value, kv_cache, slots)
             slots = slots[slots >= 0]
             # [n, Hkv, E]
-            pages, slots = kv_cache[slots // layer.block_size].flatten(2).cpu(), slots.cpu()
-            token, place = torch.arange(len(slots)).view(-1, 1), slots % layer.block_size
+            size = layer.layout.block_size
+            pages, slots = kv_cache[slots // size].flatten(2).cpu(), slots.cpu()
+            token, place = torch.arange(len(slots)).view(-1, 1), slots % size
             orders = layer.layout.key_index.cpu(), layer.layout.value_index.cpu()
             found = (pages[token, :, order[place]].view(self.dtype).float().transpose(1, 2) for order in orders)
             self.written[index].append(tuple(found))
@@ -167,8 +166,6 @@ class StoredReplay(Replay):
     def __init__(self, model_dir: str):
         self.stored = Stored(torch.float8_e4m3fn, [])
         super().__init__(model_dir)
-        AttentionInterface.register("stored", self._attention)
-        self.model.set_attn_implementation("stored")
 
     def verify(self, *args, **kwargs) -> None:
         self._prefilled.clear()
@@ -179,9 +176,4 @@ class StoredReplay(Replay):
 
     def _attention(self, module, query, *args, **kwargs):
         taken = self.stored.take_queries(module.layer_idx, self._state.length, query[0])
-        return _right_aligned(module, taken[None], *args, **kwargs)
-
-    def _inputs(self, state: State, index: int, num_queries: int) -> LayerInputs:
-        inputs = super()._inputs(state, index, num_queries)
-        taken = self.stored.take_queries(index, state.length, inputs.queries)
-        return LayerInputs(**(vars(inputs) | {"queries": taken}))
+        return super()._attention(module, taken[None], *args, **kwargs)

@@ -213,7 +213,9 @@ def test_draft_models_beside_sliding_windows_are_refused(llama, tmp_path):
     gemma = save_config(tmp_path / "gemma", "gemma2", "Gemma2ForCausalLM", hidden_size=64, vocab_size=128, **layers)
     for target, draft in ((gemma, llama), (llama, gemma)):
         speculation = {"method": "draft_model", "model": draft, "num_speculative_tokens": 2}
-        with pytest.raises(ValueError, match="with sliding-window layers, the target's or its own, yet: use another"):
+        with pytest.raises(
+            ValueError, match="with layers with a sliding window or chunks, the target's or its own, yet: use"
+        ):
             configure(target, kv_eviction="cake", speculative_config=speculation)
 
 
@@ -241,6 +243,7 @@ COMPATIBILITY = (ROOT / "docs" / "compatibility.md").read_text()
 FEATURES = {
     "context parallelism": ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size yet: set it to 1"),
     "dual-batch overlap": ({"enable_dbo": True}, "--enable-dbo yet: drop it"),
+    "fast prefill of shared KV layers": ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill yet: drop it"),
     "drafts by a class of one's own": (
         {"speculative_config": {"method": "custom_class", "model": "a.Proposer", "num_speculative_tokens": 2}},
         "--speculative-config of method custom_class yet: use one of ngram, ngram_gpu, suffix, medusa, eagle, eagle3,",
@@ -296,7 +299,6 @@ MODELS = {
         SMALL,
         "models that mix attention with state-space",
     ),
-    "chunked local attention": ("llama4_text", "Llama4ForCausalLM", SMALL, "chunked local attention"),
     "a sliding window in every layer": ("mistral", "MistralForCausalLM", SMALL, "a sliding window in every layer"),
 }
 
@@ -320,8 +322,6 @@ def test_a_sliding_window_as_long_as_what_is_served_is_not_refused(tmp_path):
 #: Known when the model's layers are built, before there are weights.
 ATTENTION = {
     "ALiBi": ({"alibi_slopes": [1.0]}, "ALiBi"),
-    "attention sinks": ({"sinks": [0.0]}, "attention sinks"),
-    "shared KV layers": ({"kv_sharing_target_layer_name": "model.layers.0"}, "layers that share one KV cache"),
 }
 
 

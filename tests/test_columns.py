@@ -101,6 +101,45 @@ def test_heads_are_served_as_published_in_every_way(tiny, replay, prefill, decod
         assert engine.is_idle()
 
 
+@pytest.mark.parametrize(
+    ("name", "prefill", "decode"),
+    [
+        ("cake", "exact", "cake"),
+        ("cake", "progressive", "window"),
+        ("defensivekv", "exact", "window"),
+        ("adakv", "progressive", "window"),
+        pytest.param("layer-defensivekv", "progressive", "off", marks=pytest.mark.full),
+    ],
+)
+def test_blocks_of_four_pages(tiny, replay, name, prefill, decode, same_on_both):
+    """A CPU's default blocks: a request holds its budget in pages of 32 tokens, and at most a block of 128 more."""
+    budget, block, page = 300, 128, 32
+    settings = {"kv_eviction": "cake", "kv_eviction_budget": budget, "max_num_batched_tokens": 256}
+    settings["kv_eviction_config"] = {"prefill": prefill, "decode": decode}
+    engine: Engine = tiny(**settings, block_size=block)
+    assert engine.connector.worker.layers.grid.page_size == page
+    engine.forget_prefixes()
+    engine.stats()
+    prompt, num_tokens, most = numbers(66, 1100), 200, 0
+    request = engine.add(prompt, num_tokens, extra_args={"kv_eviction": name})
+    (manager,) = engine.manager.coordinator.single_type_managers
+    while engine.scheduler.requests:
+        engine.step()
+        if engine.decoding:
+            (cut,) = manager.cuts.values()
+            most = max(most, len(cut.columns))
+    # Rounded up to columns once, where owners that round up to blocks take one more for each.
+    assert -(-budget // block) <= most <= -(-(budget + page) // block) == 3
+    served = engine.served_as(request, list(engine.outputs[request].outputs[0].token_ids))
+    engine.run()
+    chunk, sizes = 256 if prefill == "progressive" else None, {"block_size": block, "page_size": page}
+    replay.verify(prompt, served, create_policy(name, {}), budget, **sizes, decode=decode, chunk=chunk)
+    stats = engine.stats()
+    assert stats["failures"] == 0
+    assert stats["trims"] > 0 or decode == "off"
+    assert engine.is_idle()
+
+
 @pytest.mark.interpreted
 @pytest.mark.contract
 def test_rows_of_all_kinds_share_a_batch(tiny, is_v2):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from elsewhere import replayed_elsewhere, same_elsewhere
 from flashinfer_elsewhere import Gpu, ReferenceFlashInferBackend, flashinfer, flashinfer_in_torch
-from random_models import numbers, save_random_model
+from random_models import numbers, save_random_kind, save_random_model
 from test_graphs import rehearse
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends import fa_utils, flash_attn
@@ -72,6 +72,19 @@ def test_a_replayed_step_is_the_eager_one(start_engine, tiny_model, is_v2, gpu, 
     capability, has_trtllm, _ = KERNELS[gpu]
     with flashinfer_in_torch(capability, has_trtllm):
         rehearse(start_engine, ReferenceFlashInferBackend, tiny_model, is_v2, name)
+
+
+@pytest.mark.engine
+@full
+@pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
+def test_flashinfer_with_sinks(start_engine, tmp_path, same_on_both, name):
+    """TensorRT-LLM's kernels on Blackwell take them; evicted rows go to a kernel beside, which takes them too."""
+    settings = {"kv_eviction": name, "kv_eviction_budget": 100, "max_model_len": 1024}
+    prompts = [numbers(150, 300), numbers(151, 40), numbers(152, 500)]
+    with flashinfer_in_torch((10, 0), has_trtllm=True):
+        model = save_random_kind(tmp_path, "sinks")
+        found = same_elsewhere(start_engine, ReferenceFlashInferBackend, model, prompts, 24, **settings)
+    assert found == [EvictingFlashInferImpl] * 4
 
 
 @pytest.mark.engine
@@ -181,14 +194,14 @@ def test_what_serves_evicted_rows(monkeypatch, situation):
         (flash_attn, "get_current_vllm_config_or_none"),
     ):
         monkeypatch.setattr(module, name, lambda: config)
-    assert flashinfer_attention.choose_beside(head_size, False, cache_dtype) is expected
+    assert flashinfer_attention.choose_beside(head_size, False, False, cache_dtype) is expected
 
 
 CHOICES = {
     # Capability, cache type, block size, and what vLLM takes with eviction and without.
     "Blackwell": ((10, 0), "auto", None, "FLASHINFER", "FLASHINFER"),
     "Hopper": ((9, 0), "auto", None, "FLASH_ATTN", "FLASH_ATTN"),
-    "blocks that are split": ((10, 0), "auto", 128, "FLASH_ATTN", "FLASHINFER"),
+    "blocks that are split": ((10, 0), "auto", 128, "FLASHINFER", "FLASHINFER"),
     "8 bits": ((10, 0), "fp8_e4m3", None, "FLASHINFER", "FLASHINFER"),
     "8 bits of another kind": ((10, 0), "fp8_e5m2", None, "TRITON_ATTN", "FLASHINFER"),
     "8 bits on Ampere": ((8, 0), "fp8", None, "TRITON_ATTN", "FLASHINFER"),

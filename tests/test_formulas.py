@@ -23,23 +23,30 @@ class Layer:
     keys: np.ndarray
     values: np.ndarray
     weight: np.ndarray
+    sinks: np.ndarray | None = None
 
     @classmethod
-    def random(cls, seed: int, prompt_len: int, loudness: float = 1.0) -> "Layer":
-        """The louder, the sharper its attention."""
+    def random(cls, seed: int, prompt_len: int, loudness: float = 1.0, has_sinks: bool = False) -> "Layer":
+        """The louder, the sharper its attention, of which sinks take about half."""
         draw = np.random.default_rng(seed).standard_normal
         queries, keys, values = draw((6, WINDOW, 8)), draw((2, prompt_len, 8)), draw((2, prompt_len, 8))
-        return cls(loudness * queries, keys, values, draw((10, 6 * 8)))
+        weight = draw((10, 6 * 8))
+        return cls(loudness * queries, keys, values, weight, draw(6) + loudness + 3 if has_sinks else None)
 
     def inputs(self) -> LayerInputs:
-        queries, keys, values, weight = (torch.from_numpy(array).float() for array in vars(self).values())
-        return LayerInputs(queries, keys, 8**-0.5, values=values, output_weight=weight)
+        arrays = vars(self).values()
+        queries, keys, values, weight, sinks = (None if of is None else torch.from_numpy(of).float() for of in arrays)
+        return LayerInputs(queries, keys, 8**-0.5, values=values, output_weight=weight, sinks=sinks)
+
+    def sink(self, head: int) -> float:
+        """What a head's softmax has beside its keys."""
+        return 0.0 if self.sinks is None else float(np.exp(self.sinks[head]))
 
     def attention(self, head: int, row: int) -> list[float]:
         """What the query head pays each position before the window, in a query of the window."""
         prefix_len = self.keys.shape[1] - WINDOW
         weights = np.exp(self.keys[head // 3, : prefix_len + row + 1] @ self.queries[head, row] * 8**-0.5)
-        return list(weights[:prefix_len] / weights.sum())
+        return list(weights[:prefix_len] / (weights.sum() + self.sink(head)))
 
     def size(self, kv_head: int, position: int) -> float:
         """L1 norm of a value behind the output projection, mean over the query heads that read it."""
@@ -100,8 +107,9 @@ def defended(layer: Layer, keep_ratio: float, coverage: float = COVERAGE) -> tup
 @pytest.mark.parametrize("loudness", [0.5, 3.0])
 @pytest.mark.parametrize("normalize_over", ["heads", "positions"])
 @pytest.mark.parametrize("protect_window", [False, True])
-def test_defensivekv(keep_ratio, loudness, normalize_over, protect_window):
-    layer = Layer.random(1, 60, loudness)
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_defensivekv(keep_ratio, loudness, normalize_over, protect_window, has_sinks):
+    layer = Layer.random(1, 60, loudness, has_sinks)
     options = {"window": WINDOW, "pool_kernel": KERNEL}
     policy = create_policy(
         "defensivekv", {**options, "normalize_over": normalize_over, "protect_window": protect_window}
@@ -298,17 +306,18 @@ def outputs(layer: Layer, head: int, row: int) -> tuple[np.ndarray, np.ndarray]:
     kv_head, seen = head // 3, layer.keys.shape[1] - WINDOW + row + 1
     weights = np.zeros(layer.keys.shape[1])
     weights[:seen] = np.exp(layer.keys[kv_head, :seen] @ layer.queries[head, row] * 8**-0.5)
-    weights /= weights.sum()
+    weights /= weights.sum() + layer.sink(head)
     return weights, weights @ layer.values[kv_head]
 
 
 @pytest.mark.parametrize("loudness", [0.5, 3.0, 6.0])
-def test_dropkv(loudness):
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_dropkv(loudness, has_sinks):
     """What the outputs of the window would move by without a position, squared; pooled over the window too.
 
     Also where a query looks at one position alone, nearly.
     """
-    layer = Layer.random(21, 60, loudness)
+    layer = Layer.random(21, 60, loudness, has_sinks)
     expected = []
     for kv_head in range(2):
         moved = [0.0] * 60
@@ -317,7 +326,7 @@ def test_dropkv(loudness):
             for j in range(60):
                 others = weights.copy()
                 others[j] = 0
-                rest = others.sum()
+                rest = others.sum() + 1 - weights.sum()
                 without = others / rest @ layer.values[kv_head]
                 # The authors' code adds 1e-6 to what it divides by.
                 moved[j] += np.square((without - output) * rest / (rest + 1e-6)).sum() / 3
@@ -353,9 +362,10 @@ def test_lagkv(prompt_len, n_sink):
 
 
 @pytest.mark.parametrize(("scale", "budget"), [(1000, 20.0), (3, 20.0), (1, 9.0), (3, None)])
-def test_restkv(scale, budget):
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_restkv(scale, budget, has_sinks):
     """Averaged attention and what is lost of its output, averaged over a range that follows the attention's drift."""
-    layer, alpha, prefix_len = Layer.random(23, 60, 2.0), 0.3, 60 - WINDOW
+    layer, alpha, prefix_len = Layer.random(23, 60, 2.0, has_sinks), 0.3, 60 - WINDOW
     expected, shifts = np.zeros((2, prefix_len)), set()
     for head in range(6):
         rows = [outputs(layer, head, row)[0] for row in range(WINDOW)]

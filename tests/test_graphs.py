@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from elsewhere import ReferenceFlashBackend, flash_in_torch, in_place_of_cpu_attn
-from random_models import numbers
+from random_models import numbers, save_random_kind
 from ties import assert_same
 from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
@@ -64,6 +64,14 @@ def rehearsed(engine):
 def test_a_replayed_step_is_the_eager_one(start_engine, tiny_model, is_v2, name):
     with flash_in_torch():
         rehearse(start_engine, ReferenceFlashBackend, tiny_model, is_v2, name)
+
+
+@pytest.mark.engine
+def test_a_replayed_step_leaves_windows_alone(start_engine, tmp_path, same_on_both):
+    """Their layers run in the same graph; those beside them have sinks."""
+    with flash_in_torch():
+        model = save_random_kind(tmp_path, "sinks")
+        rehearse(start_engine, ReferenceFlashBackend, model, is_v2=False, name="layer-defensivekv")
 
 
 def rehearse(start_engine, backend, model, is_v2, name):

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cake_vllm.kernels import BlockLayout, EvictedRows, Grid, deal
+from cake_vllm.integration.worker import dealing
+from cake_vllm.kernels import BlockLayout, EvictedRows, Grid, budget_for, columns_for, deal
 from cake_vllm.kernels.pages import find_strides
 
 HEADS, BLOCK, SIZE, BLOCKS = 3, 8, 4, 20
@@ -111,6 +112,18 @@ def lay_out(num_layers: int, num_blocks: int, by_block: bool, device: str = "cpu
     return [buffer.as_strided(shape, (strides, *inner), layer * offset) for layer in range(num_layers)]
 
 
+@pytest.mark.parametrize("budget", [1, 32, 500, 512, 1024])
+@pytest.mark.parametrize(("block_size", "page_size"), [(32, 32), (128, 32), (528, 16), (784, 16)])
+def test_a_request_rounds_up_to_columns_once(block_size, page_size, budget):
+    """At most a block more than its budget in whole pages."""
+    columns = columns_for(budget, block_size, page_size)
+    in_pages = -(-budget // page_size) * page_size
+    assert -(-in_pages // block_size) <= columns <= -(-in_pages // block_size) + 1
+    most = budget_for(columns, block_size, page_size)
+    assert budget <= most
+    assert [columns_for(most + more, block_size, page_size) for more in (0, 1)] == [columns, columns + 1]
+
+
 @pytest.mark.parametrize("by_block", [False, True])
 def test_the_grid_finds_every_page(by_block):
     caches = lay_out(4, 6, by_block)
@@ -129,6 +142,62 @@ def test_the_grid_finds_every_page(by_block):
             for head in range(HEADS):
                 page = homes[column, layer * HEADS + head]
                 assert torch.equal(grid.cache[page], caches[1 + layer][block, head].flatten())
+
+
+def test_blocks_of_several_pages():
+    """Every layer has a page in each slice of a block; what is at home in one column has all of these."""
+    caches = lay_out(2, 6, by_block=False)
+    grid = Grid.of(caches, [0, 1], per_block=3)
+    assert (grid.num_blocks, grid.page_size, grid.block_size) == (2, BLOCK, 3 * BLOCK)
+    assert grid.slices(torch.tensor([[1, 0]])).tolist() == [[3, 4, 5, 0, 1, 2]]
+    homes = grid.homes([[1], [0]], by_head=False)
+    assert homes.shape == (3, 2)
+    for place, (first, second) in enumerate(homes.tolist()):
+        assert torch.equal(grid.pages[first], caches[0][3 + place])
+        assert torch.equal(grid.pages[second], caches[1][place])
+
+
+@pytest.mark.parametrize("where", ["pool", "in-place"])
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("per_block", [1, 3])
+def test_tokens_reach_the_pages_that_are_dealt(per_block, by_head, where):
+    """Evicted twice: each owner reads what it kept, in order, and what was dealt is the columns' own."""
+    generator, layers = torch.Generator().manual_seed(7), 3
+    caches = lay_out(layers, 16 * per_block, by_block=False)
+    grid, layout = Grid.of(caches, [0] * layers, per_block), make_layout("tiles")
+    each, held = HEADS if by_head else 1, None
+    row, columns = list(range(2, 10)), [12, 13, 14] if where == "pool" else [7, 8, 9]
+    end, slices = len(row) * grid.block_size + 3, grid.slices(torch.tensor([*row, 11]))
+    for most in (3 * per_block, 2 * per_block):
+        reads = [dealing.read(grid, layer, held, [slices], end) for layer in range(layers)]
+        before = [layout.read_keys(grid.cache, of.table, of.length) for of in reads]
+        counts = [[int(torch.randint(most + 1, (), generator=generator)) for _ in range(each)]]
+        counts += [[most] * each] * (layers - 1)
+        chosen = []
+        for layer, of in enumerate(reads):
+            pages = [min(counts[layer][head % each], of.full_len // BLOCK - of.missing[head]) for head in range(HEADS)]
+            orders = [
+                torch.randperm(of.full_len - of.missing[head] * BLOCK, generator=generator) for head in range(HEADS)
+            ]
+            kept = [order[: num * BLOCK].sort().values for order, num in zip(orders, pages, strict=True)]
+            chosen.append([head + num * BLOCK for head, num in zip(kept, of.missing, strict=True)])
+        used = np.array([len(head) // BLOCK for of_layer in chosen for head in of_layer[:each]])
+        pages, last, num_columns = dealing.redeal(grid, held, [columns], by_head, used)
+        assert num_columns <= -(-most // per_block)
+        dealt = [page for mine, num in zip(pages.tolist(), used, strict=True) for page in mine[:num]]
+        assert len(set(dealt)) == len(dealt)
+        assert set(dealt) <= set(grid.homes([columns[:num_columns]], by_head).ravel().tolist())
+        new = dealing.Held(by_head, len(row), pages, used, used, num_columns, tuple(map(tuple, counts)))
+        list(dealing.move(grid, layout, reads, chosen, new, last))
+        held = new
+        for layer in range(layers):
+            after = dealing.read(grid, layer, held, [slices], end)
+            found = layout.read_keys(grid.cache, after.table, after.length)
+            assert after.tail == end % grid.block_size
+            for head in range(HEADS):
+                gone = after.missing[head] * BLOCK
+                expected = torch.cat([before[layer][head][chosen[layer][head]], before[layer][head][-after.tail :]])
+                assert torch.equal(found[head][gone:], expected)
 
 
 def test_caches_that_lie_on_no_grid_are_refused():
@@ -191,16 +260,19 @@ class Model:
         pages, start, tail = self.stored[name]
         mine = pages[layer * self.num_heads + head]
         group = self.grid.group_of[layer]
-        rest = [self.grid.base[layer] + blocks[group] * self.grid.step for blocks in tail]
+        each = self.grid.per_block
+        slices = [blocks[group] * each + place for blocks in tail for place in range(each)]
+        rest = [self.grid.base[layer] + index * self.grid.step for index in slices]
         if self.num_heads > 1:
             rest = [page * HEADS + head for page in rest]
-        return mine + rest, seq_len - (start - len(mine)) * BLOCK
+        return mine + rest, seq_len - (start * each - len(mine)) * BLOCK
 
 
 @pytest.mark.parametrize("by_head", [False, True])
-def test_rows_are_what_lists_would_be(by_head, device):
+@pytest.mark.parametrize("per_block", [1, 3])
+def test_rows_are_what_lists_would_be(by_head, per_block, device):
     dice = random.Random(5)
-    grid = Grid.of(lay_out(3, 400, by_block=False, device=device), [0, 1, 0])
+    grid = Grid.of(lay_out(3, 400 * per_block, by_block=False, device=device), [0, 1, 0], per_block)
     rows, model = EvictedRows(grid, by_head), Model(grid, by_head)
     free = list(range(1, 400))
     owners = 3 * model.num_heads
@@ -234,7 +306,9 @@ def test_rows_are_what_lists_would_be(by_head, device):
         if not batch:
             continue
         dice.shuffle(batch)
-        seq_lens = [(9 + len(model.stored[name][2])) * BLOCK - dice.randrange(BLOCK) for name in batch]
+        seq_lens = [
+            (9 + len(model.stored[name][2])) * grid.block_size - dice.randrange(grid.block_size) for name in batch
+        ]
         # Between them, a row that was never evicted.
         tails = torch.tensor([model.stored[name][2][-1][0] for name in batch] + [0], dtype=torch.int32, device=device)
         slots = rows.find(tails)

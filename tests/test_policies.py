@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from cake_vllm.kernels import columns_for
 from cake_vllm.policies import LayerInputs, PagedPrompt, Policy, create_policy, knobs, policy_names, scores
 from cake_vllm.policies.base import LayerScore
 from cake_vllm.policies.budgets import cascade, kept_after, proportional, settle
@@ -32,8 +33,8 @@ def test_registry_refuses_unknown_names():
         create_policy("cade", {})
 
 
-def reference_attention(queries, keys, scale):
-    """The whole softmax in float64, one query at a time."""
+def reference_attention(queries, keys, scale, sinks=None):
+    """The whole softmax in float64, one query at a time, beside a logit of nothing where heads have one."""
     num_heads, window, _ = queries.shape
     prompt_len = keys.shape[1]
     group = num_heads // keys.shape[0]
@@ -42,18 +43,22 @@ def reference_attention(queries, keys, scale):
         for row in range(window):
             visible = prompt_len - window + row + 1
             logits = keys[head // group, :visible].double() @ queries[head, row].double() * scale
+            if sinks is not None:
+                logits = torch.cat([logits, sinks[head : head + 1].double()])
             out[head, row] = logits.softmax(0)[: prompt_len - window]
     return out
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (6, 2), (8, 2), (8, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prefix_attention(num_heads, num_kv_heads, dtype):
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_prefix_attention(num_heads, num_kv_heads, dtype, has_sinks):
     queries = torch.randn(num_heads, 8, 16).to(dtype)
     keys = torch.randn(num_kv_heads, 50, 16).to(dtype)
     before = queries.clone(), keys.clone()
-    got = torch.cat(list(prefix_attention(LayerInputs(queries, keys, 0.25)))).flatten(0, 1)
-    torch.testing.assert_close(got.double(), reference_attention(queries, keys, 0.25), rtol=1e-4, atol=1e-7)
+    sinks = torch.linspace(0, 5, num_heads).to(dtype) if has_sinks else None
+    got = torch.cat(list(prefix_attention(LayerInputs(queries, keys, 0.25, sinks=sinks)))).flatten(0, 1)
+    torch.testing.assert_close(got.double(), reference_attention(queries, keys, 0.25, sinks), rtol=1e-4, atol=1e-7)
     assert torch.equal(queries, before[0])
     assert torch.equal(keys, before[1])
 
@@ -88,19 +93,19 @@ def test_budgets_meet_the_total_or_the_cap(preferences, cap):
 
 
 @pytest.mark.parametrize("prompt_len", [33, 64, 100, 129, 256])
-@pytest.mark.parametrize("block_size", [1, 16, 32, 128])
+@pytest.mark.parametrize(("block_size", "page_size"), [(1, 1), (16, 16), (32, 32), (128, 128), (128, 32), (48, 16)])
 @pytest.mark.parametrize("window", [4, 32])
-def test_paging_keeps_what_the_policy_chose(prompt_len, block_size, window):
-    prompt = PagedPrompt(prompt_len, window, block_size)
+def test_paging_keeps_what_the_policy_chose(prompt_len, block_size, page_size, window):
+    prompt = PagedPrompt(prompt_len, window, page_size, prompt_len % block_size)
     ranks = torch.randn(3, prompt_len - window)
     score = LayerScore(ranks, torch.zeros(2))
     for count in range(0, prompt_len - window + 1, 7):
         pages = prompt.pages(count)
         chosen = Cake(window=window).keep(score, [count] * 3, prompt_len, 0.5)
-        if pages == prompt.full_blocks:
+        if pages == prompt.full_pages:
             continue
         positions = torch.stack(prompt.positions(ranks, [pages] * 3))
-        assert positions.shape == (3, pages * block_size)
+        assert positions.shape == (3, pages * page_size)
         assert (positions.diff(dim=1) > 0).all()
         assert positions.numel() == 0 or positions.max() < prompt.full_len
         for head in range(3):
@@ -112,7 +117,7 @@ def test_paging_keeps_what_the_policy_chose(prompt_len, block_size, window):
 
 
 def test_paging_gives_heads_their_own_number_of_pages():
-    prompt, generator = PagedPrompt(150, 20, 16), torch.Generator().manual_seed(3)
+    prompt, generator = PagedPrompt(150, 20, 16, 6), torch.Generator().manual_seed(3)
     ranks = torch.randn(5, 130, generator=generator)
     pages = [0, 1, 4, 9, 2]
     together = prompt.positions(ranks, pages)
@@ -270,6 +275,24 @@ def test_how_many_heads_are_looked_at_together_changes_nothing(name, monkeypatch
         torch.testing.assert_close(together.terms, alone.terms, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("name", policy_names())
+def test_whoever_looks_at_queries_sees_sinks(name):
+    policy = small(name)
+    for layer in Shape().layers(policy):
+        without, beside = policy.score(layer), policy.score(replace(layer, sinks=torch.linspace(-1, 3, 8)))
+        assert torch.equal(without.indicator, beside.indicator) == (policy.num_queries == 0)
+
+
+def test_the_current_query_sees_sinks():
+    """When it trims."""
+    policy = small("cake")
+    (layer,) = Shape(num_layers=1).layers(policy)
+    layer = replace(layer, queries=layer.queries[:, -1:], sinks=torch.linspace(-1, 3, 8))
+    weights = reference_attention(layer.queries, layer.keys, layer.scale, layer.sinks)[:, 0, : 90 - 8]
+    expected = average_pool(weights, policy.pool_kernel).unflatten(0, (2, 4)).mean(dim=1)
+    torch.testing.assert_close(policy.trim_ranks(layer, 20), expected.float(), rtol=1e-5, atol=0)
+
+
 def test_heads_at_once_fit_a_fixed_amount():
     elsewhere = torch.device("meta")
     assert heads_at_once(torch.device("cpu"), 1) == 1
@@ -317,18 +340,20 @@ def test_mended_defensivekv_keeps_the_window():
 
 @pytest.mark.parametrize("name", policy_names())
 def test_no_policy_needs_more_columns_than_it_is_granted(name):
-    """Owners round up to whole pages, with and without room for their whole window."""
-    generator, block_size = torch.Generator().manual_seed(0), 16
+    """Owners round up to whole pages, with and without room for their whole window, and the request to columns."""
+    generator, page_size = torch.Generator().manual_seed(0), 16
     for _ in range(20):
         prompt_len = int(torch.randint(60, 300, (), generator=generator))
         policy, shape = small(name), Shape(prompt_len=prompt_len)
         budget = int(torch.randint(policy.window_size + 1, prompt_len, (), generator=generator))
         scores = [policy.score(layer) for layer in shape.layers(policy)]
-        prompt = PagedPrompt(prompt_len, policy.protected, block_size)
+        prompt = PagedPrompt(prompt_len, policy.protected, page_size, prompt_len % 48)
         given = policy.head_budgets(policy.settle(scores, budget), prompt_len, budget)
         heads = [count for layer in given for count in layer]
-        needed = [max(prompt.pages(count), -(-(count + policy.protected) // block_size)) for count in heads]
-        assert sum(needed) <= len(heads) * -(-(budget + block_size) // block_size)
+        needed = [max(prompt.pages(count), -(-(count + policy.protected) // page_size)) for count in heads]
+        for per_block in (1, 3):
+            columns = columns_for(budget, per_block * page_size, page_size)
+            assert sum(needed) <= len(heads) * columns * per_block
 
 
 HEADS_COMPETE = [name for name in policy_names() if create_policy(name, {}).selection != "layer"]

@@ -297,11 +297,11 @@ def test_a_killed_run_goes_on(tmp_path):
 @pytest.mark.full
 @pytest.mark.slow
 def test_served(chatty_model, tmp_path, monkeypatch, capsys):
-    """Both ways of prefill on real servers; a second run has nothing left to ask."""
+    """Questions that nobody knew, behind a chunk or behind two cuts, on real servers; a second run asks nothing."""
     out = tmp_path / "quality.json"
     command = ["benchmarks/quality.py", chatty_model, "--out", str(out), "--dtype", "float32", "--block-size", "32"]
     command += ["--server-args=--enforce-eager", "--policies", "full", "snapkv+echo=12", "echo", "--budgets", "0.2"]
-    command += ["--lengths", "400", "--tasks", "copy", "depths", "--samples", "1", "--prefill", "exact", "progressive"]
+    command += ["--lengths", "400", "--tasks", "copy", "depths", "--samples", "1", "--prefill", "progressive", "auto-2"]
     ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER")
     env = {name: value for name, value in os.environ.items() if name not in ours}
     printed = subprocess.run(
@@ -313,14 +313,16 @@ def test_served(chatty_model, tmp_path, monkeypatch, capsys):
     assert len(lines) == 1 + 2 * 3 * (1 + 5)
     for record in map(json.loads, lines[1:]):
         whole, metrics = record["prompt"], {"depths": {"found"}, "copy": {"copied", "before error", "probability"}}
-        # A share of the prompt, and what rounding to blocks adds.
-        assert record["kept"] == whole if record["row"] == "full" else 0.19 * whole < record["kept"] < 0.2 * whole + 64
+        # A share of the prompt, and what rounding to blocks adds, or what the neighbours left.
+        most = 0.2 * whole + (64 if record["mode"] == "progressive" else 160)
+        assert record["kept"] == whole if record["row"] == "full" else 0.19 * whole < record["kept"] < most
+        assert len(record.get("cut_to", ())) == (2 if record["mode"] == "auto-2" and record["row"] != "full" else 0)
         assert record["scores"].keys() == metrics[record["task"]]
     figures = json.loads(out.read_text())["results"]["figures"]
     rows = {"full", "snapkv+echo=12 0.2", "echo 0.2"}
-    assert {mode: cells.keys() for mode, cells in figures.items()} == {"exact": rows, "progressive": rows}
+    assert {mode: cells.keys() for mode, cells in figures.items()} == {"progressive": rows, "auto-2": rows}
     assert {file.name for file in tmp_path.glob("*.png")} == {
-        f"quality_{kind}{mode}.png" for kind in ("", "depths_") for mode in ("exact", "progressive")
+        f"quality_{kind}{mode}.png" for kind in ("", "depths_") for mode in ("progressive", "auto-2")
     }
 
     # Nobody would answer.

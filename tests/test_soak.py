@@ -81,12 +81,27 @@ def engine_process() -> psutil.Process:
     return engine
 
 
+def left_in_engine(url: str) -> dict[str, int]:
+    """Objects of requests in the engine's process once nothing runs, by class."""
+    wait_until(lambda: not series(url, "vllm:num_requests_running"))
+    # The last statistics travel with a step's output, and what finished is forgotten with the next step.
+    post(url, {"prompt": [5, 6, 7], "max_tokens": 3})
+    body = json.dumps({"method": "living"}).encode()
+    request = urllib.request.Request(f"{url}/collective_rpc", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        (left,) = json.loads(answer.read())["results"]
+    return left
+
+
 @pytest.mark.full
-def test_two_thousand_requests(chatty_model):
-    """Nothing leaks, and the counters are what the clients count."""
+def test_two_thousand_requests(chatty_model, monkeypatch):
+    """Nothing leaks, neither memory nor objects nor descriptors, and the counters are what the clients count."""
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     # A pool small enough to be touched as a whole before memory is first measured.
     pool = ["--num-gpu-blocks-override", "1500"]
     flags = ["--kv-eviction", "cake", "--kv-eviction-budget", str(BUDGET), *FLAGS, *pool]
+    flags += ["--worker-extension-cls", "counting.Census"]
     with server(chatty_model, *flags) as url:
         lock, served, dropped = threading.Lock(), [], []
 
@@ -113,14 +128,15 @@ def test_two_thousand_requests(chatty_model):
         with ThreadPoolExecutor(24) as pool:
             list(pool.map(client, range(400)))
             engine = engine_process()
-            before = engine.memory_info().rss
+            few = left_in_engine(url)
+            before, descriptors = engine.memory_info().rss, engine.num_fds()
             list(pool.map(client, range(400, 2000)))
-        wait_until(lambda: not series(url, "vllm:num_requests_running"))
-        # The last statistics travel with a step's output.
-        post(url, {"prompt": [5, 6, 7], "max_tokens": 3})
+        assert left_in_engine(url) == few
+        assert sum(few.values()) <= 1
         assert len(dropped) > 50
         assert series(url, "vllm:kv_cache_usage_perc") == 0
         assert engine.memory_info().rss - before < 100 * 2**20
+        assert engine.num_fds() == descriptors
         ours = metrics(url)
         certain = sum(length > EVICTED for length in served)
         assert certain <= ours["requests"] <= certain + sum(length > EVICTED for length in dropped)

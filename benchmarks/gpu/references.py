@@ -88,7 +88,7 @@ class Compared(Engine):
         self, ours: Callable[[], None], impl: Any, step: Any, layer: Any, tensors: Any, repeats: int
     ) -> dict[str, Any]:
         (rows,), output = step.redirected, tensors[-1]
-        grid, layout = step.grid, impl.block_layout(layer, self.engine.vllm_config.cache_config.block_size)
+        grid, layout = step.grid, impl.block_layout(layer, step.grid.page_size)
         table, lengths = rows.tables[0].long(), rows.lengths[0].tolist()
         heads = table.unsqueeze(1) if rows.by_head else torch.stack([grid.heads_of(pages) for pages in table])
         keys, values = (

@@ -1,10 +1,10 @@
 """Block tables of evicted requests.
 
 vLLM goes on describing an evicted request by its logical row: one block per ``B`` positions, as if nothing had
-happened. What an owner (a layer, or one KV head of a layer) really reads is
+happened. What an owner (a layer, or one KV head of a layer) really reads, in pages of ``p`` tokens, is
 
-    [ private pages 0 .. k ) [ its pages in the blocks of the logical row from `start` on )
-    length = logical length - (start - k) * B
+    [ private pages 0 .. k ) [ its pages in the blocks of the logical row from `start` on, r = B / p of each )
+    length = logical length - (start * r - k) * p
 
 where ``k`` pages hold what the owner kept of the first ``start`` blocks. These tables are kept ready, as wide as what
 is kept, and written to only where something changes.
@@ -51,9 +51,9 @@ class EvictedRows:
         self._slot_of_block = torch.zeros(grid.num_blocks, dtype=torch.int32, device=device)
         self._slots: dict[str, int] = {}
         self._free = [1]
-        # By slot: private pages of the owner with the most, and blocks of the row behind them.
+        # By slot: private pages of the owner with the most, and slices of the row behind them.
         self._most: dict[int, int] = {}
-        self._num_blocks: dict[int, int] = {}
+        self._num_slices: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -83,12 +83,12 @@ class EvictedRows:
             self._grow(slots=True)
         slot = self._slots[req_id] = self._free.pop()
         most = self._most[slot] = int(counts.max())
-        self._num_blocks[slot] = 0
+        self._num_slices[slot] = 0
         while self._pages.shape[3] < most:
             self._grow(slots=False)
         shape = (self.grid.num_layers, self.num_heads)
         # One transfer for all three.
-        packed = np.column_stack([counts, start - counts, pages[:, :most]])
+        packed = np.column_stack([counts, start * self.grid.per_block - counts, pages[:, :most]])
         found = to_device(packed, torch.int32, self._pages.device).view(*shape, -1)
         self._num_pages[:, slot], self._num_dropped[:, slot] = found[..., 0], found[..., 1]
         self._pages[:, slot, :, :most] = found[..., 2:]
@@ -100,16 +100,16 @@ class EvictedRows:
         Args:
             grown: by request, ``[groups][n]`` block ids.
         """
-        places, blocks = [], []
+        places, blocks, each = [], [], self.grid.per_block
         for req_id, tail in grown.items():
             slot = self._slots.get(req_id)
             if slot is None:
                 continue
             for of_groups in zip(*tail, strict=True):
-                places.append((slot, self._num_blocks[slot]))
+                places.append((slot, self._num_slices[slot]))
                 blocks.append(of_groups)
-                self._num_blocks[slot] += 1
-            while self._pages.shape[3] < self._most[slot] + self._num_blocks[slot]:
+                self._num_slices[slot] += each
+            while self._pages.shape[3] < self._most[slot] + self._num_slices[slot]:
                 self._grow(slots=False)
         if not places:
             return
@@ -117,7 +117,10 @@ class EvictedRows:
         slots, place = to_device(places, torch.int64, device).T
         ids = to_device(blocks, torch.int64, device).T
         self._slot_of_block[ids[0]] = slots.int()
-        # [L, n, H]
+        if each > 1:
+            ids, place = self.grid.slices(ids), (place.unsqueeze(1) + torch.arange(each, device=device)).flatten()
+            slots = slots.repeat_interleave(each)
+        # [L, n * r, H]
         pages = self._base + ids[self._group_of].unsqueeze(-1) * self.grid.step
         if self.num_heads > 1:
             pages = pages * self.num_heads + self._head
@@ -129,7 +132,7 @@ class EvictedRows:
         slot = self._slots.pop(req_id, None)
         if slot is not None:
             self._slot_of_block.masked_fill_(self._slot_of_block == slot, 0)
-            del self._most[slot], self._num_blocks[slot]
+            del self._most[slot], self._num_slices[slot]
             self._free.append(slot)
 
     def find(self, tails: torch.Tensor) -> torch.Tensor:
@@ -139,14 +142,14 @@ class EvictedRows:
     @property
     def width(self) -> int:
         """Pages that the owner with the most reads."""
-        return max((self._most[slot] + self._num_blocks[slot] for slot in self._slots.values()), default=0)
+        return max((self._most[slot] + self._num_slices[slot] for slot in self._slots.values()), default=0)
 
     def select(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables of ``[R]`` slots.
 
         Returns:
             ``[L, R * H, C]`` int32 pages (head pages if ``H`` > 1), contiguous, ``C`` what the widest request needs;
-            beyond what an owner reads they are arbitrary but valid. And ``[L, R, H]`` int32, blocks by which an owner's
+            beyond what an owner reads they are arbitrary but valid. And ``[L, R, H]`` int32, pages by which an owner's
             length is shorter than the logical one.
         """
         tables = self._pages[..., : self.width].index_select(1, slots)

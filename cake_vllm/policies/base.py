@@ -49,6 +49,8 @@ class LayerInputs:
             values, no attention (:func:`cake_vllm.policies.scores.prefix_attention` sees to that). Such positions are
             never kept; a policy has to look at this only if it takes statistics over positions.
         gate: of the layer's KV heads if :attr:`Policy.needs_gate`.
+        sinks: ``[Hq]``, any float dtype, if the model's softmax runs over one learned logit of each query head beside
+            those of the keys; ``None`` if it has none. Weights then add up to less than one.
     """
 
     queries: torch.Tensor
@@ -62,6 +64,7 @@ class LayerInputs:
     notes: torch.Tensor | None = None
     valid: torch.Tensor | None = None
     gate: LinearGate | None = None
+    sinks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from cake_vllm.policies.base import LayerInputs, LayerScore, Policy, total_token
 from cake_vllm.policies.budgets import cascade, kept_after, proportional, settle
 from cake_vllm.policies.scores import (
     SINKS,
-    attention_logits,
+    attention,
     average_pool,
     echoed,
     finite,
@@ -88,11 +88,11 @@ class Cake(Policy):
         """See :meth:`Policy.score`; ``terms`` are ``(H, V)``."""
         rows = []
         terms = torch.zeros(2, device=inputs.keys.device)
-        for attention in prefix_attention(inputs):
-            terms[0] -= (attention + 1e-10).log_().mul_(attention).sum()
-            mean = attention.mean(dim=2)
+        for weights in prefix_attention(inputs):
+            terms[0] -= (weights + 1e-10).log_().mul_(weights).sum()
+            mean = weights.mean(dim=2)
             # Two passes: torch.var_mean along this axis is ten times slower on CPUs. In place: fresh memory is slow.
-            variance = attention.sub_(mean.unsqueeze(2)).square_().sum(dim=2) / (self.window - 1)
+            variance = weights.sub_(mean.unsqueeze(2)).square_().sum(dim=2) / (self.window - 1)
             terms[1] += variance.sum()
             rows.append((mean + self.gamma * variance).mean(dim=1))
         terms = torch.nan_to_num(terms, nan=0.0, posinf=0.0, neginf=0.0)
@@ -132,10 +132,9 @@ class Cake(Policy):
 
     def trim_ranks(self, inputs: LayerInputs, count: int) -> torch.Tensor:
         """``[Hkv, N - w]`` float32 by which :meth:`trim` chooses ``count`` of the ``N`` cached entries."""
-        queries = inputs.queries.unflatten(0, (len(inputs.keys), -1))
-        logits = attention_logits(queries, inputs.keys, inputs.scale, inputs.logits_soft_cap)
-        attention = logits.softmax(dim=-1)[:, :, 0, : -self.window]
-        pooled = average_pool(attention, self.pool_kernel).mean(dim=1)
+        num_cached = inputs.keys.shape[1]
+        weights = torch.cat(list(attention(inputs, range(num_cached - 1, num_cached))))[:, :, 0, : -self.window]
+        pooled = average_pool(weights, self.pool_kernel).mean(dim=1)
         ranks = finite(echoed(pooled, self.echo, None, SINKS + self.pool_kernel // 2))
         return self.raise_spans(ranks, None, count + self.window)
 

@@ -56,6 +56,8 @@ class DropKV(Policy):
             theirs = (outputs.square().sum(dim=-1).unsqueeze(1) @ odds).squeeze(1)
             moved = own - 2 * across + theirs
             rest, of_top = others.sum(dim=-1, keepdim=True), values.gather(1, top.expand(-1, -1, values.shape[-1]))
+            if inputs.sinks is not None:
+                rest = rest.maximum(1 - largest)
             shift = largest / (rest + EPSILON) * (others @ values - rest * of_top)
             moved.scatter_add_(1, top.squeeze(-1), shift.square().sum(dim=-1))
             rows.append(moved / group)

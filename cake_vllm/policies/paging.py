@@ -1,12 +1,12 @@
 """From a policy's counts to whole pages: which positions stay when memory is given back in pages.
 
-A prompt of ``S`` tokens fills ``S // B`` blocks of ``B`` positions; its last ``S % B`` tokens lie in a partial block
-that goes on filling during decoding and therefore stays as it is. Only the full blocks ``[0, full_len)`` are
-compacted, into ``pages`` whole ones:
+The last ``t`` of a prompt's ``S`` tokens lie in a partial block that goes on filling during decoding and therefore
+stays as it is. Only the full blocks ``[0, full_len)`` are compacted, into ``pages`` whole pages of ``p`` positions,
+which are blocks or parts of them:
 
     position     0 ........................ S - w ....... full_len ........ S
                  | prefix of the full blocks | window part | partial block |
-    what stays   | pages * B - window part best of these   | all           |
+    what stays   | pages * p - window part best of these   | all           |
 
 ``pages`` is the smallest number that holds everything the policy chose, so the policy's set always survives and the
 rest of the last page is filled with the next best positions: rounded up, never down.
@@ -25,22 +25,24 @@ class PagedPrompt:
     Attributes:
         prompt_len: ``S``, tokens.
         window: ``w``, last positions that always stay, tokens; ``0 <= w <= S``.
-        block_size: ``B``, tokens in a block.
+        page_size: ``p``, tokens in a page.
+        tail: ``t``, tokens in the partial block; ``S - t`` is a multiple of ``p``.
     """
 
     prompt_len: int
     window: int
-    block_size: int
-
-    @property
-    def full_blocks(self) -> int:
-        """Blocks that the prompt fills completely."""
-        return self.prompt_len // self.block_size
+    page_size: int
+    tail: int
 
     @property
     def full_len(self) -> int:
         """Positions in full blocks."""
-        return self.full_blocks * self.block_size
+        return self.prompt_len - self.tail
+
+    @property
+    def full_pages(self) -> int:
+        """Pages that these fill."""
+        return self.full_len // self.page_size
 
     @property
     def window_in_full_blocks(self) -> int:
@@ -48,13 +50,13 @@ class PagedPrompt:
         return max(0, self.full_len - (self.prompt_len - self.window))
 
     def pages(self, count: int) -> int:
-        """Whole blocks that hold ``count`` prefix positions beside the window, at most :attr:`full_blocks`."""
-        needed = -(-(count + self.window_in_full_blocks) // self.block_size)
-        return min(needed, self.full_blocks)
+        """Whole pages that hold ``count`` prefix positions beside the window, at most :attr:`full_pages`."""
+        needed = -(-(count + self.window_in_full_blocks) // self.page_size)
+        return min(needed, self.full_pages)
 
     def kept_len(self, pages: int) -> int:
-        """Tokens that a layer holds after it was compacted into ``pages`` blocks."""
-        return pages * self.block_size + self.prompt_len - self.full_len
+        """Tokens that a layer holds after it was compacted into ``pages`` pages."""
+        return pages * self.page_size + self.tail
 
     def positions(self, ranks: torch.Tensor, pages: Sequence[int]) -> list[torch.Tensor]:
         """Positions of the full blocks that stay in each KV head.
@@ -64,11 +66,11 @@ class PagedPrompt:
             pages: for each head, from :meth:`pages`.
 
         Returns:
-            For each head ``[pages * B]`` int64, ascending. The positions of the partial block, ``[full_len, S)``,
+            For each head ``[pages * p]`` int64, ascending. The positions of the partial block, ``[full_len, S)``,
             stay beside them.
         """
         in_window = self.window_in_full_blocks
-        first, counts = self.full_len - in_window, [max(count * self.block_size - in_window, 0) for count in pages]
+        first, counts = self.full_len - in_window, [max(count * self.page_size - in_window, 0) for count in pages]
         best = ranks[:, :first].topk(max(counts), dim=-1).indices
         if min(counts) < max(counts):
             # Heads of fewer pages: what they have too many of goes to the end, beyond all positions.

@@ -1,6 +1,6 @@
 """What several policies look at: the window's attention over the prompt, and the size of projected values."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -48,8 +48,9 @@ def window_attention(inputs: LayerInputs) -> Iterator[torch.Tensor]:
 def attention(inputs: LayerInputs, places: range) -> Iterator[torch.Tensor]:
     """Attention weights of some queries on all positions, some KV heads at a time.
 
-    The softmax runs in float32 over all ``S`` keys up to each query's own. What is not there
-    (:attr:`LayerInputs.valid`) gets none. The peak does not grow with the model's width; see :func:`heads_at_once`.
+    The softmax runs in float32 over all ``S`` keys up to each query's own, and the head's sink if it has one. What is
+    not there (:attr:`LayerInputs.valid`) gets none. The peak does not grow with the model's width; see
+    :func:`heads_at_once`.
 
     Args:
         inputs: with ``q`` queries.
@@ -71,12 +72,15 @@ def attention(inputs: LayerInputs, places: range) -> Iterator[torch.Tensor]:
     at_once = heads_at_once(device, num_heads // num_kv_heads * num_queries * prompt_len)
     heads = inputs.queries.unflatten(0, (num_kv_heads, -1)).split(at_once), inputs.keys.split(at_once)
     missing = [None] * len(heads[1]) if inputs.valid is None else (~inputs.valid).split(at_once)
-    for queries, keys, absent in zip(*heads, missing, strict=True):
+    sinks: Iterable[torch.Tensor | None] = [None] * len(missing)
+    if inputs.sinks is not None:
+        sinks = inputs.sinks.unflatten(0, (num_kv_heads, -1)).split(at_once)
+    for queries, keys, absent, sink in zip(*heads, missing, sinks, strict=True):
         logits = attention_logits(queries, keys, inputs.scale, inputs.logits_soft_cap)
         if absent is not None:
             logits.masked_fill_(absent[:, None, None], float("-inf"))
         logits[..., places.start :].masked_fill_(future, float("-inf"))
-        yield logits.softmax(dim=-1)
+        yield _softmax(logits, sink)
 
 
 def largest_attention(inputs: LayerInputs, places: range, notes: torch.Tensor | None, near: int = 0) -> torch.Tensor:
@@ -145,6 +149,16 @@ def attention_logits(queries: torch.Tensor, keys: torch.Tensor, scale: float, so
     logits = (queries.float() * scale).flatten(1, 2) @ keys.float().transpose(1, 2)
     logits = logits.unflatten(1, queries.shape[1:3])
     return soft_cap * torch.tanh(logits / soft_cap) if soft_cap > 0 else logits
+
+
+def _softmax(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Weights of ``[n, G, q, S]`` float32 logits, which may be overwritten, beside ``[n, G]`` sinks if there are."""
+    if sinks is None:
+        return logits.softmax(dim=-1)
+    sink = sinks.float()[..., None, None]
+    most = logits.amax(dim=-1, keepdim=True).maximum(sink)
+    weights = logits.sub_(most).exp_()
+    return weights.div_(weights.sum(dim=-1, keepdim=True).add_((sink - most).exp_()))
 
 
 def average_pool(scores: torch.Tensor, kernel: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ class Pool:
         memory: bytes on each GPU.
         blocks: of ``block_size`` tokens, the null block included.
         groups: of layers of full attention, each with blocks of its own.
-        others: blocks that layers with a sliding window need for one request, at most.
+        others: blocks that layers with a sliding window or chunks need for one request, at most.
         tokens: vLLM's "KV cache size".
         concurrency: vLLM's "Maximum concurrency", of requests without eviction.
     """
@@ -74,6 +75,13 @@ class Requests:
         usable = pool.blocks - 1
         at_once = 0 if entering > usable else min(1 + (usable - entering) // decoding, usable // decoding)
         return cls(entering, decoding, min(at_once, most or at_once))
+
+
+def page_size(block_size: int) -> int:
+    """Tokens of a page: of the smallest block that kernels take, on CPUs or on GPUs, as far as it divides a block."""
+    from vllm.platforms import current_platform
+
+    return math.gcd(block_size, 32 if current_platform.is_cpu() else 16)
 
 
 def configure(args: argparse.Namespace, config: KVEvictionConfig) -> Any:
@@ -118,10 +126,10 @@ def _both(args: argparse.Namespace) -> str:
 def describe(vllm_config: Any) -> Model:
     """What the KV cache depends on."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    windows = _windows(vllm_config)
+    bounds = _bounds(vllm_config)
     return Model(
-        len(windows),
-        windows.count(None),
+        len(bounds),
+        bounds.count({}),
         model.get_num_kv_heads(parallel),
         model.get_num_attention_heads(parallel),
         model.get_head_size(),
@@ -129,23 +137,34 @@ def describe(vllm_config: Any) -> Model:
     )
 
 
-def _windows(vllm_config: Any) -> list[int | None]:
-    """The sliding window of each layer, where it cuts something."""
+def _bounds(vllm_config: Any) -> list[dict[str, int]]:
+    """What each layer with a KV cache of its own sees at most, by the name in its spec; nothing: everything."""
     from cake_vllm.integration.engine import window_cuts
 
     model = vllm_config.model_config
-    kinds = getattr(model.hf_text_config, "layer_types", None)
+    text = model.hf_text_config
+    kinds = getattr(text, "layer_types", None)
     kinds = kinds or ["full_attention"] * model.get_num_layers(vllm_config.parallel_config)
-    window = model.get_sliding_window()
-    window = window if window_cuts(window, model.max_model_len) else None
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    kinds = kinds[: len(kinds) - (getattr(text, "num_kv_shared_layers", None) or 0)]
+    window, chunk, found = model.get_sliding_window(), model.attention_chunk_size, {}
+    if window_cuts(window, model.max_model_len):
+        found["sliding_attention"] = {"sliding_window": window}
+    if chunk is not None:
+        found["chunked_attention"] = {"attention_chunk_size": chunk}
+    return [found.get(kind, {}) for kind in kinds]
 
 
 def divide(vllm_config: Any, memory: int) -> Pool:
     """vLLM's own division of a pool of ``memory`` bytes."""
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
     from vllm.v1.core import kv_cache_utils
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec, get_kv_quant_mode
+    from vllm.v1.kv_cache_interface import (
+        ChunkedLocalAttentionSpec,
+        FullAttentionSpec,
+        KVCacheSpec,
+        SlidingWindowSpec,
+        get_kv_quant_mode,
+    )
 
     model, cache = describe(vllm_config), vllm_config.cache_config
     cache.kv_cache_layout = cache.kv_cache_layout or "LBHNC"
@@ -156,11 +175,10 @@ def divide(vllm_config: Any, memory: int) -> Pool:
         "dtype": kv_cache_dtype_str_to_dtype(cache.cache_dtype, vllm_config.model_config),
         "kv_quant_mode": get_kv_quant_mode(cache.cache_dtype),
     }
+    kinds = {"sliding_window": SlidingWindowSpec, "attention_chunk_size": ChunkedLocalAttentionSpec}
     specs: dict[str, KVCacheSpec] = {
-        f"model.layers.{index}.self_attn.attn": SlidingWindowSpec(**page, sliding_window=window)
-        if window
-        else FullAttentionSpec(**page)
-        for index, window in enumerate(_windows(vllm_config))
+        f"model.layers.{index}.self_attn.attn": kinds.get(next(iter(bound), ""), FullAttentionSpec)(**page, **bound)
+        for index, bound in enumerate(_bounds(vllm_config))
     }
     planning: Any = kv_cache_utils
     if not hasattr(planning, "get_kv_cache_groups"):
@@ -197,7 +215,7 @@ def count(
     found = {"whole": Requests.in_pool(pool, prompt, end, most)}
     # Where budgets are elastic: of a request at its floor.
     budget = config.least_tokens(prompt_len) + output_len if config.is_elastic else config.tokens(prompt_len)
-    columns = columns_for(budget, size)
+    columns = columns_for(budget, size, page_size(size))
     if output_len < 2 or not policy.is_evicted(prompt_len, budget) or columns >= full:
         return found, None
     behind = 1 if config.is_elastic or config.decode != "off" else end - full

@@ -15,7 +15,7 @@ from cake_vllm.config import KVEvictionConfig
 from cake_vllm.kernels import EvictedRows, Grid
 from cake_vllm.policies import LayerInputs, LayerScore, Policy
 from cake_vllm.policies.entries import LinearGate, Rotary
-from cake_vllm.tools.capacity import Model, Pool, Requests
+from cake_vllm.tools.capacity import Model, Pool, Requests, page_size
 from cake_vllm.tools.options import readable
 
 #: Prompts that policies are tried on, tokens behind the window: what they keep grows in proportion.
@@ -123,10 +123,13 @@ def beside(
     copies = 2 if policy.needs_values else 1
     keys = copies * model.kv_heads * length * model.head_size * item
     found.append(Cost("values and keys" if copies == 2 else "keys", keys, "of the layer that is scored, a copy"))
-    even = -(-config.tokens(prompt_len) // args.block_size) if not config.is_elastic else requests.decoding
-    by_head = policy.selection != "layer"
-    tables = table_bytes(model, pool, requests.at_once, even, by_head)
-    most = table_bytes(model, pool, requests.at_once, prompt_len // args.block_size, by_head)
+    page, by_head = page_size(args.block_size), policy.selection != "layer"
+    per_block = args.block_size // page
+    even = -(-config.tokens(prompt_len) // page) if not config.is_elastic else requests.decoding * per_block
+    tables, most = (
+        table_bytes(model, pool, requests.at_once, num_pages, by_head, per_block)
+        for num_pages in (even, prompt_len // args.block_size * per_block)
+    )
     found.append(
         Cost("tables of evicted requests", tables, f"if budgets are even; {readable(most)} if some owner keeps all")
     )
@@ -164,7 +167,7 @@ def _trial(policy: Policy, kv_heads: int, length: int, notes: bool) -> int:
     return sum(tensor.nbytes for tensor in (score.indicator, score.terms, *score.extra))
 
 
-def table_bytes(model: Model, pool: Pool, num_requests: int, num_pages: int, by_head: bool) -> int:
+def table_bytes(model: Model, pool: Pool, num_requests: int, num_pages: int, by_head: bool, per_block: int = 1) -> int:
     """Memory of the workers' tables when that many requests have been evicted.
 
     Args:
@@ -173,11 +176,12 @@ def table_bytes(model: Model, pool: Pool, num_requests: int, num_pages: int, by_
         num_requests: that are evicted.
         num_pages: of the owner with the most.
         by_head: whether the owners are KV heads.
+        per_block: pages that a layer has in a block.
     """
-    pages = torch.empty(model.evictable * pool.blocks, model.kv_heads, 1, device="meta")
-    layers = range(model.evictable)
-    base = tuple(layer * pool.blocks for layer in layers)
-    grid = Grid(pages, base, 1, pool.blocks, tuple(layer % pool.groups for layer in layers))
+    num_slices, layers = pool.blocks * per_block, range(model.evictable)
+    pages = torch.empty(model.evictable * num_slices, model.kv_heads, 1, device="meta")
+    base = tuple(layer * num_slices for layer in layers)
+    grid = Grid(pages, base, 1, pool.blocks, tuple(layer % pool.groups for layer in layers), per_block)
     rows = {of: EvictedRows(grid, of) for of in (False, True)}
     counts = np.full(model.evictable * (model.kv_heads if by_head else 1), num_pages)
     held = np.zeros((len(counts), num_pages), dtype=np.int64)

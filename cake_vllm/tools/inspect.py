@@ -138,7 +138,7 @@ def inspect(
         # An eviction is for what follows: a request whose next token is its last is left alone.
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, extra_args={REPORT_KEY: True})
         (output,) = llm.generate({"prompt_token_ids": token_ids}, params, use_tqdm=False)
-        prompt_len, size = len(token_ids), worker.layers.block_size
+        prompt_len, size = len(token_ids), worker.layers.grid.block_size
         choice, eviction = evictions[0] if evictions else (None, None)
         if choice is None or eviction is None or choice.chosen is None:
             raise ValueError(

@@ -101,8 +101,8 @@ def test_served_as_replayed(start_engine, served_model, replays, settings, name,
     prompt = numbers(63, 300 if is_dry and is_v2 else 900)
     (served,) = engine.served([prompt], num_tokens)
     chunk = CHUNK if prefill == "progressive" else None
-    replay, size = replays(is_half), settings.get("block_size", 32)
-    replay.verify(prompt, served, create_policy(name, {}), BUDGET, block_size=size, decode=decode, chunk=chunk)
+    replay, sizes = replays(is_half), {"block_size": settings.get("block_size", 32), "page_size": 16}
+    replay.verify(prompt, served, create_policy(name, {}), BUDGET, **sizes, decode=decode, chunk=chunk)
     assert served.choices
     assert engine.is_idle()
 
@@ -173,7 +173,7 @@ def test_eight_bits(start_engine, wide_model, tmp_path, settings, name, is_dry, 
     (served,) = engine.served([prompt], 40)
     if replay:
         policy, size = create_policy(name, {"window": 8}), settings.get("block_size", 32)
-        replay.verify(prompt, served, policy, 100, block_size=size, decode="window")
+        replay.verify(prompt, served, policy, 100, block_size=size, page_size=16, decode="window")
     assert len(served.tokens) == 40
     assert served.choices
     engine.shutdown()

@@ -51,6 +51,8 @@ ARGUMENTS: tuple[Row, ...] = (
     (lambda of: of.decode_context_parallel_size > 1, "decode-context-parallel-size", "set it to 1"),
     (lambda of: of.prefill_context_parallel_size > 1, "prefill-context-parallel-size", "set it to 1"),
     (lambda of: bool(of.enable_dbo), "enable-dbo", "drop it"),
+    # Layers that read another's cache are then left out of a prefill.
+    (lambda of: bool(of.kv_sharing_fast_prefill), "kv-sharing-fast-prefill", "drop it"),
 )
 
 #: Models, by their attention.
@@ -60,7 +62,6 @@ MODELS: tuple[Row, ...] = (
     (lambda of: of.model.use_mla, "multi-head latent attention (MLA)", WITHOUT),
     (lambda of: of.model.is_attention_free, "models without attention", WITHOUT),
     (lambda of: of.model.is_hybrid, "models that mix attention with state-space layers", WITHOUT),
-    (lambda of: of.model.attention_chunk_size is not None, "chunked local attention", WITHOUT),
     (lambda of: getattr(of.model, "rswa_window", None) is not None, "reference sliding-window attention", WITHOUT),
     (
         lambda of: window_cuts(of.vllm.cache_config.sliding_window, of.model.max_model_len),
@@ -121,7 +122,7 @@ DRAFTERS: tuple[Row, ...] = (
     (
         # vLLM's draft models write by the rows of the first KV cache group, whichever theirs is.
         lambda of: _has_windows(of.model) or _has_windows(of.drafts.draft_model_config),
-        "sliding-window layers, the target's or its own,",
+        "layers with a sliding window or chunks, the target's or its own,",
         OTHER_DRAFTS,
     ),
     (lambda of: of.drafts.use_gemma4_mtp(), "layers that read the target's KV cache", OTHER_DRAFTS),
@@ -196,6 +197,8 @@ def _refuse(rows: Iterable[Row], form: str, of: Any) -> None:
 
 
 def _has_windows(model: ModelConfig) -> bool:
+    if model.attention_chunk_size is not None:
+        return True
     text = model.hf_text_config
     is_mixed = "sliding_attention" in (getattr(text, "layer_types", None) or ())
     return is_mixed and window_cuts(getattr(text, "sliding_window", None), model.max_model_len)

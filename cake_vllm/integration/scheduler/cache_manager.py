@@ -1,7 +1,7 @@
 """The block manager while eviction is on, and the check that no block is lost."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,9 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import (
+    ChunkedLocalAttentionManager,
     FullAttentionManager,
+    MambaManager,
     SingleTypeKVCacheManager,
     SlidingWindowManager,
 )
@@ -30,9 +32,13 @@ class ExactPrefixManager(SingleTypeKVCacheManager):
         self.exact_len: dict[str, int] = {}
 
     def cache_blocks(self, request: Request, num_tokens: int, *args, **kwargs) -> None:
-        """See the base class; called for every request in every step, mostly with nothing to enter."""
+        """See the base class; called for every request in every step, mostly with nothing to enter.
+
+        What is exact was entered in the step that computed it: blocks may be given back or rewritten since.
+        """
         request_id = request.request_id
-        num_tokens = min(num_tokens, self.exact_len.get(request_id, num_tokens))
+        if num_tokens > self.exact_len.get(request_id, num_tokens):
+            return
         is_known = num_tokens // self.block_size <= self.num_cached_block.get(request_id, 0)
         if not (is_known and self.block_size == self.block_pool.hash_block_size):
             super().cache_blocks(request, num_tokens, *args, **kwargs)
@@ -45,6 +51,10 @@ class ExactPrefixManager(SingleTypeKVCacheManager):
 
 class ExactSlidingWindowManager(ExactPrefixManager, SlidingWindowManager):
     """A sliding-window layer beside evictable ones."""
+
+
+class ExactChunkedManager(ExactPrefixManager, ChunkedLocalAttentionManager):
+    """A layer beside them that attends within chunks."""
 
 
 @dataclass
@@ -125,6 +135,33 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         """None: cascade attention would read the row and not what takes its place."""
         return 0
+
+
+#: Attribute of a manager of states: by request, the length up to which it was computed from everything before.
+_EXACT_LEN = "kv_eviction_exact_len"
+
+
+def keep_states_exact(managers: Sequence[SingleTypeKVCacheManager], exact_len: Mapping[str, int]) -> None:
+    """Lets no state enter the prefix cache that was computed from an evicted cache.
+
+    A state is of all tokens before it, and the layers that keep one are not built with a spec that a plugin may change.
+
+    Args:
+        managers: of all groups of an engine.
+        exact_len: see :class:`ExactPrefixManager`.
+    """
+    for manager in managers:
+        if isinstance(manager, MambaManager):
+            wrap(MambaManager, "cache_blocks", _cache_states)
+            setattr(manager, _EXACT_LEN, exact_len)
+
+
+def _cache_states(
+    original: Callable[..., None], self: MambaManager, request: Request, num_tokens: int, *args: Any, **kwargs: Any
+) -> None:
+    # Not the states up to there once more: the last of them goes on in its block.
+    if num_tokens <= getattr(self, _EXACT_LEN, {}).get(request.request_id, num_tokens):
+        original(self, request, num_tokens, *args, **kwargs)
 
 
 #: Attribute of a request whose own settings ask for more queries than the engine's: how many, and from which length on.

@@ -11,10 +11,16 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from cake_vllm.integration.messages import Blocks, Counts, Eviction, Grant, Observation, Redirected
 from cake_vllm.integration.metrics import EvictionStats
-from cake_vllm.integration.scheduler.cache_manager import EvictingManager, ExactPrefixManager, Owned, num_shared
+from cake_vllm.integration.scheduler.cache_manager import (
+    EvictingManager,
+    ExactPrefixManager,
+    Owned,
+    keep_states_exact,
+    num_shared,
+)
 from cake_vllm.integration.scheduler.drafts import end_of, num_drafts
 from cake_vllm.integration.scheduler.tracked import Terms, Tracked
-from cake_vllm.kernels import columns_for
+from cake_vllm.kernels import budget_for, columns_for
 
 logger = init_logger("vllm.cake_vllm.scheduler")
 
@@ -59,7 +65,9 @@ class Grants:
         self.stats = EvictionStats.empty()
         self.managers: list[EvictingManager] = [every[group] for group in groups]  # type: ignore[misc]
         self._terms, self._groups, self._pool, self._tracked = terms, groups, manager.block_pool, tracked
+        self._num_groups = len(every)
         self._exact: list[ExactPrefixManager] = [group for group in every if isinstance(group, ExactPrefixManager)]
+        keep_states_exact(every, self.managers[0].exact_len)
         # Requests whose rows the worker redirects, by whether their owners are KV heads.
         self._redirected: dict[bool, set[str]] = {False: set(), True: set()}
         self._epochs = itertools.count(1)
@@ -124,7 +132,7 @@ class Grants:
         columns, num_lent, in_place = found
         if divides:
             # What fits in any case; less than was asked for only if the pool could not lend as much.
-            budget = min(budget, (len(columns[0]) - 1) * self._terms.block_size)
+            budget = min(budget, budget_for(len(columns[0]), self._terms.block_size, self._terms.page_size))
         if tracked.by_head is None:
             tracked.by_head = divides and tracked.config.policy.selection != "layer"
             self._redirected[tracked.by_head].add(name)
@@ -154,7 +162,7 @@ class Grants:
             return pending[-1].columns, 0, False
         cuts = [manager.cuts.get(name) or Owned() for manager in self.managers]
         num_held = len(cuts[0].columns)
-        needed = columns_for(budget, size) if divides else num_held or -(-budget // size)
+        needed = columns_for(budget, size, self._terms.page_size) if divides else num_held or -(-budget // size)
         if not num_held and needed >= num_blocks:
             return None
         missing = max(needed - num_held, 0)
@@ -187,7 +195,7 @@ class Grants:
         requests = [self._tracked[name].request for name in output.num_scheduled_tokens]
         num_tokens = sum(max(request.num_tokens - end_of(request, output), 1) for request in requests)
         num_tokens = min(num_tokens, limits.max_num_batched_tokens)
-        return (num_tokens // self._terms.block_size + len(requests)) * len(self.managers)
+        return (num_tokens // self._terms.block_size + len(requests)) * self._num_groups
 
     @property
     def coming(self) -> int:

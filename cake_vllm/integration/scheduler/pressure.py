@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.request import Request, RequestStatus
 
 from cake_vllm.integration.messages import Cut
@@ -17,7 +18,7 @@ from cake_vllm.integration.scheduler.drafts import end_of
 from cake_vllm.integration.scheduler.elastic import Holding, highest_cap
 from cake_vllm.integration.scheduler.grants import Grants, ids
 from cake_vllm.integration.scheduler.tracked import Terms, Tracked
-from cake_vllm.kernels import columns_for
+from cake_vllm.kernels import budget_for, columns_for
 
 
 class Pressure:
@@ -107,19 +108,27 @@ class Pressure:
                 else (steps * (1 + terms.num_drafts), 2 * size)
             )
             end += terms.num_lookahead
-            soon += -(-(end + near) // size) - -(-end // size)
-            later += -(-(end + min(far, max(rest, 0) + left)) // size) - -(-end // size)
-        num_groups = len(self._every.single_type_managers)
-        return soon * num_groups, max(soon, later) * num_groups
+            soon += self._growth(end, end + near)
+            later += self._growth(end, end + min(far, max(rest, 0) + left))
+        return soon, max(soon, later)
+
+    def _growth(self, start: int, end: int) -> int:
+        """Blocks of all groups that a request takes when it grows from one length to another, tokens.
+
+        Of states it takes one more at most: it has the last one, and gives those before back.
+        """
+        new = [(of, -(-end // of.block_size) - -(-start // of.block_size)) for of in self._every.single_type_managers]
+        return sum(min(count, 1) if isinstance(of, MambaManager) else count for of, count in new)
 
     def _blocks_to_admit(self, request: Request, num_hits: int) -> int:
         """Blocks that have to be free for vLLM to admit a request."""
-        size, in_use = self._terms.block_size, 0
+        in_use = 0
         if num_hits:
             hits, *_ = self._every.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)
-            in_use = sum(block.ref_cnt > 0 for row in hits for block in row[: num_hits // size])
-        num_blocks = -(-(request.num_tokens + self._terms.num_lookahead) // size)
-        return num_blocks * len(self._every.single_type_managers) - in_use + self._manager.watermark_blocks
+            of_groups = zip(hits, self._every.single_type_managers, strict=True)
+            in_use = sum(block.ref_cnt > 0 for row, of in of_groups for block in row[: num_hits // of.block_size])
+        num_blocks = self._growth(0, request.num_tokens + self._terms.num_lookahead)
+        return num_blocks - in_use + self._manager.watermark_blocks
 
     def _holding(self, tracked: Tracked, end: int) -> Holding:
         """What a request could give; in blocks of all groups of evictable layers."""
@@ -132,15 +141,18 @@ class Pressure:
         """Blocks that a request holds at most once it is cut to ``budget`` tokens: columns, a partial block, and those
         that drafts are written to.
         """
-        size = self._terms.block_size
-        return columns_for(budget, size) + 1 + -(-self._terms.num_lookahead // size)
+        return columns_for(budget, self._terms.block_size, self._terms.page_size) + self._blocks_behind()
+
+    def _blocks_behind(self) -> int:
+        return 1 + -(-self._terms.num_lookahead // self._terms.block_size)
 
     def _cut(self, tracked: Tracked, holding: Holding, cap: int, output: SchedulerOutput) -> Cut | None:
         given = holding.given(cap)
         if not given:
             return None
-        managers, size = self._grants.managers, self._terms.block_size
-        budget = (max(cap, holding.least) // len(managers) - self._cut_blocks(0)) * size
+        managers, terms = self._grants.managers, self._terms
+        num_columns = max(cap, holding.least) // len(managers) - self._blocks_behind()
+        budget = budget_for(num_columns, terms.block_size, terms.page_size)
         grant = self._grants.grant(
             tracked, budget, output, is_prompt_end=False, prompt_len=tracked.prompt_len, given=given
         )
@@ -148,8 +160,8 @@ class Pressure:
             return None
         tracked.cut_to.append(grant.budget)
         end = end_of(tracked.request, output)
-        row = ids(manager.req_to_blocks[tracked.name][: -(-end // size)] for manager in managers)
-        return Cut(tracked.name, end, row, grant, self._terms.own(tracked))
+        row = ids(manager.req_to_blocks[tracked.name][: -(-end // terms.block_size)] for manager in managers)
+        return Cut(tracked.name, end, row, grant, terms.own(tracked))
 
 
 def _first_cap(holdings: Sequence[Holding], *shorts: int) -> int | None:

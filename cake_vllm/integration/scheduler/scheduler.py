@@ -52,8 +52,9 @@ class EvictionScheduler:
     ):
         self.config = config
         self._groups = evictable_groups(kv_cache_config)
-        block_size = kv_cache_config.kv_cache_groups[self._groups[0]].kv_cache_spec.block_size
-        self._terms = Terms(config, limits, max_model_len, block_size, num_drafts, num_lookahead)
+        spec: Any = kv_cache_config.kv_cache_groups[self._groups[0]].kv_cache_spec
+        sizes = spec.block_size, spec.page_size
+        self._terms = Terms(config, limits, max_model_len, *sizes, num_drafts, num_lookahead)
         #: Reports that were asked for and travel with the requests' next outputs, by request id.
         self.news: dict[str, dict[str, Any]] = {}
         self._tracked: dict[str, Tracked] = {}

@@ -5,11 +5,20 @@ from typing import Self
 
 from vllm.config import VllmConfig
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    SlidingWindowSpec,
+)
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
 from cake_vllm.integration.engine import BACKENDS
-from cake_vllm.integration.scheduler.cache_manager import EvictingManager, ExactSlidingWindowManager
+from cake_vllm.integration.scheduler.cache_manager import (
+    EvictingManager,
+    ExactChunkedManager,
+    ExactSlidingWindowManager,
+)
 
 # vLLM fills an empty registry only: registering first would leave its own specs without managers.
 register_all_kvcache_specs(None)
@@ -21,6 +30,12 @@ class ExactSlidingWindowSpec(SlidingWindowSpec):
     """A sliding window beside evictable layers: what it computes of an evicted request is not cached either."""
 
 
+@register_kv_cache_spec(manager_class=ExactChunkedManager, uniform_type_base_spec=ChunkedLocalAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class ExactChunkedSpec(ChunkedLocalAttentionSpec):
+    """The same of layers that attend within chunks of a request."""
+
+
 @register_kv_cache_spec(manager_class=EvictingManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
 class EvictableSpec(FullAttentionSpec):
@@ -30,11 +45,18 @@ class EvictableSpec(FullAttentionSpec):
         num_queries: last queries of a prompt that must be computed for its eviction, whatever the prefix cache has.
         never_evicted_len: prompts up to this length need none, tokens.
         max_request_tokens: what a layer holds of a request at most, in the mean; ``None``: everything.
+        kernel_block_size: tokens of the smallest block that the layer's kernels take.
     """
 
     num_queries: int = 0
     never_evicted_len: int = 0
     max_request_tokens: int | None = None
+    kernel_block_size: int = 1
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page, in which private columns are dealt out: vLLM cuts its blocks for the kernels."""
+        return self.block_size if self.block_size % self.kernel_block_size else self.kernel_block_size
 
     @property
     def max_request_blocks(self) -> int | None:

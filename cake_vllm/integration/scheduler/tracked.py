@@ -55,6 +55,7 @@ class Terms:
         limits: vLLM's of a step.
         max_model_len: the longest request, tokens.
         block_size: tokens.
+        page_size: tokens of a page, in which private columns are dealt out.
         num_drafts: tokens of a step, at most, that are drafts.
         num_lookahead: positions behind a step's tokens that a model that drafts writes to, and rows have blocks for.
     """
@@ -63,6 +64,7 @@ class Terms:
     limits: SchedulerConfig
     max_model_len: int
     block_size: int
+    page_size: int
     num_drafts: int
     num_lookahead: int
 

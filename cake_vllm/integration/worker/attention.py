@@ -7,9 +7,9 @@ out the stock one, and in a step without such work the stock forward is all that
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -17,8 +17,15 @@ import torch
 from vllm.compilation import backends as compilation
 from vllm.config import get_current_vllm_config_or_none
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionImpl, AttentionType
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec, replace_as
+from vllm.v1.attention.backend import AttentionImpl, AttentionType, MultipleOf
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+    replace_as,
+)
 
 from cake_vllm.integration.engine import eviction_config, window_cuts
 from cake_vllm.kernels import BlockLayout, Grid
@@ -61,20 +68,33 @@ class EvictingBackend:
         return cls.evicting_impl
 
     @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+        """While eviction is on the smallest that the stock backend takes, which is how private pages are dealt out.
+
+        vLLM cuts its blocks accordingly, and shows its kernels the parts: each is a page of its own in every layer,
+        dense and in the order of elements that the kernels give a block of that size.
+        """
+        sizes = super().get_supported_kernel_block_sizes(kv_cache_spec)  # type: ignore[misc]
+        return sizes if cls._spec_fields is None else [smallest(sizes)]
+
+    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Gives layers of full attention a spec of ours, whose manager lets them give blocks back."""
         spec = super().customize_spec(spec)  # type: ignore[misc]
         if cls._spec_fields is None:
             return spec
-        from cake_vllm.integration.scheduler.spec import EvictableSpec, ExactSlidingWindowSpec
+        from cake_vllm.integration.scheduler.spec import EvictableSpec, ExactChunkedSpec, ExactSlidingWindowSpec
 
         if type(spec) is SlidingWindowSpec and not window_cuts(spec.sliding_window, cls._max_model_len):
             spec = replace_as(spec, FullAttentionSpec, sliding_window=None, drop=("extra_retained_tokens",))
         if type(spec) is SlidingWindowSpec:
             return replace_as(spec, ExactSlidingWindowSpec)
+        if type(spec) is ChunkedLocalAttentionSpec:
+            return replace_as(spec, ExactChunkedSpec)
         if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
             return spec
-        return replace_as(spec, EvictableSpec, **cls._spec_fields)
+        (page,) = cls.get_supported_kernel_block_sizes(spec)
+        return replace_as(spec, EvictableSpec, kernel_block_size=page, **cls._spec_fields)
 
 
 @dataclass(frozen=True)
@@ -99,6 +119,24 @@ class Rows:
     query_start_loc: torch.Tensor
     num_queries: int
     longest: int
+
+    def of_one_head(self, num_heads: int) -> "Rows":
+        """The same for one of so many KV heads: what they have in common, which is all but tables and lengths."""
+        starts = self.query_start_loc[::num_heads] // num_heads
+        return replace(self, query_start_loc=starts, num_queries=self.num_queries // num_heads)
+
+    def places_by_head(self, num_heads: int) -> torch.Tensor:
+        """``[Hkv, n]`` int64, where the queries of each KV head are."""
+        starts, device = self.query_start_loc.long(), self.query_start_loc.device
+        num_queries, head = self.num_queries // num_heads, torch.arange(num_heads, device=device).unsqueeze(1)
+        place = torch.arange(num_queries, device=device)
+        if self.longest == 1:
+            return place * num_heads + head
+        num_new = (starts[1:] - starts[:-1])[::num_heads]
+        row = torch.arange(len(num_new), device=device).repeat_interleave(num_new, output_size=num_queries)
+        # Of the row, which begins with its first head's; of it the queries before are of this head alone.
+        first = starts[:-1:num_heads][row]
+        return first + head * num_new[row] + place - first // num_heads
 
 
 @dataclass(frozen=True)
@@ -128,7 +166,8 @@ class EvictingImpl(AttentionImpl):
 
     Attributes:
         layer_index: rank of the layer among the evictable ones of its worker, in model order, a draft's behind the
-            target's.
+            target's; of a layer that reads the cache of one of these, that one's. -1: it is not evicted.
+        is_reader: whether it reads another layer's cache: what was kept for that one's queries.
         is_draft: whether the layer belongs to a model that drafts.
         work_of_pass: of a draft layer, makes a pass's work of its metadata.
         captured_step: makes a step's work of its metadata, while graphs of steps with evicted rows are captured.
@@ -139,6 +178,7 @@ class EvictingImpl(AttentionImpl):
     captured_step: ClassVar[Callable[[Any], StepWork] | None] = None
     num_kv_heads: int
     kv_cache_dtype: str
+    sinks: torch.Tensor | None
 
     def __init__(self, *args: Any, **kwargs: Any):
         given: dict[str, Any] = dict(zip(_IMPL_ARGUMENTS, args, strict=False)) | kwargs
@@ -147,10 +187,9 @@ class EvictingImpl(AttentionImpl):
             given["sliding_window"] = None
         super().__init__(**given)  # type: ignore[safe-super]
         self.is_draft, self.work_of_pass = is_drafting(), None
+        self.is_reader = given.get("kv_sharing_target_layer_name") is not None
         checks = [
             (given.get("alibi_slopes") is not None, "ALiBi, whose bias depends on where a key lies"),
-            (given.get("sinks") is not None, "attention sinks"),
-            (given.get("kv_sharing_target_layer_name") is not None, "layers that share one KV cache"),
             (given.get("attn_type", AttentionType.DECODER) != AttentionType.DECODER, "encoder attention"),
         ]
         for refused, what in checks:
@@ -178,7 +217,7 @@ class EvictingImpl(AttentionImpl):
         if attn_metadata is not None and self.work_of_pass is not None:
             # The metadata may be the target's, or that of an earlier pass with other lengths in it.
             step = self.work_of_pass(attn_metadata)
-        elif step is None and attn_metadata is not None and EvictingImpl.captured_step is not None:
+        elif step is None and attn_metadata is not None and EvictingImpl.captured_step and self.layer_index >= 0:
             step = EvictingImpl.captured_step(attn_metadata)
         stock = attn_metadata if step is None else step.stock
         if stock is not None:
@@ -186,7 +225,7 @@ class EvictingImpl(AttentionImpl):
         if step is not None:
             if step.redirected:
                 self._attend(step, layer, query, key, value, attn_metadata, output)
-            if step.observe is not None:
+            if step.observe is not None and not self.is_reader:
                 step.observe(self.layer_index, query)
         return output
 
@@ -213,15 +252,48 @@ class EvictingImpl(AttentionImpl):
         for rows in step.redirected:
             impl, cache = (one, step.grid.head_pages) if rows.by_head else (self, step.grid.pages)
             start, end = end, end + rows.num_queries * impl.num_kv_heads
-            own = impl.with_rows(layer, metadata, rows, rows.tables[self.layer_index], rows.lengths[self.layer_index])
             # [tokens, heads, D], or [tokens * Hkv, G, D]
             asked = queries[start:end].reshape(-1, impl.num_heads, size)
-            impl._stock_forward(layer, asked, key, value, cache, own, chosen[start:end].view_as(asked))
+            given = chosen[start:end].view_as(asked)
+            if rows.by_head and self.sinks is not None:
+                self._attend_by_head(rows, layer, asked, key, value, cache, metadata, given)
+                continue
+            own = impl.with_rows(layer, metadata, rows, rows.tables[self.layer_index], rows.lengths[self.layer_index])
+            impl._stock_forward(layer, asked, key, value, cache, own, given)
         if step.index is not None:
             output.unflatten(1, (-1, one.num_heads))[step.index] = chosen
         elif step.is_here is not None:
             is_here = step.is_here.view(-1, *[1] * (output.ndim - 1))
             torch.where(is_here, chosen.view(output.shape), output, out=output)
+
+    def _attend_by_head(
+        self,
+        rows: Rows,
+        layer: Any,
+        queries: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        metadata: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """A call for each KV head: kernels have a sink for each head of a sequence, the same in all sequences."""
+        assert self.sinks is not None
+        one, places = self._of_one_head, rows.places_by_head(self.num_kv_heads)
+        by_head, rows = rows, rows.of_one_head(self.num_kv_heads)
+        # [Hkv, N, C], [Hkv, N], [Hkv, n, G, D], [Hkv, G]
+        tables, lengths = (
+            of[self.layer_index].unflatten(0, (-1, self.num_kv_heads)).transpose(0, 1).contiguous()
+            for of in (by_head.tables, by_head.lengths)
+        )
+        assert self.sinks is not None
+        asked, sinks = queries[places], self.sinks.unflatten(0, (self.num_kv_heads, -1))
+        given = torch.empty_like(asked, dtype=output.dtype)
+        for head in range(self.num_kv_heads):
+            one.sinks = sinks[head]
+            own = one.with_rows(layer, metadata, rows, tables[head], lengths[head])
+            one._stock_forward(layer, asked[head], key, value, cache, own, given[head])
+        output[places] = given
 
     @cached_property
     def _of_one_head(self) -> "EvictingImpl":
@@ -250,6 +322,11 @@ class EvictingImpl(AttentionImpl):
     @abstractmethod
     def with_lengths(self, layer: Any, metadata: Any, seq_lens: torch.Tensor) -> Any:
         """A copy of ``metadata`` with other lengths (``[R]``)."""
+
+
+def smallest(sizes: Sequence[int | MultipleOf]) -> int:
+    """The smallest block, in tokens, of those that vLLM says a kernel takes."""
+    return min(size.base if isinstance(size, MultipleOf) else size for size in sizes)
 
 
 def is_drafting() -> bool:

@@ -40,12 +40,12 @@ class ReplayedRows:
         self.is_here, self.stock_lens = zeros(num_rows, dtype=torch.bool), zeros(num_rows)
         self.starts = torch.arange(num_rows * num_heads + 1, dtype=torch.int32, device=device)
 
-    def fill(self, rows: EvictedRows, slots: torch.Tensor, seq_lens: torch.Tensor, block_size: int) -> None:
+    def fill(self, rows: EvictedRows, slots: torch.Tensor, seq_lens: torch.Tensor, page_size: int) -> None:
         """Writes a step's rows, ``[n]`` slots and logical lengths; what lies behind them is not read."""
         num_rows, num_owners = len(slots), len(slots) * self.num_heads
         is_here = slots > 0
         tables, num_dropped = rows.select(slots)
-        lengths = torch.where(is_here.unsqueeze(1), seq_lens.view(1, -1, 1) - num_dropped * block_size, 1)
+        lengths = torch.where(is_here.unsqueeze(1), seq_lens.view(1, -1, 1) - num_dropped * page_size, 1)
         self.tables[:, :num_owners, : tables.shape[2]] = tables
         self.lengths[:, :num_owners] = lengths.flatten(1)
         self.is_here[:num_rows] = is_here
@@ -60,25 +60,25 @@ class CapturedSteps:
         rows: by whether the owners are KV heads.
         by_head: the kind of owners whose steps are captured.
         most_rows: rows of the largest captured step.
-        most_blocks: blocks of the longest row.
+        most_pages: of the longest row.
     """
 
     def __init__(
-        self, layers: Layers, rows: Mapping[bool, EvictedRows], by_head: bool, most_rows: int, most_blocks: int
+        self, layers: Layers, rows: Mapping[bool, EvictedRows], by_head: bool, most_rows: int, most_pages: int
     ):
         self.layers, self._rows, self.by_head = layers, rows[by_head], by_head
-        self._most_rows, self._most_blocks = most_rows, most_blocks
+        self._most_rows, self._most_pages = most_rows, most_pages
 
     def fits(self, plan: StepPlan) -> bool:
         """Whether a decode step with these rows can run as it was captured."""
         growth = max((len(of_groups[0]) for of_groups in plan.grown.values()), default=0)
-        is_narrow = self._rows.width + growth <= self.buffers.tables.shape[2]
+        is_narrow = self._rows.width + growth * self.layers.grid.per_block <= self.buffers.tables.shape[2]
         return not plan.observations and set(plan.redirected) == {self.by_head} and is_narrow
 
     def fill(self, plan: StepPlan, batch: Batch) -> None:
         """Fills the buffers that a captured step reads; called before it runs."""
         slots = find_slots(self._rows, plan.redirected[self.by_head], batch.tails)
-        self.buffers.fill(self._rows, slots, batch.first.seq_lens, self.layers.block_size)
+        self.buffers.fill(self._rows, slots, batch.first.seq_lens, self.layers.grid.page_size)
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
@@ -93,7 +93,7 @@ class CapturedSteps:
     def buffers(self) -> ReplayedRows:
         """Made when the first step is captured."""
         grid, num_heads = self.layers.whole, self.layers.grid.num_heads if self.by_head else 1
-        shape = grid.num_layers, self._most_rows, num_heads, self._most_blocks
+        shape = grid.num_layers, self._most_rows, num_heads, self._most_pages
         return ReplayedRows(self.by_head, *shape, grid.pages.device)
 
     def work(self, metadata: Any) -> StepWork:

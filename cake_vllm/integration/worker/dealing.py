@@ -13,6 +13,7 @@ import torch
 
 from cake_vllm.integration.messages import Blocks, Counts
 from cake_vllm.kernels import BlockLayout, Grid, deal, to_device
+from cake_vllm.policies import PagedPrompt
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Held:
 
     Attributes:
         by_head: whether the owners are KV heads.
-        start: blocks of the row that the pages stand for.
+        start: full blocks of the row that the pages stand for.
         pages: ``[n, W]`` int64, the pages (head pages by head) dealt to each owner, those in use first.
         dealt: ``[n]`` int64, how many these are.
         used: ``[n]`` int64, how many of them hold tokens.
@@ -54,29 +55,44 @@ class Reads:
     Attributes:
         table: ``[Hkv, C]`` int64 head pages; 0 before the beginning of a head that has fewer.
         length: tokens of the head with the most; the columns of :attr:`table`, of which the last may be partial.
+        tail: how many of them are in the block that is not full yet.
         missing: for each head, pages by which it has fewer.
+        page_size: ``p``, tokens in a page.
     """
 
     table: torch.Tensor
     length: int
+    tail: int
     missing: list[int]
+    page_size: int
 
-    def missing_tokens(self, block_size: int) -> list[int]:
+    @property
+    def missing_tokens(self) -> list[int]:
         """For each head, tokens by which it has fewer."""
-        return [pages * block_size for pages in self.missing]
+        return [pages * self.page_size for pages in self.missing]
 
-    def valid(self, block_size: int) -> torch.Tensor | None:
+    @property
+    def full_len(self) -> int:
+        """Tokens of the head with the most that lie in full blocks or private pages; whole pages of them."""
+        return self.length - self.tail
+
+    def paged(self, num_kept: int) -> PagedPrompt:
+        """The same as a prompt, the last ``num_kept`` positions of which always stay."""
+        return PagedPrompt(self.length, num_kept, self.page_size, self.tail)
+
+    @property
+    def valid(self) -> torch.Tensor | None:
         """``[Hkv, length]`` bool, where there is something; ``None`` if it is everywhere."""
         if not any(self.missing):
             return None
-        first = to_device(self.missing, torch.int64, self.table.device).unsqueeze(1) * block_size
+        first = to_device(self.missing_tokens, torch.int64, self.table.device).unsqueeze(1)
         return torch.arange(self.length, device=self.table.device) >= first
 
 
-def read(grid: Grid, layer: int, held: Held | None, rows: Sequence[torch.Tensor], end: int, block_size: int) -> Reads:
-    """What a layer of a request reads at logical length ``end``, given its ``[groups][C]`` row."""
-    start = held.start if held else 0
-    row = rows[grid.group_of[layer]][start : -(-end // block_size)]
+def read(grid: Grid, layer: int, held: Held | None, rows: Sequence[torch.Tensor], end: int) -> Reads:
+    """What a layer of a request reads at logical length ``end``, given the slices of its row, ``[groups][C]``."""
+    start, size = (held.start if held else 0) * grid.per_block, grid.page_size
+    row = rows[grid.group_of[layer]][start : -(-end // size)]
     table, most, missing = grid.heads_of(grid.layer_pages(layer, row)), 0, [0] * grid.num_heads
     if held is not None:
         used, pages = held.of_layer(layer, held.used).tolist(), held.of_layer(layer, held.pages).tolist()
@@ -87,7 +103,7 @@ def read(grid: Grid, layer: int, held: Held | None, rows: Sequence[torch.Tensor]
         table = torch.cat([ids if held.by_head else grid.heads_of(ids[0]), table], dim=1)
         if held.by_head:
             missing = [most - count for count in used]
-    return Reads(table, end - (start - most) * block_size, missing)
+    return Reads(table, end - (start - most) * size, end % grid.block_size, missing, size)
 
 
 def redeal(
@@ -98,7 +114,7 @@ def redeal(
     Args:
         grid: the global view.
         held: what they have now.
-        columns: ``[groups][P]`` of the grant; those that the request holds come first.
+        columns: ``[groups][P]`` blocks of the grant; those that the request holds come first.
         by_head: whether the owners are KV heads.
         needs: ``[n]`` int64 pages for each.
 
@@ -109,12 +125,12 @@ def redeal(
     num_owners = homes.shape[1]
     # Blocks of the row that are rewritten in place are read by the owners whose homes they are; the pages of blocks
     # from the pool are read by nobody, and may as well be theirs.
-    known = held.num_columns if held else 0
+    known = held.num_columns * grid.per_block if held else 0
     local = np.arange(homes.size).reshape(homes.shape)[known:].T
     if held is not None:
         local = np.column_stack([_local(held, homes), local])
-    num_columns = -(-int(needs.sum()) // num_owners)
-    dealt, last = deal(local, needs, num_columns)
+    num_columns = -(-int(needs.sum()) // (num_owners * grid.per_block))
+    dealt, last = deal(local, needs, num_columns * grid.per_block)
     return homes.ravel()[dealt], last, num_columns
 
 
@@ -145,15 +161,15 @@ def move(
         new: the pages to move to.
         last: ``[n]`` bool, owners to be moved after the others.
     """
-    each, block_size = len(new.counts[0]), layout.block_size
+    each, page_size = len(new.counts[0]), grid.page_size
     for is_last in (False, True):
         for layer, (source, positions) in enumerate(zip(reads, chosen, strict=True)):
             owners = [owner for owner in range(layer * each, (layer + 1) * each) if last[owner] == is_last]
             if not owners:
                 continue
             heads = [owner - layer * each for owner in owners] if new.by_head else range(grid.num_heads)
-            pages = torch.cat([source.table[head][positions[head] // block_size] for head in heads])
-            slots = torch.cat([positions[head] for head in heads]) % block_size
+            pages = torch.cat([source.table[head][positions[head] // page_size] for head in heads])
+            slots = torch.cat([positions[head] for head in heads]) % page_size
             ids = [new.pages[owner, : new.used[owner]] for owner in owners]
             target = to_device(np.concatenate(ids), torch.int64, pages.device)
             layout.move(grid.cache, pages, slots, target if new.by_head else grid.heads_of(target).flatten())
@@ -163,12 +179,12 @@ def move(
 def keep_recent(
     held: Sequence[int], num_new: int, columns: Sequence[int]
 ) -> tuple[tuple[int, ...], list[int], list[int]]:
-    """What draft layers go on reading: the first page, a sink for attention, and as many of the last as there is room.
+    """What draft layers go on reading: the first block, a sink for attention, and as many of the last as there is room.
 
     Args:
         held: block ids whose pages they read in place of the row's first blocks, in position order.
         num_new: full blocks of the row behind these.
-        columns: private columns of the request; in each there is a page for every draft layer.
+        columns: private columns of the request; in each there is a block for every draft layer.
 
     Returns:
         Block ids to read from now on, in position order; which blocks have to be copied for that, as indices into
@@ -195,5 +211,6 @@ def keep_recent(
 def copy_blocks(grid: Grid, sources: torch.Tensor, targets: torch.Tensor) -> None:
     """Copies all layers' pages of blocks, **in place**; of each layer all is read before anything is written."""
     for layer in range(grid.num_layers):
-        pages, goal = (grid.heads_of(grid.layer_pages(layer, blocks)).flatten() for blocks in (sources, targets))
+        slices = map(grid.slices, (sources, targets))
+        pages, goal = (grid.heads_of(grid.layer_pages(layer, of_blocks)).flatten() for of_blocks in slices)
         grid.cache.index_copy_(0, goal, grid.cache[pages])

@@ -9,7 +9,7 @@ import torch
 from cake_vllm.integration.messages import Counts
 from cake_vllm.integration.worker.dealing import Reads
 from cake_vllm.integration.worker.watched import Worth
-from cake_vllm.policies import LayerScore, PagedPrompt, Policy
+from cake_vllm.policies import LayerScore, Policy
 
 
 @dataclass
@@ -41,7 +41,6 @@ def divide(
     budget: int,
     prompt_len: int,
     worth: Worth | None,
-    block_size: int,
     group: Any,
     is_traced: bool,
 ) -> None:
@@ -56,7 +55,6 @@ def divide(
         budget: mean tokens per layer, for the prompt.
         prompt_len: its logical length, tokens; what lies behind it stays.
         worth: where the scored positions are by now, if some were cut before; ``None``: all are there.
-        block_size: ``B``.
         group: tensor-parallel ranks.
         is_traced: whether :attr:`Choice.ranks` is wanted.
     """
@@ -68,7 +66,7 @@ def divide(
     chosen, counts = [], []
     given = policy.head_budgets(scores, prompt_len, budget)
     for layer, (score, reads) in enumerate(zip(scores, choice.reads, strict=True)):
-        missing = reads.missing_tokens(block_size)
+        missing = reads.missing_tokens
         most = [reads.length - absent - choice.num_kept for absent in missing]
         of_layer = list(map(min, given[layer], most))
         judged = prompt_len if worth else reads.length
@@ -77,7 +75,7 @@ def divide(
             ranks = worth.in_cache(layer, ranks, missing)
         if is_traced:
             choice.ranks[layer] = ranks
-        cached = PagedPrompt(reads.length, choice.num_kept, block_size)
+        cached = reads.paged(choice.num_kept)
         chosen.append(cached.positions(ranks, [cached.pages(count) for count in of_layer]))
         counts.append(tuple(of_layer) if by_head else (of_layer[0],))
     choice.chosen, choice.counts = chosen, tuple(counts)

@@ -25,7 +25,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from cake_vllm.config import POLICY_KEY, flag
 from cake_vllm.integration.engine import eviction_config
 from cake_vllm.integration.scheduler.spec import EvictableSpec
-from cake_vllm.integration.worker.attention import StepWork, is_quantized
+from cake_vllm.integration.worker.attention import StepWork, is_quantized, smallest
 from cake_vllm.integration.worker.gpu_attention import (
     EvictingFlashBackend,
     EvictingTritonBackend,
@@ -107,7 +107,8 @@ class EvictingFlashInferImpl(HeadMajorImpl, FlashInferImpl):  # type: ignore[mis
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.backend_beside = choose_beside(self.head_size, bool(self.logits_soft_cap), self.kv_cache_dtype)
+        has_soft_cap, has_sinks = bool(self.logits_soft_cap), self.sinks is not None
+        self.backend_beside = choose_beside(self.head_size, has_soft_cap, has_sinks, self.kv_cache_dtype)
         self.beside: Any = self.backend_beside.evicting_impl(*args, **kwargs)
 
     def _attend(self, step: StepWork, layer: Any, query: Any, key: Any, value: Any, metadata: Any, output: Any) -> None:
@@ -143,7 +144,7 @@ class EvictingFlashInferBackend(HeadMajorBackend, FlashInferBackend):  # type: i
     def supports_combination(
         cls, head_size: int, dtype: Any, kv_cache_dtype: Any, block_size: int | None, *rest: Any
     ) -> str | None:
-        """Why vLLM must not take this backend, or ``None``; with eviction for two reasons more.
+        """Why vLLM must not take this backend, or ``None``; with eviction for one reason more.
 
         Triton's kernel, which takes evicted rows of 8 bits, reads no ``fp8_e5m2``, nor any on GPUs without them.
         """
@@ -152,13 +153,10 @@ class EvictingFlashInferBackend(HeadMajorBackend, FlashInferBackend):  # type: i
             is_foreign = kv_cache_dtype == "fp8_e5m2" or capability.to_int() < 89
             if is_quantized(kv_cache_dtype or "auto") and is_foreign:
                 return f"{flag(POLICY_KEY)} with FLASHINFER reads 8 bits of fp8_e4m3, on capability 8.9 or more, alone"
-            sizes = cls.get_supported_kernel_block_sizes()
-            if block_size is not None and block_size not in sizes:
-                return f"{flag(POLICY_KEY)} needs a --block-size that FlashInfer does not split: one of {sizes}"
         return super().supports_combination(head_size, dtype, kv_cache_dtype, block_size, *rest)
 
 
-def choose_beside(head_size: int, has_soft_cap: bool, kv_cache_dtype: str) -> type[HeadMajorBackend]:
+def choose_beside(head_size: int, has_soft_cap: bool, has_sinks: bool, kv_cache_dtype: str) -> type[HeadMajorBackend]:
     """What serves evicted rows: FlashAttention where vLLM has it for such layers on this GPU, else Triton.
 
     Triton also over 8 bits: its kernel takes queries of 8 bits and the model's own, and FlashInfer is given either.
@@ -167,15 +165,22 @@ def choose_beside(head_size: int, has_soft_cap: bool, kv_cache_dtype: str) -> ty
         return EvictingTritonBackend
     vllm_config, capability = get_current_vllm_config(), current_platform.get_device_capability()
     dtype: Any = vllm_config.model_config.dtype
-    asked = AttentionSelectorConfig(head_size, dtype, "auto", vllm_config.cache_config.block_size)
+    block_size = vllm_config.cache_config.block_size
+    asked = AttentionSelectorConfig(head_size, dtype, "auto", block_size, has_sink=has_sinks)
     if capability is None or EvictingFlashBackend.validate_configuration(
         device_capability=capability, **asked._asdict()
     ):
         return EvictingTritonBackend
-    version = get_flash_attn_version(
-        head_size=head_size,
-        requires_softcap=has_soft_cap,
-        kv_cache_block_size=asked.block_size,
-        supports_fa4_hd256=True,
-    )
-    return EvictingTritonBackend if version is None else EvictingFlashBackend
+    # Its implementation chooses by the block, and its kernel is shown FlashInfer's pages.
+    page = smallest(FlashInferBackend.get_supported_kernel_block_sizes())
+    versions = {
+        get_flash_attn_version(
+            head_size=head_size,
+            requires_softcap=has_soft_cap,
+            has_sinks=has_sinks,
+            kv_cache_block_size=size,
+            supports_fa4_hd256=True,
+        )
+        for size in (asked.block_size, page)
+    }
+    return EvictingTritonBackend if None in versions or len(versions) > 1 else EvictingFlashBackend

@@ -17,7 +17,7 @@ from cake_vllm.integration.worker.gates import WorkerGates
 from cake_vllm.integration.worker.layers import Batch, Layers
 from cake_vllm.integration.worker.watched import Batched, Watched
 from cake_vllm.kernels import to_device
-from cake_vllm.policies import LayerInputs, LayerScore, PagedPrompt, Policy
+from cake_vllm.policies import LayerInputs, LayerScore, Policy
 
 logger = init_logger("vllm.cake_vllm.worker")
 
@@ -117,7 +117,7 @@ class Judging:
         self, layer: int, place: Batched, query: torch.Tensor, recent: torch.Tensor, reads: Reads
     ) -> list[torch.Tensor] | None:
         """What a decoding request keeps in a layer, by head; ``None`` if too few queries are known to tell."""
-        what, config, size = place.what, place.what.config or self.config, self.layers.block_size
+        what, config, size = place.what, place.what.config or self.config, reads.page_size
         policy, held, of_layer = config.policy, self.held.get(what.req_id), self.layers.target[layer]
         assert what.grant is not None
         targets = held.of_layer(layer, held.dealt).tolist() if held else [-(-what.grant.budget // size)]
@@ -161,12 +161,13 @@ class Judging:
         return self.layers.target[layer].inputs(self.layers.grid.cache, reads, queries, policy, gate)
 
     def _read(self, layer: int, what: Observation | Cut, watched: Watched) -> Reads:
-        return read(self.layers.grid, layer, self.held.get(what.req_id), watched.rows, what.end, self.layers.block_size)
+        return read(self.layers.grid, layer, self.held.get(what.req_id), watched.rows, what.end)
 
     def recall(self, cut: Cut) -> None:
         """Finds what a request reads that is cut, and what its prompt is worth: judged at the first time."""
         watched, grant = self.watched.setdefault(cut.req_id, Watched()), cut.grant
-        watched.rows = [to_device(blocks, torch.int64, self.layers.grid.pages.device) for blocks in cut.row]
+        grid = self.layers.grid
+        watched.rows = [grid.slices(to_device(blocks, torch.int64, grid.pages.device)) for blocks in cut.row]
         try:
             for layer in range(len(self.layers.target)):
                 watched.reads[layer] = self._read(layer, cut, watched)
@@ -207,13 +208,13 @@ class Judging:
     def _divide(self, config: KVEvictionConfig, prompt_len: int, budget: int, watched: Watched, choice: Choice) -> None:
         if config.is_elastic and watched.worth is None:
             watched.remember([watched.scores[layer] for layer in range(len(self.layers.target))])
-        worth, size = watched.worth, self.layers.block_size
+        worth = watched.worth
         scores = worth.scores if worth else [watched.scores[layer] for layer in range(len(self.layers.target))]
-        divide(config.policy, scores, choice, budget, prompt_len, worth, size, self.group, self.is_traced)
+        divide(config.policy, scores, choice, budget, prompt_len, worth, self.group, self.is_traced)
 
     def conclude(self, what: Observation | Cut, choice: Choice, is_traded: bool) -> None:
         """Follows what became of a choice, and forgets what only served to make it."""
-        watched, size = self.watched[what.req_id], self.layers.block_size
+        watched = self.watched[what.req_id]
         if choice.error is not None:
             watched.error = choice.error
             logger.warning_once(
@@ -225,11 +226,11 @@ class Judging:
             )
         elif is_traded and choice.chosen is not None:
             for layer, notes in watched.notes.items():
-                watched.notes[layer] = _gather(notes, choice.chosen[layer], choice.reads[layer].length, size)
+                watched.notes[layer] = _gather(notes, choice.chosen[layer], choice.reads[layer].full_len)
             if watched.worth is not None:
                 for layer, reads in enumerate(choice.reads):
-                    cached = PagedPrompt(reads.length, choice.num_kept, size)
-                    watched.worth.keep(layer, choice.chosen[layer], cached, reads.missing_tokens(size))
+                    cached = reads.paged(choice.num_kept)
+                    watched.worth.keep(layer, choice.chosen[layer], cached, reads.missing_tokens)
         watched.chosen.clear()
         watched.scores.clear()
         watched.reads.clear()
@@ -243,16 +244,15 @@ class Judging:
                 watched.error = watched.error or RuntimeError("it raised on another rank")
 
 
-def _gather(tokens: torch.Tensor, chosen: Sequence[torch.Tensor], length: int, block_size: int) -> torch.Tensor:
+def _gather(tokens: torch.Tensor, chosen: Sequence[torch.Tensor], full_len: int) -> torch.Tensor:
     """What is left of ``[Hkv, length, ...]``, aligned at the end, zeros before shorter heads.
 
     Args:
         tokens: of what the heads of a layer read.
         chosen: for each head, what it keeps of its full blocks.
-        length: of what they read.
-        block_size: of which the last may be partial and stays.
+        full_len: tokens in these; what lies behind them stays.
     """
-    tail = tokens[:, length // block_size * block_size :]
+    tail = tokens[:, full_len:]
     longest = max(map(len, chosen))
     left = tokens.new_zeros(len(tokens), longest, *tokens.shape[2:])
     for head, positions in enumerate(chosen):

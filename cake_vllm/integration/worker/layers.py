@@ -2,7 +2,6 @@
 redirected. Another kind of attention is another kind of :class:`EvictableLayer`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,14 +28,13 @@ class EvictableLayer:
         layout: order of the elements in a head page.
     """
 
-    def __init__(self, name: str, module: Any, group: int, block_size: int):
+    def __init__(self, name: str, module: Any, group: int, page_size: int):
         self.name = name
         self.module = module
         self.group = group
-        self.block_size = block_size
         self.impl: EvictingImpl = module.impl
         self.soft_cap = float(getattr(self.impl, "logits_soft_cap", 0) or 0)
-        self.layout: BlockLayout = self.impl.block_layout(module, block_size)
+        self.layout: BlockLayout = self.impl.block_layout(module, page_size)
         self._output_weight: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def inputs(
@@ -56,7 +54,7 @@ class EvictableLayer:
             policy: says what else it needs.
             gate: of the layer, if the policy needs one.
         """
-        valid = reads.valid(self.block_size)
+        valid = reads.valid
 
         def there(layout_read: Any, scale: float) -> torch.Tensor:
             found = self._restore(layout_read(cache, reads.table, reads.length), scale)
@@ -72,6 +70,7 @@ class EvictableLayer:
             self.impl.layer_index,
             valid=valid,
             gate=gate,
+            sinks=None if self.impl.sinks is None else self.impl.sinks.detach(),
         )
 
     def no_queries(self) -> torch.Tensor:
@@ -125,14 +124,14 @@ class Layers:
     Attributes:
         target: those of the model that is served.
         drafts: those of a model that drafts. They lie in the same blocks, and run after the target's.
+        readers: layers without a cache of their own, which read one of the target's.
         whole: the global view of both.
-        block_size: ``B``, tokens in a page.
     """
 
     target: list[EvictableLayer]
     drafts: list[EvictableLayer]
+    readers: list[EvictableLayer]
     whole: Grid
-    block_size: int
 
     @classmethod
     def of(cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> "Layers":
@@ -143,23 +142,42 @@ class Layers:
         """
         modules = vllm_config.compilation_config.static_forward_context
         groups = [kv_cache_config.kv_cache_groups[group_id] for group_id in evictable_groups(kv_cache_config)]
-        named = [(name, index) for index, group in enumerate(groups) for name in group.layer_names]
+        named = [
+            (name, index)
+            for index, group in enumerate(groups)
+            for name in group.layer_names
+            if not modules[name].impl.is_reader
+        ]
         named.sort(key=lambda found: extract_layer_index(found[0]))
-        size: int = groups[0].kv_cache_spec.block_size
-        found = [EvictableLayer(name, modules[name], group, size) for name, group in named]
+        spec: Any = groups[0].kv_cache_spec
+        found = [EvictableLayer(name, modules[name], group, spec.page_size) for name, group in named]
         target, drafts = ([layer for layer in found if layer.impl.is_draft == of] for of in (False, True))
         if drafts and len(kv_cache_config.kv_cache_groups) > 1:
             raise RuntimeError("--kv-eviction needs a draft model whose layers are in the target's only KV cache group")
         every = [*target, *drafts]
         for index, layer in enumerate(every):
             layer.impl.layer_index = index
-        grid = Grid.of([layer.module.kv_cache for layer in every], [layer.group for layer in every])
-        return cls(target, drafts, grid, size)
+        owners = {layer.name: layer for layer in target}
+        readers = []
+        for name, module in modules.items():
+            owner = owners.get(getattr(module, "kv_sharing_target_layer_name", None) or "")
+            if owner is not None:
+                readers.append(EvictableLayer(name, module, owner.group, spec.page_size))
+                module.impl.layer_index = owner.impl.layer_index
+        caches, per_block = [layer.module.kv_cache for layer in every], spec.block_size // spec.page_size
+        grid = Grid.of(caches, [layer.group for layer in every], per_block)
+        assert grid.page_size == spec.page_size, "vLLM cuts blocks as the backend of the layers says"
+        return cls(target, drafts, readers, grid)
 
     @property
     def every(self) -> list[EvictableLayer]:
         """The target's, and behind them those that draft."""
         return [*self.target, *self.drafts]
+
+    @property
+    def redirected(self) -> list[EvictableLayer]:
+        """Whatever reads pages of evicted rows."""
+        return [*self.every, *self.readers]
 
     @cached_property
     def grid(self) -> Grid:
@@ -181,21 +199,23 @@ class Batch:
         tails: ``[R]``, the blocks that rows end in.
     """
 
-    def __init__(self, layers: Sequence[EvictableLayer], attn_metadata: dict[str, Any]):
-        self.metadata = [attn_metadata[layer.name] for layer in layers]
-        of_groups = {layer.group: found for layer, found in zip(layers, self.metadata, strict=True)}
+    def __init__(self, layers: Layers, attn_metadata: dict[str, Any]):
+        self.metadata = [attn_metadata[layer.name] for layer in layers.redirected]
+        of_groups = {layer.group: found for layer, found in zip(layers.redirected, self.metadata, strict=True)}
         self.first = of_groups[0]
-        self.tails = tails(self.first, layers[0].block_size)
+        self.tails = tails(self.first, layers.grid)
         self._tables = [of_groups[group].block_table for group in sorted(of_groups)]
 
     def rows(self, places: torch.Tensor) -> list[torch.Tensor]:
-        """``[groups][n, C]`` block ids of the rows at ``[n]`` places."""
+        """``[groups][n, C]`` slices of the rows at ``[n]`` places."""
         return [table.index_select(0, places) for table in self._tables]
 
 
-def tails(metadata: Any, block_size: int) -> torch.Tensor:
+def tails(metadata: Any, grid: Grid) -> torch.Tensor:
     """``[R]``, the blocks that rows end in."""
-    last = ((metadata.seq_lens - 1).clamp(min=0) // block_size).long()
+    last = ((metadata.seq_lens - 1).clamp(min=0) // grid.page_size).long()
     found = metadata.block_table.gather(1, last.unsqueeze(1)).squeeze(1)
+    if grid.per_block > 1:
+        found = found // grid.per_block
     # Rows that only pad the batch have no length; nobody's row ends in block 0.
     return found.masked_fill(metadata.seq_lens == 0, 0)

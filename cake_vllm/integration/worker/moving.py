@@ -48,12 +48,13 @@ class Moving:
         Args:
             what: the request.
             choice: what it keeps; its error is set if that cannot be had.
-            rows: ``[groups][C]`` block ids, its logical row.
+            rows: ``[groups][C]`` slices of its logical row.
         """
         config, grant, held = what.config or self.config, what.grant, self.held.get(what.req_id)
         assert grant is not None
-        num_blocks, size = what.end // self.layers.block_size, self.layers.block_size
-        each = self.layers.grid.num_heads if grant.by_head else 1
+        grid = self.layers.grid
+        num_blocks = what.end // grid.block_size
+        each = grid.num_heads if grant.by_head else 1
         counts = choice.counts
         if counts is None:
             candidates = grant.budget - choice.num_kept
@@ -65,7 +66,7 @@ class Moving:
                 asked = replace(choice, counts=counts)
                 new, last = self._deal(config, num_blocks, grant, held, asked)
                 layout = self.layers.target[0].layout
-                for owners in move(self.layers.grid, layout, choice.reads, choice.chosen, new, last):
+                for owners in move(grid, layout, choice.reads, choice.chosen, new, last):
                     moved += owners
             except Exception as error:
                 choice.error = error
@@ -78,7 +79,7 @@ class Moving:
         else:
             pages, used = self._as_it_is(grant, choice, new, moved)
         self._unsettled.append(partial(self._store, what.req_id, grant, pages, used, num_blocks, drafted, copy))
-        kept = used * size + what.end % size
+        kept = used * grid.page_size + what.end % grid.block_size
         return Eviction(
             grant.epoch,
             grant.by_head,
@@ -95,7 +96,7 @@ class Moving:
         """The pages that owners shall have, and those who have to be moved last."""
         assert choice.chosen is not None
         assert choice.counts is not None
-        each, size = len(choice.counts[0]), self.layers.block_size
+        each, size = len(choice.counts[0]), self.layers.grid.page_size
         used = np.array([len(head) // size for layer in choice.chosen for head in layer[:each]])
         if held is not None and not grant.divides:
             return replace(held, used=used, start=num_blocks), np.zeros_like(used, dtype=bool)
@@ -117,7 +118,7 @@ class Moving:
         done = set(moved)
         rows: list[list[int]] = []
         for reads in choice.reads:
-            full = reads.table[:, : reads.length // self.layers.block_size].tolist()
+            full = reads.table[:, : reads.full_len // reads.page_size].tolist()
             heads = [pages[missing:] for pages, missing in zip(full, reads.missing, strict=True)]
             rows += heads if grant.by_head else [[page // self.layers.grid.num_heads for page in heads[0]]]
         if new is not None:
@@ -138,8 +139,8 @@ class Moving:
         """
         if not self.layers.drafts:
             return (), None
-        before = held.drafted if held else ()
-        row = rows[0][held.start if held else 0 : num_blocks]
+        before, per_block = held.drafted if held else (), self.layers.grid.per_block
+        row = rows[0][::per_block][held.start if held else 0 : num_blocks] // per_block
         if new is None:
             return (*before, *row.tolist()), None
         drafted, sources, targets = keep_recent(before, len(row), grant.columns[0][: new.num_columns])
@@ -164,5 +165,5 @@ class Moving:
             theirs = self.layers.draft_grid.homes([drafted], grant.by_head).T
             width = max(pages.shape[1], theirs.shape[1])
             pages = np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in (pages, theirs)])
-            used = np.concatenate([used, np.full(len(theirs), len(drafted))])
+            used = np.concatenate([used, np.full(len(theirs), theirs.shape[1])])
         self.rows[grant.by_head].store(req_id, pages, used, start, grant.tail)

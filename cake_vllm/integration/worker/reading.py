@@ -71,7 +71,7 @@ class Reading:
         """
         found = self._find(self.expected, batch.first, batch.tails)
         done = set()
-        for layer, metadata in zip(self.layers.every, batch.metadata, strict=True):
+        for layer, metadata in zip(self.layers.redirected, batch.metadata, strict=True):
             if id(metadata) in done:
                 continue
             done.add(id(metadata))
@@ -97,7 +97,7 @@ class Reading:
                 else Redirected(count.num_rows, count.num_rows, 1)
                 for by_head, count in self.expected.items()
             }
-            found = self._find(expected, metadata, tails(metadata, self.layers.block_size))
+            found = self._find(expected, metadata, tails(metadata, self.layers.grid))
             lengths, layer = found.stock_lens, self.layers.drafts[0]
             stock = None if lengths is None else layer.with_lengths(metadata, lengths)
             known[STEP] = StepWork(self.layers.whole, stock, found.redirected, found.index, None)
@@ -137,7 +137,7 @@ class Reading:
         is_all = count.num_rows == len(seq_lens)
         row = (~is_here).int().argsort(stable=True)[: count.num_rows]
         tables, num_dropped = self.rows[by_head].select(slots[row])
-        lengths = (seq_lens[row].view(1, -1, 1) - num_dropped * self.layers.block_size).flatten(1)
+        lengths = (seq_lens[row].view(1, -1, 1) - num_dropped * self.layers.grid.page_size).flatten(1)
         first, num_queries = starts[row], count.num_tokens * split
         token, head = first.unsqueeze(1), torch.arange(num_heads, device=device)
         if count.longest == 1:

@@ -64,7 +64,7 @@ class Watched:
         length: logical length that these go up to.
         num_rejected: how many of these were computed for drafts that have been rejected since.
         notes: by layer, the policy's notes on its prompt, one for each token that it holds: ``[Hkv, S, ...]``.
-        rows: ``[groups][C]`` block ids, its logical row in this step.
+        rows: ``[groups][C]`` slices of its logical row in this step.
         reads: by layer, what it reads, if the request is to be evicted.
         scores: by layer, if the budget is to be divided.
         chosen: by layer, for each KV head the positions to keep, whole pages of them.

@@ -54,8 +54,8 @@ class EvictionWorker:
         self.judging = Judging(config, layers, gates, self.moving.held, get_tp_group())
         most_captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         most_rows = min(vllm_config.scheduler_config.max_num_seqs, most_captured)
-        most_blocks = -(-vllm_config.model_config.max_model_len // layers.block_size) + 1
-        self.captured = CapturedSteps(layers, rows, config.policy.selection != "layer", most_rows, most_blocks)
+        most_pages = (-(-vllm_config.model_config.max_model_len // layers.grid.block_size) + 1) * layers.grid.per_block
+        self.captured = CapturedSteps(layers, rows, config.policy.selection != "layer", most_rows, most_pages)
         self._stage = get_pp_group().rank_in_group
         self._plan = StepPlan()
         # Those whose layers ran, also where a step is planned while another one's report is still to come.
@@ -81,7 +81,7 @@ class EvictionWorker:
         self.reading.begin(plan)
         if not attn_metadata or not (plan.observations or plan.redirected):
             return
-        batch = Batch(self.layers.every, attn_metadata)
+        batch = Batch(self.layers, attn_metadata)
         observe = self.judging.watch(plan.observations, batch) if plan.observations else None
         self.reading.redirect(batch, observe)
         self._observations.extend(plan.observations)
@@ -89,7 +89,7 @@ class EvictionWorker:
     def replay(self, attn_metadata: dict[str, Any]) -> None:
         """Fills the buffers that a captured step reads; called before it runs, with metadata like :meth:`begin`'s."""
         if current_step.replays:
-            self.captured.fill(self._plan, Batch(self.layers.every, attn_metadata))
+            self.captured.fill(self._plan, Batch(self.layers, attn_metadata))
 
     def finish(self) -> EvictionReport | None:
         """Evicts the requests that were granted it in this step: called after the last layer."""
