@@ -6,15 +6,17 @@ import re
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from conftest import ROOT
+from random_models import save_random_gates, save_random_model
 from transformers import AutoConfig
 
 import cake_vllm
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration import engine
-from cake_vllm.integration.front import gate, refusals
+from cake_vllm.integration.front import gate, plugin, refusals
 
 cake_vllm.register()
 
@@ -48,6 +50,20 @@ def llama(tmp_path) -> str:
 
 def configure(model: str, **kwargs):
     return EngineArgs(model, skip_tokenizer_init=True, dtype="float32", **kwargs).create_engine_config()
+
+
+def test_the_method_is_chosen_by_what_there_is(tmp_path, monkeypatch):
+    """`--kv-eviction auto`: with gates of the model, and without; said once, and every process reads the choice."""
+    model = save_random_model(tmp_path / "model", "llama", "LlamaForCausalLM")
+    monkeypatch.setenv("CAKE_VLLM_GATES", str(tmp_path / "gates"))
+    for name, said in (("echo", f"make them with: cake-vllm calibrate {model}"), ("gate", str(tmp_path / "gates"))):
+        with mock.patch.object(plugin.logger, "info") as log:
+            vllm_config = configure(model, kv_eviction="auto", kv_eviction_budget="auto")
+        assert vllm_config.additional_config["kv_eviction"] == name
+        (line,) = [form % tuple(args) for (form, *args), _ in log.call_args_list if "KV eviction by" in form]
+        assert f"by {name}: " in line
+        assert said in line
+        save_random_gates(model)
 
 
 def test_registering_twice_wraps_once():
@@ -400,7 +416,7 @@ def test_every_command_has_the_flags(command):
         check=True,
         env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
     )
-    for name in ("--kv-eviction {none,adakv,cake,", "--kv-eviction-budget N|F|auto", "--kv-eviction-config JSON"):
+    for name in ("--kv-eviction {none,auto,adakv,cake,", "--kv-eviction-budget N|F|auto", "--kv-eviction-config JSON"):
         assert name in run.stdout
 
 

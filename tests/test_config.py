@@ -87,8 +87,18 @@ def test_a_question_that_is_not_known_yet_asks_for_the_prompts_own_queries():
         for_request(server, {"kv_eviction": "echo", "kv_eviction_config": {"observe": 4}}, 4096)
 
 
+def test_a_method_that_is_ours_to_choose():
+    """By whether the model has gates; a request names one."""
+    settings = {"kv_eviction": "auto", "kv_eviction_budget": "auto"}
+    assert KVEvictionConfig.from_settings(settings).policy_name == "echo"
+    server = KVEvictionConfig.from_settings(settings, has_gates=True)
+    assert (server.policy_name, server.budget, server.settings()["kv_eviction"]) == ("gate", "auto", "gate")
+    with pytest.raises(ValueError, match="kv_eviction auto is for the server to choose: name a method"):
+        for_request(server, {"kv_eviction": "auto"}, 4096)
+
+
 BAD = [
-    ({"": "cade"}, "--kv-eviction 'cade' is unknown: choose none, .*cake"),
+    ({"": "cade"}, "--kv-eviction 'cade' is unknown: choose none, auto, .*cake"),
     (
         {"": "cake", "_config": {"min_tokens": 64}},
         "min_tokens has no effect without --kv-eviction-budget auto: drop it",
@@ -115,7 +125,7 @@ BAD = [
     ({"": "cake", "_config": {"protect": {"rest": 1}}}, "--kv-eviction-config: unknown key 'rest' in protect"),
     ({"": "knorm", "_budget": 36, "_config": {"protect": {"first": 5}}}, "is too little for knorm, .*: give 37"),
     ({"": "knorm", "_budget": 31}, "--kv-eviction-budget 31 is too little for knorm, which keeps no window: give 32"),
-    ({"_budget": 512}, "--kv-eviction-budget has no effect without --kv-eviction: name a policy or drop it"),
+    ({"_budget": 512}, "--kv-eviction-budget has no effect without --kv-eviction: name a policy or auto, or"),
     ({"": "none", "_config": {"gamma": 1}}, "--kv-eviction-config has no effect without --kv-eviction"),
     ({"": "cake", "_config": "{gamma: 1}"}, "--kv-eviction-config is not valid JSON"),
     ({"": "cake", "_config": "[1]"}, "--kv-eviction-config must be a JSON object"),

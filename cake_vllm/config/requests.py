@@ -97,6 +97,8 @@ def _merge_wishes(server: KVEvictionConfig, wishes: Mapping[str, Any]) -> dict[s
     name = settings[POLICY_KEY] or OFF
     if name == OFF:
         return dict(wishes)
+    if name == AUTO:
+        raise ValueError(f"{POLICY_KEY} {AUTO} is for the server to choose: name a method, or drop the key")
     own = parse_options(wishes.get(CONFIG_KEY))
     elastic = (FLOOR_KEY, CEILING_KEY) if settings[BUDGET_KEY] == AUTO else ()
     if name in policy_names():

@@ -27,7 +27,11 @@ KEYS = (POLICY_KEY, BUDGET_KEY, CONFIG_KEY)
 TAUS = ("tau1", "tau2")
 
 OFF = "none"
+#: A method and a budget that are ours to choose.
 AUTO = "auto"
+#: The method that is chosen, where a model has gates and where it has none: what answered best when the question came
+#: after the eviction, and no worse when it was in the window (``benchmarks/README.md``).
+WITH_GATES, WITHOUT_GATES = "gate", "echo"
 DEFAULT_BUDGET = 1024
 #: Options of the budget ``auto``: what a layer keeps of a request however short memory is, and however ample.
 FLOOR_KEY, CEILING_KEY = "min_tokens", "max_tokens"
@@ -54,8 +58,12 @@ class KVEvictionConfig:
     options: Mapping[str, Any] = field(hash=False)
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> "KVEvictionConfig | None":
+    def from_settings(cls, settings: Mapping[str, Any], has_gates: bool = False) -> "KVEvictionConfig | None":
         """Reads the three keys out of a mapping that may hold others; ``None`` when eviction is off.
+
+        Args:
+            settings: the mapping.
+            has_gates: whether the model has gates, if that is known already.
 
         Raises:
             ValueError: one sentence that names the flag and the fix.
@@ -66,10 +74,15 @@ class KVEvictionConfig:
         if name == OFF:
             for key, value in ((BUDGET_KEY, budget), (CONFIG_KEY, options)):
                 if value is not None:
-                    raise ValueError(f"{flag(key)} has no effect without {flag(POLICY_KEY)}: name a policy or drop it")
+                    raise ValueError(
+                        f"{flag(key)} has no effect without {flag(POLICY_KEY)}: name a policy or {AUTO}, or drop it"
+                    )
             return None
+        if name == AUTO:
+            name = WITH_GATES if has_gates else WITHOUT_GATES
         if name not in policy_names():
-            raise ValueError(f"{flag(POLICY_KEY)} {shown(name)} is unknown: choose {', '.join((OFF, *policy_names()))}")
+            known = ", ".join((OFF, AUTO, *policy_names()))
+            raise ValueError(f"{flag(POLICY_KEY)} {shown(name)} is unknown: choose {known}")
         config = cls(str(name), parse_budget(DEFAULT_BUDGET if budget is None else budget), parse_options(options))
         window, first = config.policy.window_size, config.policy.protect.first
         for option, choices in (("decode", config.policy.decodes), ("prefill", PREFILLS)):

@@ -8,12 +8,15 @@ from typing import Any
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from cake_vllm.config import (
+    AUTO,
     BUDGET_KEY,
     CONFIG_KEY,
     DEFAULT_BUDGET,
     KEYS,
     OFF,
     POLICY_KEY,
+    WITH_GATES,
+    WITHOUT_GATES,
     KVEvictionConfig,
     argument,
     flag,
@@ -56,9 +59,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         flag(POLICY_KEY),
-        choices=(OFF, *policy_names()),
+        choices=(OFF, AUTO, *policy_names()),
         default=argparse.SUPPRESS,
-        help=f"Eviction policy; {OFF}, the default, leaves vLLM as it is.",
+        help=f"Eviction policy; {OFF}, the default, leaves vLLM as it is, and {AUTO} chooses one: {WITH_GATES} if "
+        f"there are gates of the model, else {WITHOUT_GATES}.",
     )
     group.add_argument(
         flag(BUDGET_KEY),

@@ -3,16 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import KVTransferConfig, ModelConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from cake_vllm.config import KVEvictionConfig
+from cake_vllm.config import AUTO, POLICY_KEY, KVEvictionConfig
 from cake_vllm.integration.engine import BACKENDS, CONNECTOR
 from cake_vllm.integration.front.refusals import refuse_arguments, refuse_engine, refuse_without_gates
 from cake_vllm.integration.front.requests import install_http, install_requests
+from cake_vllm.integration.gates import find_gates, remedy
 from cake_vllm.integration.reports import install_states
 
 # Below the name "vllm", so that vLLM's logging configuration applies.
@@ -47,6 +48,8 @@ def switch_on(
     refuse_arguments(args)
     args.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
     vllm_config = original(args, *rest, **kwargs)
+    if args.additional_config[POLICY_KEY] == AUTO:
+        config = choose_policy(args.additional_config, vllm_config.model_config)
     refuse_engine(config, vllm_config)
     refuse_without_gates(config, vllm_config)
     choose_draft_backend(vllm_config)
@@ -58,6 +61,18 @@ def switch_on(
     logger.info("KV eviction is on: budget %s, %s, tau preset: %s", resolved.budget, resolved.policy, preset)
     logger.info("KV eviction uses the KV connector %s", CONNECTOR)
     return vllm_config
+
+
+def choose_policy(settings: dict[str, Any], model: ModelConfig) -> KVEvictionConfig:
+    """The settings with the method that suits a model, if the user left that to us."""
+    try:
+        found = f"gates of the model are at {find_gates(model)}"
+    except ValueError:
+        found = ""
+    config = KVEvictionConfig.from_settings(settings, has_gates=bool(found))
+    assert config is not None
+    logger.info("KV eviction by %s: %s", config.policy_name, found or f"no gates yet, {remedy(model.model)}")
+    return config
 
 
 def choose_draft_backend(vllm_config: VllmConfig) -> None:
