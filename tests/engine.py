@@ -1,5 +1,6 @@
 """A real vLLM engine in this process, with its insides at hand."""
 
+import gc
 import itertools
 import sys
 from collections import defaultdict
@@ -23,20 +24,37 @@ from cake_vllm.integration.scheduler.cache_manager import check_integrity
 Kept = list[list[torch.Tensor] | None]
 
 
-def _without_llvmlite(search: Callable[..., None], *args: Any) -> None:
-    """vLLM looks for kernels in all modules when an engine starts, and trips over those that n-gram drafts brought."""
+_is_searched = False
+
+
+def _search_once(search: Callable[..., None], *args: Any) -> None:
+    """vLLM looks for kernels in all modules whenever an engine starts, and trips over those that n-gram drafts brought.
+
+    Modules that come later find what the first search left.
+    """
+    global _is_searched
+    if _is_searched:
+        return
+    _is_searched = True
     others = {name: module for name, module in sys.modules.items() if name.partition(".")[0] != "llvmlite"}
     with mock.patch.object(sys, "modules", others):
         search(*args)
 
 
-wrap(dispatcher, "_rebind_kernels", _without_llvmlite)
+wrap(dispatcher, "_rebind_kernels", _search_once)
+
+# vLLM collects garbage nine times while an engine starts and ends: half of that time, among all that tests import. So
+# what is there before an engine stays frozen, and vLLM freezes nothing else.
+_freeze = gc.freeze
+gc.freeze = gc.unfreeze = lambda: None
 
 
 class Engine:
     """vLLM's offline engine; every call checks that no page is lost."""
 
     def __init__(self, model: str, **kwargs: Any):
+        gc.collect()
+        _freeze()
         self.llm = LLM(model, **(DEFAULTS | {"disable_log_stats": False} | kwargs))
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler

@@ -279,19 +279,18 @@ class EvictingImpl(AttentionImpl):
     ) -> None:
         """A call for each KV head: kernels have a sink for each head of a sequence, the same in all sequences."""
         assert self.sinks is not None
-        one, places = self._of_one_head, rows.places_by_head(self.num_kv_heads)
-        by_head, rows = rows, rows.of_one_head(self.num_kv_heads)
+        one, num_heads = self._of_one_head, self.num_kv_heads
+        places, rows_of_one = rows.places_by_head(num_heads), rows.of_one_head(num_heads)
         # [Hkv, N, C], [Hkv, N], [Hkv, n, G, D], [Hkv, G]
         tables, lengths = (
-            of[self.layer_index].unflatten(0, (-1, self.num_kv_heads)).transpose(0, 1).contiguous()
-            for of in (by_head.tables, by_head.lengths)
+            of[self.layer_index].unflatten(0, (-1, num_heads)).transpose(0, 1).contiguous()
+            for of in (rows.tables, rows.lengths)
         )
-        assert self.sinks is not None
-        asked, sinks = queries[places], self.sinks.unflatten(0, (self.num_kv_heads, -1))
+        asked, sinks = queries[places], self.sinks.unflatten(0, (num_heads, -1))
         given = torch.empty_like(asked, dtype=output.dtype)
-        for head in range(self.num_kv_heads):
+        for head in range(num_heads):
             one.sinks = sinks[head]
-            own = one.with_rows(layer, metadata, rows, tables[head], lengths[head])
+            own = one.with_rows(layer, metadata, rows_of_one, tables[head], lengths[head])
             one._stock_forward(layer, asked[head], key, value, cache, own, given[head])
         output[places] = given
 
