@@ -1,5 +1,7 @@
 """A real vLLM engine in this process, with its insides at hand."""
 
+import atexit
+import functools
 import gc
 import itertools
 import sys
@@ -43,18 +45,24 @@ def _search_once(search: Callable[..., None], *args: Any) -> None:
 
 wrap(dispatcher, "_rebind_kernels", _search_once)
 
-# vLLM collects garbage nine times while an engine starts and ends: half of that time, among all that tests import. So
-# what is there before an engine stays frozen, and vLLM freezes nothing else.
-_freeze = gc.freeze
-gc.freeze = gc.unfreeze = lambda: None
+
+@functools.cache
+def _freeze_once() -> None:
+    """Takes all that tests import out of the nine garbage collections of each engine, which take half of its time.
+
+    Once, before there are engines: none may be frozen while it lives. vLLM would thaw and freeze everything itself.
+    """
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)
+    gc.freeze = gc.unfreeze = lambda: None
 
 
 class Engine:
     """vLLM's offline engine; every call checks that no page is lost."""
 
     def __init__(self, model: str, **kwargs: Any):
-        gc.collect()
-        _freeze()
+        _freeze_once()
         self.llm = LLM(model, **(DEFAULTS | {"disable_log_stats": False} | kwargs))
         self.core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler

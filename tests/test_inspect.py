@@ -20,7 +20,7 @@ from cake_vllm.tools.report import Inspection, Layer, draw, page
 
 pytest.importorskip("matplotlib")
 LICENSE = ROOT / "LICENSE"
-FLAGS = ["--dtype", "float32", "--kv-cache-memory", "0.25", "--block-size", "32"]
+FLAGS = ["--dtype", "float32", "--kv-cache-memory", "0.25", "--gpu-memory-utilization", "0.3", "--block-size", "32"]
 
 
 def inspected(model: str, tmp_path: Path, *flags: str) -> tuple[dict, str]:

@@ -300,7 +300,7 @@ def test_served(chatty_model, tmp_path, monkeypatch, capsys):
     """Questions that nobody knew, behind a chunk or behind two cuts, on real servers; a second run asks nothing."""
     out = tmp_path / "quality.json"
     command = ["benchmarks/quality.py", chatty_model, "--out", str(out), "--dtype", "float32", "--block-size", "32"]
-    command += ["--server-args=--enforce-eager", "--policies", "full", "snapkv+echo=12", "echo", "--budgets", "0.2"]
+    command += ["--server-args=--enforce-eager", "--policies", "full", "snapkv+echo=12", "--budgets", "0.2"]
     command += ["--lengths", "400", "--tasks", "copy", "depths", "--samples", "1", "--prefill", "progressive", "auto-2"]
     ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER")
     env = {name: value for name, value in os.environ.items() if name not in ours}
@@ -310,7 +310,7 @@ def test_served(chatty_model, tmp_path, monkeypatch, capsys):
     assert printed.count("--kv-eviction snapkv") == printed.count("vllm serve") == 2
 
     lines = out.with_suffix(".jsonl").read_text().splitlines()
-    assert len(lines) == 1 + 2 * 3 * (1 + 5)
+    assert len(lines) == 1 + 2 * 2 * (1 + 5)
     for record in map(json.loads, lines[1:]):
         whole, metrics = record["prompt"], {"depths": {"found"}, "copy": {"copied", "before error", "probability"}}
         # A share of the prompt, and what rounding to blocks adds, or what the neighbours left.
@@ -319,7 +319,7 @@ def test_served(chatty_model, tmp_path, monkeypatch, capsys):
         assert len(record.get("cut_to", ())) == (2 if record["mode"] == "auto-2" and record["row"] != "full" else 0)
         assert record["scores"].keys() == metrics[record["task"]]
     figures = json.loads(out.read_text())["results"]["figures"]
-    rows = {"full", "snapkv+echo=12 0.2", "echo 0.2"}
+    rows = {"full", "snapkv+echo=12 0.2"}
     assert {mode: cells.keys() for mode, cells in figures.items()} == {"progressive": rows, "auto-2": rows}
     assert {file.name for file in tmp_path.glob("*.png")} == {
         f"quality_{kind}{mode}.png" for kind in ("", "depths_") for mode in ("progressive", "auto-2")
@@ -328,5 +328,5 @@ def test_served(chatty_model, tmp_path, monkeypatch, capsys):
     # Nobody would answer.
     monkeypatch.setattr(sys, "argv", [*command, "--url", "http://127.0.0.1:9"])
     quality.main()
-    assert "| echo 0.2 |" in capsys.readouterr().out
+    assert "| snapkv+echo=12 0.2 |" in capsys.readouterr().out
     assert out.with_suffix(".jsonl").read_text().splitlines() == lines

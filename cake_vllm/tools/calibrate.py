@@ -20,7 +20,7 @@ from cake_vllm.config import BUDGET_KEY, CONFIG_KEY, POLICY_KEY
 from cake_vllm.integration.gates import GateFile, default_path, fingerprint
 from cake_vllm.policies import LayerInputs, LayerScore
 from cake_vllm.policies.entries import LinearGate, Ridge, Rotary, features, overlap
-from cake_vllm.tools.options import positive, size
+from cake_vllm.tools.options import add_memory, positive
 
 #: Of the regression, on standardised features.
 PENALTY = 30.0
@@ -77,9 +77,7 @@ def add_command(commands: Any) -> None:
         "--out", type=Path, metavar="FILE", help="where to write the gates (default: where vllm serve looks for them)"
     )
     parser.add_argument("--dtype", default="auto", help="as of vllm serve (default: %(default)s)")
-    parser.add_argument(
-        "--kv-cache-memory", type=size, metavar="SIZE", help="of the KV pool, a number of GiB (default: vLLM's)"
-    )
+    add_memory(parser)
     parser.set_defaults(run=run)
 
 
@@ -99,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
         about={"text": json.dumps(named)},
         dtype=args.dtype,
         kv_cache_memory_bytes=args.kv_cache_memory,
+        gpu_memory_utilization=args.gpu_memory_utilization,
     )
     print(as_table(quality))
     out = args.out or default_path(gates.about["fingerprint"])

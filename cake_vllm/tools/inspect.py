@@ -19,7 +19,7 @@ from cake_vllm.config import (
 )
 from cake_vllm.policies import LayerInputs, LayerScore
 from cake_vllm.policies.cake import Cake
-from cake_vllm.tools.options import add_eviction, positive, size
+from cake_vllm.tools.options import add_eviction, add_memory, positive
 from cake_vllm.tools.report import Inspection, Layer, draw, page
 
 
@@ -41,9 +41,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--block-size", type=positive, metavar="N", help="as of vllm serve (default: 32 on a CPU, else vLLM's)"
     )
-    parser.add_argument(
-        "--kv-cache-memory", type=size, metavar="SIZE", help="of the KV pool, a number of GiB (default: vLLM's)"
-    )
+    add_memory(parser)
     parser.set_defaults(run=run)
 
 
@@ -66,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         block_size=args.block_size,
         kv_cache_memory_bytes=args.kv_cache_memory,
+        gpu_memory_utilization=args.gpu_memory_utilization,
     )
     figure = draw(found)
     args.out.write_text(page(found, figure))

@@ -42,6 +42,20 @@ def add_eviction(parser: argparse.ArgumentParser, budgets: str, described: str) 
     parser.add_argument("--dtype", default="auto", help="as of vllm serve (default: %(default)s)")
 
 
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Adds how much memory the tool's engine may take."""
+    parser.add_argument(
+        "--kv-cache-memory", type=size, metavar="SIZE", help="of the KV pool, a number of GiB (default: vLLM's)"
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization",
+        type=share,
+        default=0.92,
+        metavar="F",
+        help="as of vllm serve (default: %(default)s)",
+    )
+
+
 def size(text: str) -> int:
     """Bytes of ``80``, ``80GiB``, ``79.6 GiB``, ``512MiB`` or ``80GB``.
 
