@@ -71,7 +71,8 @@ class Replay:
         num_own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * num_own
         self._chunked = [index for index, kind in enumerate(kinds) if kind == "chunked_attention"]
-        self._evictable = [index for index, kind in enumerate(kinds[:num_own]) if kind == "full_attention"]
+        self._evictable = [index for index, kind in enumerate(kinds[:num_own]) if kind in ("full_attention", "hybrid")]
+        self._has_states = bool({"conv", "linear_attention", "hybrid"} & set(kinds))
         self.gates = gates
         self.rank_bound, self.gap_bound = rank_bound, gap_bound
         # What is still to be followed: evictions, each by layer and KV head; none if nothing is.
@@ -116,7 +117,7 @@ class Replay:
         """
         decode, sizes = decode or policy.decodes[0], (block_size, page_size or block_size)
         if chunk is None and policy.takes_notes:
-            state = State(DynamicCache())
+            state = self._start()
             if hit:
                 self._forward(state, prompt[:hit])
             token = self._forward(state, prompt[hit:])
@@ -154,7 +155,8 @@ class Replay:
                 self._trim(state, policy, sizes[1], decode)
 
     def _start(self) -> State:
-        return State(DynamicCache())
+        # Told of the layers, it would also give back what a window does not see.
+        return State(DynamicCache(config=self.model.config) if self._has_states else DynamicCache())
 
     def _forward(self, state: State, tokens: list[int]) -> int:
         """Computes tokens and returns the next one."""
@@ -252,7 +254,7 @@ class Replay:
             keys,
             module.scaling,
             values=values,
-            output_weight=module.o_proj.weight,
+            output_weight=(module.out_proj if hasattr(module, "out_proj") else module.o_proj).weight,
             layer_index=self._evictable.index(index),
             valid=valid,
             gate=self.gates and self.gates.gate(index, slice(None), keys.device),

@@ -235,6 +235,17 @@ def test_draft_models_beside_sliding_windows_are_refused(llama, tmp_path):
             configure(target, kv_eviction="cake", speculative_config=speculation)
 
 
+@pytest.mark.parametrize("speculation", [NGRAM, {"method": "draft_model", "num_speculative_tokens": 2}])
+def test_drafts_beside_states_are_refused(llama, tmp_path, speculation):
+    layers = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    model = save_config(tmp_path / "lfm2", "lfm2", "Lfm2ForCausalLM", hidden_size=64, vocab_size=128, **layers)
+    if speculation is not NGRAM:
+        speculation = speculation | {"model": llama}
+    with pytest.raises(ValueError, match="for Lfm2ForCausalLM, whose layers keep states, yet: drop one of the two"):
+        configure(model, kv_eviction="cake", speculative_config=speculation)
+    assert configure(model, kv_eviction="cake").model_config.is_hybrid
+
+
 @pytest.mark.parametrize(
     ("model_type", "modules", "message"),
     [("mtp", 2, "several modules that take turns"), ("gemma4_mtp", 1, "layers that read the target's KV cache")],
@@ -309,12 +320,6 @@ MODELS = {
     ),
     "pooling models": ("bert", "BertModel", {"hidden_size": 64, "num_attention_heads": 2}, "pooling models"),
     "models without attention": ("mamba", "MambaForCausalLM", SMALL, "models without attention"),
-    "models with state-space layers": (
-        "jamba",
-        "JambaForCausalLM",
-        SMALL,
-        "models that mix attention with state-space",
-    ),
     "a sliding window in every layer": ("mistral", "MistralForCausalLM", SMALL, "a sliding window in every layer"),
 }
 

@@ -292,6 +292,14 @@ def test_errors_are_a_sentence(tiny_model, capsys, flags, status, message):
     assert status == 2 or len(told.splitlines()) == 1
 
 
+def test_models_with_states_are_refused(tmp_path, capsys):
+    save_random_model(tmp_path, "lfm2", "Lfm2ForCausalLM", num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    capsys.readouterr()
+    assert main(["plan", str(tmp_path), "--context", "1000", "--kv-cache-memory", "1"]) == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "whose layers keep states: vLLM sizes blocks by them once the model is loaded" in told
+
+
 NAMES = {
     "--policy": "--kv-eviction",
     "--budget": "--kv-eviction-budget",

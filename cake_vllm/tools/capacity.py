@@ -116,7 +116,13 @@ def configure(args: argparse.Namespace, config: KVEvictionConfig) -> Any:
     if wanted > longest and not envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN:
         raise ValueError(f"{_both(args)} are more than the {longest:,} of {args.model}: give a smaller --context")
     engine_args.max_model_len = args.max_model_len or wanted
-    return engine_args.create_engine_config()
+    vllm_config = engine_args.create_engine_config()
+    if vllm_config.model_config.is_hybrid:
+        raise ValueError(
+            f"there is no plan for {args.model}, whose layers keep states: vLLM sizes blocks by them once the model is "
+            "loaded, so start it and read what it logs as the size of its KV cache"
+        )
+    return vllm_config
 
 
 def _both(args: argparse.Namespace) -> str:

@@ -61,7 +61,6 @@ MODELS: tuple[Row, ...] = (
     (lambda of: of.model.is_encoder_decoder, "encoder-decoder attention", WITHOUT),
     (lambda of: of.model.use_mla, "multi-head latent attention (MLA)", WITHOUT),
     (lambda of: of.model.is_attention_free, "models without attention", WITHOUT),
-    (lambda of: of.model.is_hybrid, "models that mix attention with state-space layers", WITHOUT),
     (lambda of: getattr(of.model, "rswa_window", None) is not None, "reference sliding-window attention", WITHOUT),
     (
         lambda of: window_cuts(of.vllm.cache_config.sliding_window, of.model.max_model_len),
@@ -97,6 +96,12 @@ SETTINGS: tuple[Row, ...] = (
         lambda of: of.drafts and of.drafts.method not in METHODS,
         "--speculative-config of method {of.drafts.method}",
         f"use one of {', '.join(METHODS)}, or {ONE_OF_TWO}",
+    ),
+    # A state is kept for each draft, and blocks of attention are taken ahead of them.
+    (
+        lambda of: of.drafts and of.model.is_hybrid,
+        "a --speculative-config for {of.model.architectures[0]}, whose layers keep states,",
+        ONE_OF_TWO,
     ),
 )
 

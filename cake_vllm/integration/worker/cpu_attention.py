@@ -1,5 +1,6 @@
 """``CPU_ATTN`` with eviction."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -9,6 +10,7 @@ from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl, CPUAttentionMetadata
 
+from cake_vllm.integration.patching import wrap
 from cake_vllm.integration.worker.attention import EvictingBackend, EvictingImpl, Rows, is_quantized
 from cake_vllm.kernels import BlockLayout
 
@@ -70,6 +72,26 @@ class EvictingCPUBackend(EvictingBackend, CPUAttentionBackend):  # type: ignore[
 
     stock_impl = CPUAttentionBackendImpl
     evicting_impl = EvictingCPUImpl
+
+
+def clear_whole_blocks() -> None:
+    """Lets vLLM's CPU runner clear new blocks of attention beside states, and not pages that are numbered like them.
+
+    Called by worker processes with eviction: without it vLLM never shows CPU kernels parts of a block.
+    """
+    # There is no such runner on other platforms.
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    wrap(CPUModelRunner, "_zero_block_ids", _zero_block_ids)
+
+
+def _zero_block_ids(original: Callable[..., None], runner: Any, block_ids: list[int]) -> None:
+    from cake_vllm.integration.scheduler.spec import EvictableSpec
+
+    specs = [group.kv_cache_spec for group in runner.kv_cache_config.kv_cache_groups]
+    # Layers of full attention have one spec.
+    per_block = next((spec.block_size // spec.page_size for spec in specs if isinstance(spec, EvictableSpec)), 1)
+    original(runner, [block * per_block + part for block in block_ids for part in range(per_block)])
 
 
 def cpu_quantized_dtype(kv_cache_dtype: str) -> torch.dtype | None:

@@ -14,11 +14,13 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tp_group
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.messages import Cut, Eviction, EvictionReport, Observation, StepPlan
 from cake_vllm.integration.worker.captured import CapturedSteps
+from cake_vllm.integration.worker.cpu_attention import clear_whole_blocks
 from cake_vllm.integration.worker.dividing import Choice
 from cake_vllm.integration.worker.gates import WorkerGates
 from cake_vllm.integration.worker.graphs import install_graphs
@@ -64,6 +66,8 @@ class EvictionWorker:
         #: Told of every eviction, when it has been carried out.
         self.on_evicted: Callable[[Observation | Cut, Choice, Eviction], None] | None = None
         install_graphs()
+        if current_platform.is_cpu() and kv_cache_config.needs_kv_cache_zeroing:
+            clear_whole_blocks()
 
     def begin(self, plan: StepPlan, attn_metadata: dict[str, Any] | None) -> None:
         """Prepares a step: called after the metadata was built and before the first layer runs.

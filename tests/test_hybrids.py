@@ -1,0 +1,294 @@
+"""Models that mix attention with linear attention, state-space layers or short convolutions.
+
+What stock vLLM cannot do for them on a CPU is in docs/compatibility.md, with what follows for these tests.
+"""
+
+from typing import NamedTuple
+
+import pytest
+from engine import Engine
+from random_models import numbers, save_random_model
+from replay import Replay
+from ties import GAP_BOUND, RANK_BOUND, Run, assert_same
+
+from cake_vllm.policies import create_policy
+
+pytestmark = pytest.mark.engine
+
+
+class Hybrid(NamedTuple):
+    """A small one.
+
+    Attributes:
+        layers: of full attention.
+        settings: of the engine.
+        is_replayed: whether a Hugging Face model computes in float32 what stock vLLM does.
+    """
+
+    model_type: str
+    architecture: str
+    fields: dict
+    layers: int
+    settings: dict
+    is_replayed: bool = True
+
+
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 32, "hidden_size": 128}
+UNCACHED = {"enable_prefix_caching": False}
+HYBRIDS = {
+    # Of one head: of more, vLLM's kernel for positions takes a head for a token on CPUs.
+    "lfm2": Hybrid(
+        "lfm2",
+        "Lfm2ForCausalLM",
+        {
+            "layer_types": ["conv", "full_attention"] * 3,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 64,
+            "conv_dim": 64,
+            "conv_L_cache": 3,
+            "block_dim": 64,
+            "block_auto_adjust_ff_dim": False,
+        },
+        3,
+        {"block_size": 64},
+    ),
+    "granite": Hybrid(
+        "granitemoehybrid",
+        "GraniteMoeHybridForCausalLM",
+        {
+            **MAMBA2,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "num_hidden_layers": 4,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "position_embedding_type": "rope",
+            "attention_multiplier": 0.17,
+        },
+        2,
+        UNCACHED,
+    ),
+    # Attention and a state in each layer.
+    "falcon-h1": Hybrid(
+        "falcon_h1",
+        "FalconH1ForCausalLM",
+        {**MAMBA2, "num_hidden_layers": 2, "mamba_d_ssm": 256, "mamba_n_groups": 1},
+        2,
+        UNCACHED,
+    ),
+    # In blocks of hundreds of tokens.
+    "qwen3-next": Hybrid(
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        {
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "num_hidden_layers": 4,
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+        },
+        2,
+        # Chunks that end with a block, in a batch as well.
+        {"dtype": "bfloat16", "max_num_batched_tokens": 4096},
+        is_replayed=False,
+    ),
+}
+COMMON = {"skip_tokenizer_init": True, "max_model_len": 4096, "max_num_batched_tokens": 512}
+BUDGET, PAGE = 150, 32
+CAKE = {"kv_eviction": "cake", "kv_eviction_budget": BUDGET}
+WHOLE = {"kv_eviction": "none"}
+
+
+def save(name: str, path) -> tuple[str, Hybrid]:
+    of = HYBRIDS[name]
+    return save_random_model(path, of.model_type, of.architecture, **of.fields), of
+
+
+@pytest.fixture(scope="module")
+def hybrid(request, tmp_path_factory) -> tuple[str, Hybrid]:
+    """The model's folder, and what it is."""
+    return save(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> tuple[str, Hybrid]:
+    """The one whose prefixes can be shared in float32."""
+    return save("lfm2", tmp_path_factory.mktemp("shared"))
+
+
+def rounding(alone: list[Run], together: list[Run]) -> dict[str, float]:
+    """Bounds for other shapes of computation, by what they do to stock vLLM: to the distance of its two best logits.
+
+    What is a weight of attention, as ranks are, changes by as much of itself as its logit changes.
+    """
+    moved = 0.0
+    for one, other in zip(alone, together, strict=True):
+        same = [a == b for a, b in zip(one.tokens, other.tokens, strict=True)]
+        first = same.index(False) + 1 if False in same else len(same)
+        moved = max(moved, *(abs(a - b) for a, b in zip(one.gaps[:first], other.gaps[:first], strict=True)))
+    return {"gap_bound": max(GAP_BOUND, 2 * moved), "rank_bound": max(RANK_BOUND, 2 * moved)}
+
+
+def away(run: Run) -> Run:
+    """Without what was kept: to be compared with one that kept everything."""
+    return Run(run.tokens, run.gaps, [], {})
+
+
+CASES = [pytest.param(name, marks=[pytest.mark.full] if name == "falcon-h1" else []) for name in HYBRIDS]
+
+
+@pytest.mark.parametrize("hybrid", CASES, indirect=True)
+def test_attention_layers_are_evicted(start_engine, hybrid, is_v2):
+    """Served in full it is stock vLLM; evicted, by layer and by head, prompts and what is generated, it is what a plain
+    model says over the same caches, or where there is none that computes the same, what it is alone.
+    """
+    model, of = hybrid
+    if is_v2 and of.architecture == "Qwen3NextForCausalLM":
+        pytest.skip("vLLM's code for it asks for Triton's driver, for which there is but a stand-in without a GPU")
+    settings, num_tokens = {**COMMON, **of.settings}, 20
+    plain: Engine = start_engine(model, **settings)
+    block_size = plain.vllm_config.cache_config.block_size
+    # The first ends a block after ten tokens of its own, the last is not evicted.
+    longest = (max(-(-500 // block_size), 2) + 1) * block_size - 10
+    prompts = [numbers(200 + length, length) for length in (longest, longest - 150, 60)]
+    together, alone = plain.runs(prompts, num_tokens), []
+    for prompt in prompts:
+        plain.forget_prefixes()
+        alone += plain.runs([prompt], num_tokens)
+    bounds = rounding(alone, together)
+    engine: Engine = start_engine(model, **settings, **CAKE, kv_eviction_config={"decode": "window"})
+    grid = engine.connector.worker.layers.grid
+    assert (grid.num_layers, grid.block_size, grid.page_size) == (of.layers, block_size, PAGE)
+    for run, expected in zip(engine.runs(prompts, num_tokens, extra_args=WHOLE), together, strict=True):
+        assert_same(run, away(expected), **bounds)
+    replay = Replay(model) if of.is_replayed else None
+    for name in ("cake", "layer-defensivekv"):
+        engine.forget_prefixes()
+        engine.stats()
+        wish = {"logprobs": 2, "detokenize": False, "extra_args": {"kv_eviction": name}}
+        names = [engine.add(prompt, num_tokens, **wish) for prompt in prompts]
+        done = engine.run()
+        runs, served = [engine.run_of(one) for one in names], [engine.served_as(one, done[one]) for one in names]
+        stats = engine.stats()
+        assert (stats["requests"], stats["failures"], len(stats["kept_tokens"])) == (2, 0, of.layers)
+        # In pages, whatever a block is, and its partial block.
+        most = sum(BUDGET + PAGE + len(prompt) % block_size for prompt in prompts[:2])
+        assert sum(stats["kept_tokens"]) <= of.layers * most
+        assert [len(run.choices) for run in served] == [2, 1, 0]
+        assert runs[0].tokens != together[0].tokens
+        for prompt, run, what in zip(prompts, runs, served, strict=True):
+            if replay is not None:
+                policy = create_policy(name, {})
+                replay.verify(prompt, what, policy, BUDGET, block_size, page_size=PAGE, decode="window")
+            else:
+                engine.forget_prefixes()
+                assert_same(engine.runs([prompt], num_tokens, extra_args=wish["extra_args"])[0], run, **bounds)
+
+
+def test_no_state_that_came_after_an_eviction_is_a_prefix(start_engine, shared, same_on_both):
+    """A request that begins as an evicted one went on is answered as where nothing was evicted."""
+    model, of = shared
+    size = of.settings["block_size"]
+    # By default vLLM keeps no states of what is generated.
+    settings = {**COMMON, **of.settings, "prefix_cache_retention_interval": size}
+    engine: Engine = start_engine(model, **settings, **CAKE, kv_eviction_config={"decode": "off", "window": 2})
+    prompt = numbers(210, 5 * size + 10)
+    engine.stats()
+    (tokens,) = engine.generate([prompt], 2 * size)
+    assert engine.stats()["requests"] == 1
+    longer = [*prompt, *tokens[: size + 20]]
+    # What its attention layers compute is cached now; states of the same tokens may have been there before.
+    first = engine.add(longer, 2, extra_args=WHOLE)
+    engine.run()
+    assert engine.num_cached(first) == 5 * size
+    found = []
+    for num_hits in (6 * size, 0):
+        # As little behind the state as the window lets: a convolution's is of two tokens.
+        name = engine.add(longer[: 6 * size + 2], 12, logprobs=2, detokenize=False, extra_args=WHOLE)
+        engine.run()
+        assert engine.num_cached(name) == num_hits
+        found.append(engine.run_of(name))
+        engine.forget_prefixes()
+    assert_same(*found)
+    assert max(abs(hit - cold) for hit, cold in zip(found[0].gaps, found[1].gaps, strict=True)) < GAP_BOUND
+
+
+def test_progressive_prefill(start_engine, shared, same_on_both):
+    """Evicted after each chunk, and while it decodes."""
+    model, of = shared
+    config = {"prefill": "progressive", "decode": "window"}
+    engine: Engine = start_engine(model, **COMMON, **of.settings, **CAKE, kv_eviction_config=config)
+    # Chunks end where vLLM keeps a state: at 512, 1,024 and the end.
+    prompt, replay = numbers(212, 1050), Replay(model)
+    for name in ("cake", "layer-defensivekv"):
+        engine.forget_prefixes()
+        (served,) = engine.served([prompt], 50, extra_args={"kv_eviction": name})
+        assert len(served.choices) == 4
+        ways = {"page_size": PAGE, "decode": "window", "chunk": 512}
+        replay.verify(prompt, served, create_policy(name, {}), BUDGET, of.settings["block_size"], **ways)
+
+
+@pytest.mark.parametrize("prefill", ["progressive", "exact"])
+def test_preempted_and_shared_prefixes(start_engine, shared, prefill, same_on_both):
+    """With generated tokens evicted and wishes of their own: as each is alone, until it is preempted, and to the end if
+    nothing of it was evicted.
+    """
+    model, of = shared
+    config = {"prefill": prefill, "decode": "window"}
+    engine: Engine = start_engine(model, **COMMON, **of.settings, **CAKE, kv_eviction_config=config)
+    head = numbers(220, 200)
+    prompts = [[*head, *numbers(221 + seed, length)] for seed, length in enumerate((400, 460, 520, 40))]
+    wishes = [{}, {"kv_eviction": "layer-defensivekv"}, WHOLE if prefill == "exact" else {}, {}]
+    alone = []
+    # Where chunks end depends on the batch, and with progressive prefill what is kept on where they end.
+    for prompt, wish in zip(prompts, wishes, strict=True) if prefill == "exact" else ():
+        engine.forget_prefixes()
+        alone += engine.runs([prompt], 80, extra_args=wish)
+    engine.forget_prefixes()
+    engine.stats()
+    settings = {"logprobs": 2, "detokenize": False}
+    names = [engine.add(prompt, 80, extra_args=wish, **settings) for prompt, wish in zip(prompts, wishes, strict=True)]
+    requests = list(engine.scheduler.requests.values())
+    while min(request.num_output_tokens for request in requests) < 40:
+        engine.step()
+    assert engine.core.reset_prefix_cache(reset_running_requests=True)
+    num_before = [request.num_output_tokens for request in requests]
+    engine.run()
+    assert [request.num_preemptions for request in requests] == [1] * 4
+    assert engine.stats()["failures"] == 0
+    for place, (name, expected, num_same) in enumerate(zip(names, alone, num_before, strict=False)):
+        run = engine.run_of(name)
+        # Then it is evicted once more, at another length.
+        num_same = len(run.tokens) if wishes[place] is WHOLE else num_same
+        before = (Run(of.tokens[:num_same], of.gaps[:num_same], [], {}) for of in (run, expected))
+        assert_same(*before)
+
+
+def test_a_prompt_is_admitted_by_cuts(start_engine, shared, same_on_both):
+    """Elastic budgets: of a state a request takes a block, whatever its length, and attention layers alone give."""
+    model, of = shared
+    settings = {"kv_eviction": "cake", "kv_eviction_budget": "auto", "kv_eviction_config": {"min_tokens": 256}}
+    # Two prompts of 17 blocks and their states leave too little for a third.
+    small = COMMON | {"num_gpu_blocks_override": 40, "max_model_len": 1280}
+    engine: Engine = start_engine(model, **small, **of.settings, **settings)
+    engine.stats()
+    names = [engine.add(numbers(230 + seed, 1080), 60) for seed in range(2)]
+    while engine.num_running < 2 or any(
+        request.num_output_tokens < 2 for request in engine.scheduler.requests.values()
+    ):
+        engine.step()
+    assert "cuts" not in engine.stats()
+    names.append(engine.add(numbers(232, 1080), 20))
+    for _ in range(4):
+        engine.step()
+    assert engine.num_running == 3
+    assert engine.stats()["cuts"] == 2
+    done = engine.run()
+    assert [len(done[name]) for name in names] == [60, 60, 20]
+    assert all(engine.outputs[name].num_cached_tokens == 0 for name in names)
