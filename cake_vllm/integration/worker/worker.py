@@ -20,7 +20,6 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.messages import Cut, Eviction, EvictionReport, Observation, StepPlan
 from cake_vllm.integration.worker.captured import CapturedSteps
-from cake_vllm.integration.worker.cpu_attention import clear_whole_blocks
 from cake_vllm.integration.worker.dividing import Choice
 from cake_vllm.integration.worker.gates import WorkerGates
 from cake_vllm.integration.worker.graphs import install_graphs
@@ -67,6 +66,8 @@ class EvictionWorker:
         self.on_evicted: Callable[[Observation | Cut, Choice, Eviction], None] | None = None
         install_graphs()
         if current_platform.is_cpu() and kv_cache_config.needs_kv_cache_zeroing:
+            from cake_vllm.integration.worker.cpu_attention import clear_whole_blocks
+
             clear_whole_blocks()
 
     def begin(self, plan: StepPlan, attn_metadata: dict[str, Any] | None) -> None:
