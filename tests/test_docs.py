@@ -83,6 +83,12 @@ def test_every_series_that_the_pages_name_exists():
         assert set(re.findall(r"vllm:kv_eviction_\w+", page.read_text())) <= documented, page
 
 
+def test_the_table_of_models_is_what_the_script_prints():
+    command = [sys.executable, ROOT / "benchmarks" / "models.py"]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert printed in (DOCS / "models.md").read_text()
+
+
 def test_every_method_is_documented():
     rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| [^|]+ \|$", (DOCS / "policies.md").read_text(), re.MULTILINE)
     assert {name for row in rows for name in re.findall(r"`([a-z-]+)`", row)} - {"--kv-eviction"} == set(
