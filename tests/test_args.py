@@ -235,6 +235,9 @@ def test_draft_models_beside_sliding_windows_are_refused(llama, tmp_path):
             configure(target, kv_eviction="cake", speculative_config=speculation)
 
 
+STATES = "drafts beside layers that keep states"
+
+
 @pytest.mark.parametrize("speculation", [NGRAM, {"method": "draft_model", "num_speculative_tokens": 2}])
 def test_drafts_beside_states_are_refused(llama, tmp_path, speculation):
     layers = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
@@ -369,7 +372,7 @@ def test_attention_that_cannot_be_evicted(name):
 
 def test_the_documentation_lists_what_is_refused():
     (row,) = (line for line in COMPATIBILITY.splitlines() if line.startswith("| refused at start-up"))
-    assert set(row.split("|")[2].strip().split(", ")) == {*FEATURES, DRAFTERS, *MODELS, *ATTENTION}
+    assert set(row.split("|")[2].strip().split(", ")) == {*FEATURES, DRAFTERS, STATES, *MODELS, *ATTENTION}
 
 
 def test_the_documentation_names_tests_that_exist():
