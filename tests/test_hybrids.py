@@ -147,6 +147,9 @@ CASES = [pytest.param(name, marks=[pytest.mark.full] if name == "falcon-h1" else
 def test_attention_layers_are_evicted(start_engine, hybrid, is_v2):
     """Served in full it is stock vLLM; evicted, by layer and by head, prompts and what is generated, it is what a plain
     model says over the same caches, or where there is none that computes the same, what it is alone.
+
+    Where stock rounds otherwise in a batch, in half precision by as much as a layer's share of the budget hangs on, the
+    latter is shown for the same batch alone.
     """
     model, of = hybrid
     if is_v2 and of.architecture == "Qwen3NextForCausalLM":
@@ -162,6 +165,7 @@ def test_attention_layers_are_evicted(start_engine, hybrid, is_v2):
         plain.forget_prefixes()
         alone += plain.runs([prompt], num_tokens)
     bounds = rounding(alone, together)
+    is_exact = all(a.tokens == b.tokens and a.gaps == b.gaps for a, b in zip(alone, together, strict=True))
     engine: Engine = start_engine(model, **settings, **CAKE, kv_eviction_config={"decode": "window"})
     grid = engine.connector.worker.layers.grid
     assert (grid.num_layers, grid.block_size, grid.page_size) == (of.layers, block_size, PAGE)
@@ -182,13 +186,17 @@ def test_attention_layers_are_evicted(start_engine, hybrid, is_v2):
         assert sum(stats["kept_tokens"]) <= of.layers * most
         assert [len(run.choices) for run in served] == [2, 1, 0]
         assert runs[0].tokens != together[0].tokens
-        for prompt, run, what in zip(prompts, runs, served, strict=True):
-            if replay is not None:
+        if replay is not None:
+            for prompt, what in zip(prompts, served, strict=True):
                 policy = create_policy(name, {})
                 replay.verify(prompt, what, policy, BUDGET, block_size, page_size=PAGE, decode="window")
-            else:
-                engine.forget_prefixes()
-                assert_same(engine.runs([prompt], num_tokens, extra_args=wish["extra_args"])[0], run, **bounds)
+            continue
+        again: list[Run] = []
+        for batch in [[prompt] for prompt in prompts] if is_exact else [prompts]:
+            engine.forget_prefixes()
+            again += engine.runs(batch, num_tokens, extra_args=wish["extra_args"])
+        for run, other in zip(runs, again, strict=True):
+            assert_same(other, run)
 
 
 def test_no_state_that_came_after_an_eviction_is_a_prefix(start_engine, shared, same_on_both):
