@@ -49,8 +49,10 @@ def for_request(
     Raises:
         ValueError: one sentence that names the key and the fix.
     """
-    wishes_json = as_json(asked)
-    return server if wishes_json == "{}" else _for_request(server, wishes_json, max_model_len)
+    # Nearly all requests, and this is asked of each in the scheduler.
+    if not asked or asked.keys().isdisjoint(KEYS):
+        return server
+    return _for_request(server, as_json(asked), max_model_len)
 
 
 def as_json(asked: Mapping[str, Any] | None) -> str:
