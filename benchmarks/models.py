@@ -10,6 +10,8 @@ where there are fewer; caches and states are 16 bits.
 
 from dataclasses import dataclass
 
+from cake_vllm.tools.options import readable
+
 LENGTHS, SHARES = (32_768, 131_072), (1.0, 0.2, 0.1)
 MEMORY, USED, BYTES = 80e9, 0.92, 2
 
@@ -87,12 +89,6 @@ MODELS = (
 )
 
 
-def size(memory: float) -> str:
-    """Bytes as people read them, in three digits."""
-    unit = next((power for power in (3, 2, 1) if memory >= 1000 * 1024 ** (power - 1)), 0)
-    return f"{memory / 1024**unit:.3g} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
-
-
 def table() -> str:
     """Markdown."""
     lengths = [f"{length // 1024}K" for length in LENGTHS]
@@ -101,11 +97,11 @@ def table() -> str:
     rows = [head, ["---"] * len(head)]
     for model in MODELS:
         beside = [f"{model.near} layers of {model.window:,} tokens"] if model.near else []
-        beside += [f"states, {size(model.stateful * model.state * BYTES)}"] if model.stateful else []
+        beside += [f"states, {readable(model.stateful * model.state * BYTES)}"] if model.stateful else []
         layers = model.full + model.near + model.stateful
-        row = [f"`{model.name}`", str(model.gpus), f"{model.full} of {layers}", size(model.full * model.token())]
+        row = [f"`{model.name}`", str(model.gpus), f"{model.full} of {layers}", readable(model.full * model.token())]
         row += [", ".join(beside)]
-        row += [" / ".join(size(model.held(length, share)) for share in SHARES) for length in LENGTHS]
+        row += [" / ".join(readable(round(model.held(length, share))) for share in SHARES) for length in LENGTHS]
         row += [" / ".join(f"{model.requests(length, share):,}" for share in SHARES) for length in LENGTHS]
         rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -134,6 +134,11 @@ class Grid:
         return pages
 
 
+def page_of(block_size: int, kernel_block_size: int) -> int:
+    """Tokens of a page: of the smallest block that kernels take, where that divides a block, else of the block."""
+    return block_size if block_size % kernel_block_size else kernel_block_size
+
+
 def columns_for(budget: int, block_size: int, page_size: int) -> int:
     """Private columns that suffice however a budget is divided among the owners.
 

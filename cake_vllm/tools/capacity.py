@@ -2,14 +2,13 @@
 
 import argparse
 import importlib
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from cake_vllm.config import KVEvictionConfig
-from cake_vllm.kernels import columns_for
+from cake_vllm.kernels import columns_for, page_of
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,10 @@ class Requests:
 
 
 def page_size(block_size: int) -> int:
-    """Tokens of a page: of the smallest block that kernels take, on CPUs or on GPUs, as far as it divides a block."""
+    """Tokens of a page, by the smallest block that kernels take on CPUs or on GPUs."""
     from vllm.platforms import current_platform
 
-    return math.gcd(block_size, 32 if current_platform.is_cpu() else 16)
+    return page_of(block_size, 32 if current_platform.is_cpu() else 16)
 
 
 def configure(args: argparse.Namespace, config: KVEvictionConfig) -> Any:

@@ -17,6 +17,9 @@ from cake_vllm.config import (
 from cake_vllm.policies import policy_names
 from cake_vllm.policies.parsing import MAX_INT, shown
 
+#: vLLM's own.
+UTILIZATION = 0.92
+
 
 def add_eviction(parser: argparse.ArgumentParser, budgets: str, described: str) -> None:
     """Adds a method, its budget and its knobs, as ``vllm serve`` has them, and the model's dtype."""
@@ -50,7 +53,7 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu-memory-utilization",
         type=share,
-        default=0.92,
+        default=UTILIZATION,
         metavar="F",
         help="as of vllm serve (default: %(default)s)",
     )

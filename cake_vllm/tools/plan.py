@@ -22,7 +22,7 @@ from typing import Any
 from cake_vllm.config import BUDGET_KEY, CONFIG_KEY, POLICY_KEY, KVEvictionConfig, flag
 from cake_vllm.tools.capacity import Model, Pool, Requests, configure, count, describe, divide
 from cake_vllm.tools.costs import Cost, beside, weight_bytes
-from cake_vllm.tools.options import add_eviction, positive, readable, share, size
+from cake_vllm.tools.options import UTILIZATION, add_eviction, positive, readable, share, size
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def add_command(commands: Any) -> None:
         help="tensor-parallel GPUs (default: 1)",
     )
     parser.add_argument(
-        "--gpu-memory-utilization", type=share, default=0.92, metavar="F", help="default: %(default)s, as vLLM's"
+        "--gpu-memory-utilization", type=share, default=UTILIZATION, metavar="F", help="default: %(default)s, as vLLM's"
     )
     parser.add_argument(
         "--max-num-batched-tokens",

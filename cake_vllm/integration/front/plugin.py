@@ -13,7 +13,7 @@ from cake_vllm.config import AUTO, POLICY_KEY, KVEvictionConfig
 from cake_vllm.integration.engine import BACKENDS, CONNECTOR
 from cake_vllm.integration.front.refusals import refuse_arguments, refuse_engine, refuse_without_gates
 from cake_vllm.integration.front.requests import install_http, install_requests
-from cake_vllm.integration.gates import find_gates, remedy
+from cake_vllm.integration.gates import find_gates
 from cake_vllm.integration.reports import install_states
 
 # Below the name "vllm", so that vLLM's logging configuration applies.
@@ -66,12 +66,12 @@ def switch_on(
 def choose_policy(settings: dict[str, Any], model: ModelConfig) -> KVEvictionConfig:
     """The settings with the method that suits a model, if the user left that to us."""
     try:
-        found = f"gates of the model are at {find_gates(model)}"
-    except ValueError:
-        found = ""
-    config = KVEvictionConfig.from_settings(settings, has_gates=bool(found))
+        why, has_gates = f"gates of the model are at {find_gates(model)}", True
+    except ValueError as error:
+        why, has_gates = str(error), False
+    config = KVEvictionConfig.from_settings(settings, has_gates)
     assert config is not None
-    logger.info("KV eviction by %s: %s", config.policy_name, found or f"no gates yet, {remedy(model.model)}")
+    logger.info("KV eviction by %s: %s", config.policy_name, why)
     return config
 
 

@@ -5,6 +5,7 @@ for the one that is admitted next. If it has not, requests that decode are cut (
 steps more; a prompt for which all of them would have to go to their floors waits instead.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -27,6 +28,8 @@ class Pressure:
     def __init__(self, terms: Terms, manager: KVCacheManager, grants: Grants, tracked: Mapping[str, Tracked]):
         self._terms, self._grants, self._tracked = terms, grants, tracked
         self._manager, self._every, self._pool = manager, manager.coordinator, manager.block_pool
+        # How many groups have blocks of so many tokens, and keep states or not.
+        self._kinds = Counter((of.block_size, isinstance(of, MambaManager)) for of in self._every.single_type_managers)
         self._cuttable: dict[str, Tracked] = {}
         # What vLLM would admit in this step, and how many of its tokens are in the prefix cache.
         self._head: tuple[Request, int] | None = None
@@ -117,8 +120,11 @@ class Pressure:
 
         Of states it takes one more at most: it has the last one, and gives those before back.
         """
-        new = [(of, -(-end // of.block_size) - -(-start // of.block_size)) for of in self._every.single_type_managers]
-        return sum(min(count, 1) if isinstance(of, MambaManager) else count for of, count in new)
+        total = 0
+        for (size, keeps_states), num_groups in self._kinds.items():
+            new = -(-end // size) - -(-start // size)
+            total += num_groups * (min(new, 1) if keeps_states else new)
+        return total
 
     def _blocks_to_admit(self, request: Request, num_hits: int) -> int:
         """Blocks that have to be free for vLLM to admit a request."""

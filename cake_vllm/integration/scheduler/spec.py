@@ -19,6 +19,7 @@ from cake_vllm.integration.scheduler.cache_manager import (
     ExactChunkedManager,
     ExactSlidingWindowManager,
 )
+from cake_vllm.kernels import page_of
 
 # vLLM fills an empty registry only: registering first would leave its own specs without managers.
 register_all_kvcache_specs(None)
@@ -56,7 +57,7 @@ class EvictableSpec(FullAttentionSpec):
     @property
     def page_size(self) -> int:
         """Tokens of a page, in which private columns are dealt out: vLLM cuts its blocks for the kernels."""
-        return self.block_size if self.block_size % self.kernel_block_size else self.kernel_block_size
+        return page_of(self.block_size, self.kernel_block_size)
 
     @property
     def max_request_blocks(self) -> int | None:
