@@ -79,6 +79,29 @@ KINDS: dict[str, tuple[str, str, dict]] = {
 }
 
 
+#: Latent attention, of the only size that vLLM's CPU kernel is compiled for. Head sizes are small.
+LATENT = {
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 3,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "head_dim": 64,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+
+def save_random_latent(path: Path, **fields) -> str:
+    """A small DeepSeek V3 without experts."""
+    return save_random_model(path, "deepseek_v3", "DeepseekV3ForCausalLM", **LATENT, **fields)
+
+
 def save_random_kind(path: Path, name: str) -> str:
     """One of :data:`KINDS`."""
     model_type, architecture, fields = KINDS[name]

@@ -254,12 +254,15 @@ class Replay:
             keys,
             module.scaling,
             values=values,
-            output_weight=(module.out_proj if hasattr(module, "out_proj") else module.o_proj).weight,
+            output_weight=self._output_weight(module),
             layer_index=self._evictable.index(index),
             valid=valid,
             gate=self.gates and self.gates.gate(index, slice(None), keys.device),
             sinks=getattr(module, "sinks", None),
         )
+
+    def _output_weight(self, module: torch.nn.Module) -> torch.Tensor:
+        return (module.out_proj if hasattr(module, "out_proj") else module.o_proj).weight
 
     def _prune(self, state: State, policy: Policy, budget: int, sizes: tuple[int, int]) -> list[list[list[int]]]:
         layers, length = [state.cache.layers[index] for index in self._evictable], state.length

@@ -21,7 +21,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import S
 
 from cake_vllm.integration.messages import Redirected, StepPlan
 from cake_vllm.integration.worker import graphs
-from cake_vllm.integration.worker.attention import EvictingImpl
+from cake_vllm.integration.worker.attention import RedirectedImpl
 
 BUDGET, NUM_ROWS = 120, 8
 
@@ -41,7 +41,7 @@ def rehearsed(engine):
         return work
 
     def beginning(plan, attn_metadata):
-        EvictingImpl.captured_step = None
+        RedirectedImpl.captured_step = None
         is_decode = attn_metadata and (next(iter(attn_metadata.values())).query_start_loc.diff() == 1).all()
         if not (is_decode and plan.redirected and worker.captured.fits(plan)):
             begin(plan, attn_metadata)
@@ -50,12 +50,12 @@ def rehearsed(engine):
         begin(plan, None)
         graphs.step.replays = True
         worker.replay(attn_metadata)
-        EvictingImpl.captured_step = capturing
+        RedirectedImpl.captured_step = capturing
         seen.steps += 1
 
     with mock.patch.multiple(worker, begin=beginning):
         yield seen
-    EvictingImpl.captured_step, graphs.step.replays = None, False
+    RedirectedImpl.captured_step, graphs.step.replays = None, False
 
 
 @pytest.mark.engine

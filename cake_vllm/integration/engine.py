@@ -6,12 +6,22 @@ from cake_vllm.config import KVEvictionConfig
 
 CONNECTOR = "KVEvictionConnector"
 
+#: Stock backends of latent attention that can evict: their module, their class, and that of their metadata of a step.
+LATENT_BACKENDS = {
+    "CPU_MLA": ("cpu_mla", "CPUMLABackend", ""),
+    "TRITON_MLA": ("triton_mla", "TritonMLABackend", ""),
+    "FLASH_ATTN_MLA": ("flashattn_mla", "FlashAttnMLABackend", "FlashAttnMLADecodeMetadata"),
+    "FLASHINFER_MLA": ("flashinfer_mla", "FlashInferMLABackend", "FlashInferMLADecodeMetadata"),
+    "CUTLASS_MLA": ("cutlass_mla", "CutlassMLABackend", ""),
+}
+
 #: Stock attention backends that can evict, and the class that takes each one's place.
 BACKENDS = {
     "CPU_ATTN": "cake_vllm.integration.worker.cpu_attention.EvictingCPUBackend",
     "FLASH_ATTN": "cake_vllm.integration.worker.gpu_attention.EvictingFlashBackend",
     "FLASHINFER": "cake_vllm.integration.worker.flashinfer_attention.EvictingFlashInferBackend",
     "TRITON_ATTN": "cake_vllm.integration.worker.gpu_attention.EvictingTritonBackend",
+    **{name: f"cake_vllm.integration.worker.latent_attention.{name}" for name in LATENT_BACKENDS},
 }
 
 

@@ -8,7 +8,7 @@ element's place in a head page.
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -88,7 +88,7 @@ class BlockLayout:
 
     Attributes:
         key_index: ``[B, D]`` int64, place of each channel of each slot's key in ``[0, E)``.
-        value_index: the same for values; disjoint from ``key_index``.
+        value_index: the same for values; disjoint from ``key_index``, or part of it where values are part of keys.
     """
 
     key_index: torch.Tensor
@@ -98,6 +98,12 @@ class BlockLayout:
     def block_size(self) -> int:
         """``B``, positions in a page."""
         return self.key_index.shape[0]
+
+    @cached_property
+    def _moved(self) -> tuple[torch.Tensor, ...]:
+        """Whatever a token has in its page, once."""
+        is_part = torch.isin(self.value_index.cpu(), self.key_index.cpu()).all()
+        return (self.key_index,) if is_part else (self.key_index, self.value_index)
 
     def read_keys(self, cache: torch.Tensor, table: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Keys of the first ``num_tokens`` positions of each KV head.
@@ -145,7 +151,7 @@ class BlockLayout:
         if not len(target):
             return
         filled = torch.empty(len(target), cache.shape[-1], dtype=cache.dtype, device=cache.device)
-        for index in (self.key_index, self.value_index):
+        for index in self._moved:
             strides = find_strides(index, 8 // cache.element_size())
             if strides is None:
                 kept = cache[pages.unsqueeze(-1), index[slots]]

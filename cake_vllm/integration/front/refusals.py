@@ -59,7 +59,12 @@ ARGUMENTS: tuple[Row, ...] = (
 MODELS: tuple[Row, ...] = (
     (lambda of: of.model.runner_type != "generate", "pooling models", WITHOUT),
     (lambda of: of.model.is_encoder_decoder, "encoder-decoder attention", WITHOUT),
-    (lambda of: of.model.use_mla, "multi-head latent attention (MLA)", WITHOUT),
+    (
+        lambda of: hasattr(of.model.hf_text_config, "index_topk"),
+        "sparse attention over latents, which reads few tokens as it is",
+        WITHOUT,
+    ),
+    (lambda of: of.model.use_mla and of.model.is_hybrid, "latent attention beside layers that keep states", WITHOUT),
     (lambda of: of.model.is_attention_free, "models without attention", WITHOUT),
     (lambda of: getattr(of.model, "rswa_window", None) is not None, "reference sliding-window attention", WITHOUT),
     (

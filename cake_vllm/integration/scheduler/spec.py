@@ -9,6 +9,7 @@ from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
+    MLAAttentionSpec,
     SlidingWindowSpec,
 )
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
@@ -77,6 +78,15 @@ class EvictableSpec(FullAttentionSpec):
         """Merges the specs of a group's layers, which are equal; vLLM's own forgets fields that it does not know."""
         assert all(spec == specs[0] for spec in specs), "evictable layers of one group have one spec"
         return specs[0]
+
+
+@register_kv_cache_spec(manager_class=EvictingManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class EvictableLatentSpec(EvictableSpec, MLAAttentionSpec):
+    """The same of latent attention, which keeps one vector of a token for all heads."""
+
+    # There are no values beside it; the spec of full attention, which comes first, would say that they are keys' size.
+    head_size_v: int = 0
 
 
 def evictable_groups(kv_cache_config: KVCacheConfig) -> list[int]:

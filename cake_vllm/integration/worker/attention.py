@@ -17,12 +17,13 @@ import torch
 from vllm.compilation import backends as compilation
 from vllm.config import get_current_vllm_config_or_none
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionImpl, AttentionType, MultipleOf
+from vllm.v1.attention.backend import AttentionImpl, AttentionImplBase, AttentionType, MultipleOf
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
     replace_as,
 )
@@ -37,14 +38,14 @@ STEP = "kv_eviction_step"
 class EvictingBackend:
     """Mixin for an ``AttentionBackend``; put it first among the bases."""
 
-    stock_impl: ClassVar[type[AttentionImpl]]
-    evicting_impl: ClassVar[type[AttentionImpl]]
+    stock_impl: ClassVar[type[AttentionImplBase]]
+    evicting_impl: ClassVar[type[AttentionImplBase]]
     # Layers are built under the engine's config, specs are asked for later without one.
     _spec_fields: ClassVar[dict[str, Any] | None] = None
     _max_model_len: ClassVar[int]
 
     @classmethod
-    def get_impl_cls(cls) -> type[AttentionImpl]:
+    def get_impl_cls(cls) -> type[AttentionImplBase]:
         """The evicting implementation if eviction is on in the current engine, else the stock one."""
         vllm_config = get_current_vllm_config_or_none()
         config = eviction_config(vllm_config)
@@ -83,7 +84,12 @@ class EvictingBackend:
         spec = super().customize_spec(spec)  # type: ignore[misc]
         if cls._spec_fields is None:
             return spec
-        from cake_vllm.integration.scheduler.spec import EvictableSpec, ExactChunkedSpec, ExactSlidingWindowSpec
+        from cake_vllm.integration.scheduler.spec import (
+            EvictableLatentSpec,
+            EvictableSpec,
+            ExactChunkedSpec,
+            ExactSlidingWindowSpec,
+        )
 
         if type(spec) is SlidingWindowSpec and not window_cuts(spec.sliding_window, cls._max_model_len):
             spec = replace_as(spec, FullAttentionSpec, sliding_window=None, drop=("extra_retained_tokens",))
@@ -91,10 +97,11 @@ class EvictingBackend:
             return replace_as(spec, ExactSlidingWindowSpec)
         if type(spec) is ChunkedLocalAttentionSpec:
             return replace_as(spec, ExactChunkedSpec)
-        if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
+        evictable = {FullAttentionSpec: EvictableSpec, MLAAttentionSpec: EvictableLatentSpec}.get(type(spec))
+        if evictable is None or spec.sliding_window is not None:
             return spec
         (page,) = cls.get_supported_kernel_block_sizes(spec)
-        return replace_as(spec, EvictableSpec, kernel_block_size=page, **cls._spec_fields)
+        return replace_as(spec, evictable, kernel_block_size=page, **cls._spec_fields)
 
 
 @dataclass(frozen=True)
@@ -161,8 +168,8 @@ class StepWork:
     is_here: torch.Tensor | None = None
 
 
-class EvictingImpl(AttentionImpl):
-    """Mixin for an ``AttentionImpl``; put it first among the bases.
+class RedirectedImpl(AttentionImplBase):
+    """What an implementation of attention that evicts knows of its layer and of a step, however it is called.
 
     Attributes:
         layer_index: rank of the layer among the evictable ones of its worker, in model order, a draft's behind the
@@ -185,7 +192,7 @@ class EvictingImpl(AttentionImpl):
         vllm_config = get_current_vllm_config_or_none()
         if vllm_config and not window_cuts(given.get("sliding_window"), vllm_config.model_config.max_model_len):
             given["sliding_window"] = None
-        super().__init__(**given)  # type: ignore[safe-super]
+        super().__init__(**given)
         self.is_draft, self.work_of_pass = is_drafting(), None
         self.is_reader = given.get("kv_sharing_target_layer_name") is not None
         checks = [
@@ -195,6 +202,37 @@ class EvictingImpl(AttentionImpl):
         for refused, what in checks:
             if refused:
                 raise ValueError(f"--kv-eviction cannot evict from models with {what}: serve this one without the flag")
+
+    def work_of(self, metadata: Any) -> StepWork | None:
+        """A step's work in this layer, if there is any beside the stock call."""
+        step: StepWork | None = getattr(metadata, STEP, None)
+        if metadata is not None and self.work_of_pass is not None:
+            # The metadata may be the target's, or that of an earlier pass with other lengths in it.
+            return self.work_of_pass(metadata)
+        if step is None and metadata is not None and RedirectedImpl.captured_step and self.layer_index >= 0:
+            return RedirectedImpl.captured_step(metadata)
+        return step
+
+    @property
+    def quantized_dtype(self) -> torch.dtype | None:
+        """What the bytes of a quantized cache are; ``None``: it holds the model's own numbers."""
+        return current_platform.fp8_dtype() if is_quantized(self.kv_cache_dtype) else None
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """Not while rows are computed apart from each other."""
+        return False
+
+    @abstractmethod
+    def block_layout(self, layer: Any, block_size: int) -> BlockLayout:
+        """Where this backend keeps keys and values inside a head page."""
+
+    @abstractmethod
+    def with_lengths(self, layer: Any, metadata: Any, seq_lens: torch.Tensor) -> Any:
+        """A copy of ``metadata`` with other lengths (``[R]``)."""
+
+
+class EvictingImpl(RedirectedImpl, AttentionImpl):
+    """Mixin for an ``AttentionImpl``; put it first among the bases."""
 
     def forward(
         self,
@@ -213,12 +251,7 @@ class EvictingImpl(AttentionImpl):
         The stock call covers all rows, evicted ones with nothing but their new tokens; what it gives these is
         overwritten. If all rows were evicted it is left out. Keys and values have been written by then, by vLLM.
         """
-        step: StepWork | None = getattr(attn_metadata, STEP, None)
-        if attn_metadata is not None and self.work_of_pass is not None:
-            # The metadata may be the target's, or that of an earlier pass with other lengths in it.
-            step = self.work_of_pass(attn_metadata)
-        elif step is None and attn_metadata is not None and EvictingImpl.captured_step and self.layer_index >= 0:
-            step = EvictingImpl.captured_step(attn_metadata)
+        step = self.work_of(attn_metadata)
         stock = attn_metadata if step is None else step.stock
         if stock is not None:
             self._stock_forward(layer, query, key, value, kv_cache, stock, output, *args, **kwargs)
@@ -294,33 +327,16 @@ class EvictingImpl(AttentionImpl):
             one._stock_forward(layer, asked[head], key, value, cache, own, given[head])
         output[places] = given
 
+    @abstractmethod
+    def with_rows(self, layer: Any, metadata: Any, rows: Rows, table: torch.Tensor, seq_lens: torch.Tensor) -> Any:
+        """A copy of ``metadata`` for sequences that read ``table`` (``[N, C]``) up to ``seq_lens`` (``[N]``)."""
+
     @cached_property
     def _of_one_head(self) -> "EvictingImpl":
         """The same for sequences of one KV head."""
         one = copy(self)
         one.num_heads, one.num_kv_heads = self.num_heads // self.num_kv_heads, 1
         return one
-
-    @property
-    def quantized_dtype(self) -> torch.dtype | None:
-        """What the bytes of a quantized cache are; ``None``: it holds the model's own numbers."""
-        return current_platform.fp8_dtype() if is_quantized(self.kv_cache_dtype) else None
-
-    def fused_output_quant_supported(self, quant_key: Any) -> bool:
-        """Not while rows are computed apart from each other."""
-        return False
-
-    @abstractmethod
-    def block_layout(self, layer: Any, block_size: int) -> BlockLayout:
-        """Where this backend keeps keys and values inside a head page."""
-
-    @abstractmethod
-    def with_rows(self, layer: Any, metadata: Any, rows: Rows, table: torch.Tensor, seq_lens: torch.Tensor) -> Any:
-        """A copy of ``metadata`` for sequences that read ``table`` (``[N, C]``) up to ``seq_lens`` (``[N]``)."""
-
-    @abstractmethod
-    def with_lengths(self, layer: Any, metadata: Any, seq_lens: torch.Tensor) -> Any:
-        """A copy of ``metadata`` with other lengths (``[R]``)."""
 
 
 def smallest(sizes: Sequence[int | MultipleOf]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cake_vllm.integration.messages import StepPlan
-from cake_vllm.integration.worker.attention import EvictingImpl, Rows, StepWork
+from cake_vllm.integration.worker.attention import RedirectedImpl, Rows, StepWork
 from cake_vllm.integration.worker.layers import Batch, Layers
 from cake_vllm.integration.worker.reading import find_slots
 from cake_vllm.kernels import EvictedRows
@@ -83,11 +83,11 @@ class CapturedSteps:
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """Every decode step that runs meanwhile reads the buffers that :meth:`fill` fills."""
-        EvictingImpl.captured_step = self.work
+        RedirectedImpl.captured_step = self.work
         try:
             yield
         finally:
-            EvictingImpl.captured_step = None
+            RedirectedImpl.captured_step = None
 
     @cached_property
     def buffers(self) -> ReplayedRows:

@@ -11,8 +11,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from cake_vllm.integration.scheduler.spec import evictable_groups
-from cake_vllm.integration.worker.attention import EvictingImpl
+from cake_vllm.integration.scheduler.spec import EvictableLatentSpec, evictable_groups
+from cake_vllm.integration.worker.attention import RedirectedImpl
 from cake_vllm.integration.worker.dealing import Reads
 from cake_vllm.integration.worker.projections import output_projection, rotary_embedding
 from cake_vllm.kernels import BlockLayout, Grid
@@ -32,7 +32,7 @@ class EvictableLayer:
         self.name = name
         self.module = module
         self.group = group
-        self.impl: EvictingImpl = module.impl
+        self.impl: RedirectedImpl = module.impl
         self.soft_cap = float(getattr(self.impl, "logits_soft_cap", 0) or 0)
         self.layout: BlockLayout = self.impl.block_layout(module, page_size)
         self._output_weight: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -54,7 +54,7 @@ class EvictableLayer:
             policy: says what else it needs.
             gate: of the layer, if the policy needs one.
         """
-        valid = reads.valid
+        valid, (key_scale, value_scale) = reads.valid, self.scales
 
         def there(layout_read: Any, scale: float) -> torch.Tensor:
             found = self._restore(layout_read(cache, reads.table, reads.length), scale)
@@ -62,16 +62,31 @@ class EvictableLayer:
 
         return LayerInputs(
             queries.transpose(0, 1),
-            there(self.layout.read_keys, self.module._k_scale_float),
+            there(self.layout.read_keys, key_scale),
             self.impl.scale,
             self.soft_cap,
-            there(self.layout.read_values, self.module._v_scale_float) if policy and policy.needs_values else None,
+            there(self.layout.read_values, value_scale) if policy and policy.needs_values else None,
             self.output_weight if policy and policy.needs_output_weight else None,
             self.impl.layer_index,
             valid=valid,
             gate=gate,
             sinks=None if self.impl.sinks is None else self.impl.sinks.detach(),
         )
+
+    @property
+    def cache(self) -> torch.Tensor:
+        """``[blocks * r, Hkv, p, ...]``, its pages."""
+        return self.module.kv_cache
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's."""
+        return self.module.dtype
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """What quantized keys and values are multiplied by."""
+        return self.module._k_scale_float, self.module._v_scale_float
 
     def no_queries(self) -> torch.Tensor:
         """``[0, Hq, D]``."""
@@ -81,7 +96,7 @@ class EvictableLayer:
         """Queries in the model's dtype; some backends are given quantized ones beside a quantized cache."""
         if queries.dtype != self.impl.quantized_dtype:
             return queries
-        return queries.to(self.module.dtype).mul_(self.module._q_scale_float)
+        return queries.to(self.dtype).mul_(self.module._q_scale_float)
 
     def with_lengths(self, metadata: Any, seq_lens: torch.Tensor) -> Any:
         """A copy of ``metadata`` for the stock call, with other lengths (``[R]``)."""
@@ -89,7 +104,7 @@ class EvictableLayer:
 
     def _restore(self, stored: torch.Tensor, scale: float) -> torch.Tensor:
         dtype = self.impl.quantized_dtype
-        return stored if dtype is None else stored.view(dtype).to(self.module.dtype).mul_(scale)
+        return stored if dtype is None else stored.view(dtype).to(self.dtype).mul_(scale)
 
     @cached_property
     def rotary(self) -> Rotary:
@@ -111,10 +126,54 @@ class EvictableLayer:
             # Its method and not itself: this rank's part alone, without bias.
             return projection.quant_method.apply(projection, inputs, None)
 
-        answer = apply(torch.arange(1, size + 1, device=device).cos()[None].to(self.module.dtype))
+        answer = apply(torch.arange(1, size + 1, device=device).cos()[None].to(self.dtype))
         if self._output_weight is None or not torch.equal(answer, self._output_weight[0]):
-            self._output_weight = answer, apply(torch.eye(size, dtype=self.module.dtype, device=device)).T.contiguous()
+            self._output_weight = answer, apply(torch.eye(size, dtype=self.dtype, device=device)).T.contiguous()
         return self._output_weight[1]
+
+
+class LatentLayer(EvictableLayer):
+    """A layer of latent attention: one KV head, of which each query head sees the latent through a map of its own."""
+
+    @property
+    def cache(self) -> torch.Tensor:
+        """See the base class."""
+        return self.module.kv_cache.unsqueeze(1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See the base class."""
+        return self.module._vllm_config.model_config.dtype
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """See the base class; values are part of keys."""
+        return self.module._k_scale_float, self.module._k_scale_float
+
+    def restore_queries(self, queries: torch.Tensor) -> torch.Tensor:
+        """``[q, Hq, rank + R]`` of ``[q, Hq, D]``: taken to the space of the latents, as decoding takes them there."""
+        own, turned = queries.split([self.module.qk_nope_head_dim, self.module.qk_rope_head_dim], dim=-1)
+        taken = torch.bmm(own.transpose(0, 1), self.module.W_UK_T).transpose(0, 1)
+        return torch.cat([taken, turned], dim=-1)
+
+    @property
+    def rotary(self) -> Rotary:
+        """None that gates know of.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("--kv-eviction gate cannot read latents: choose another policy")
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """``[hidden, Hq * rank]``: what each head makes of a latent, and the projection behind the layer makes of that.
+
+        Not kept: it is ``rank / V`` times as large as that projection.
+        """
+        values = self.module.W_UV
+        projection = super().output_weight.unflatten(1, (len(values), -1))
+        return torch.einsum("ohv,hrv->ohr", projection, values).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -150,7 +209,8 @@ class Layers:
         ]
         named.sort(key=lambda found: extract_layer_index(found[0]))
         spec: Any = groups[0].kv_cache_spec
-        found = [EvictableLayer(name, modules[name], group, spec.page_size) for name, group in named]
+        kind = LatentLayer if isinstance(spec, EvictableLatentSpec) else EvictableLayer
+        found = [kind(name, modules[name], group, spec.page_size) for name, group in named]
         target, drafts = ([layer for layer in found if layer.impl.is_draft == of] for of in (False, True))
         if drafts and len(kv_cache_config.kv_cache_groups) > 1:
             raise RuntimeError("--kv-eviction needs a draft model whose layers are in the target's only KV cache group")
@@ -164,7 +224,7 @@ class Layers:
             if owner is not None:
                 readers.append(EvictableLayer(name, module, owner.group, spec.page_size))
                 module.impl.layer_index = owner.impl.layer_index
-        caches, per_block = [layer.module.kv_cache for layer in every], spec.block_size // spec.page_size
+        caches, per_block = [layer.cache for layer in every], spec.block_size // spec.page_size
         grid = Grid.of(caches, [layer.group for layer in every], per_block)
         assert grid.page_size == spec.page_size, "vLLM cuts blocks as the backend of the layers says"
         return cls(target, drafts, readers, grid)

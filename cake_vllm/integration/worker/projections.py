@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.model_loader import base_loader
 
@@ -131,8 +131,9 @@ def _process_weights_after_loading(
     for parent in model.modules():
         siblings = list(parent.children())
         for attention in siblings:
-            if isinstance(attention, Attention):
-                width = attention.num_heads * attention.head_size_v
+            if isinstance(attention, Attention | MLAAttention):
+                size = attention.v_head_dim if isinstance(attention, MLAAttention) else attention.head_size_v
+                width = attention.num_heads * size
                 for linear in siblings:
                     if isinstance(linear, RowParallelLinear) and linear.input_size_per_partition == width:
                         _projections[attention] = weakref.ref(linear)
