@@ -1,7 +1,7 @@
 """The GPU backends in the place of the CPU's: FlashAttention's kernel in torch, Triton's kernels interpreted."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -51,14 +51,18 @@ class ReferenceFlashBackend(EvictingFlashBackend):
         return "CPU_ATTN"
 
 
-@contextmanager
-def in_place_of_cpu_attn(backend: type) -> Iterator[None]:
+def in_place_of_cpu_attn(backend: type) -> AbstractContextManager[None]:
     """Engines that start meanwhile take ``backend``."""
+    return in_place_of("CPU_ATTN", f"{backend.__module__}.{backend.__qualname__}")
+
+
+@contextmanager
+def in_place_of(name: str, path: str) -> Iterator[None]:
+    """The same under any name that the CPU platform knows."""
     # Plugins would register the CPU's own again.
     load_general_plugins()
-    path = f"{backend.__module__}.{backend.__qualname__}"
     try:
-        with mock.patch.dict(_ATTN_OVERRIDES, {AttentionBackendEnum.CPU_ATTN: path}):
+        with mock.patch.dict(_ATTN_OVERRIDES, {AttentionBackendEnum[name]: path}):
             selector._cached_get_attn_backend.cache_clear()
             yield
     finally:

@@ -99,7 +99,7 @@ LATENT = {
 
 def save_random_latent(path: Path, **fields) -> str:
     """A small DeepSeek V3 without experts."""
-    return save_random_model(path, "deepseek_v3", "DeepseekV3ForCausalLM", **LATENT, **fields)
+    return save_random_model(path, "deepseek_v3", "DeepseekV3ForCausalLM", **(LATENT | fields))
 
 
 def save_random_kind(path: Path, name: str) -> str:

@@ -63,7 +63,7 @@ def rehearsed(engine):
 @pytest.mark.parametrize("name", ["cake", pytest.param("layer-defensivekv", marks=pytest.mark.contract)])
 def test_a_replayed_step_is_the_eager_one(start_engine, tiny_model, is_v2, name):
     with flash_in_torch():
-        rehearse(start_engine, ReferenceFlashBackend, tiny_model, is_v2, name)
+        rehearse_elsewhere(start_engine, ReferenceFlashBackend, tiny_model, is_v2, name)
 
 
 @pytest.mark.engine
@@ -71,21 +71,26 @@ def test_a_replayed_step_leaves_windows_alone(start_engine, tmp_path, same_on_bo
     """Their layers run in the same graph; those beside them have sinks."""
     with flash_in_torch():
         model = save_random_kind(tmp_path, "sinks")
-        rehearse(start_engine, ReferenceFlashBackend, model, is_v2=False, name="layer-defensivekv")
+        rehearse_elsewhere(start_engine, ReferenceFlashBackend, model, is_v2=False, name="layer-defensivekv")
 
 
-def rehearse(start_engine, backend, model, is_v2, name):
-    """Replayed steps of an engine with this backend give what eager ones give."""
+def rehearse_elsewhere(start_engine, backend, model, is_v2, name):
+    """The same of an engine with this backend."""
     settings = {"kv_eviction": name, "kv_eviction_budget": BUDGET, "kv_eviction_config": {"window": 8, "decode": "off"}}
     settings |= {"skip_tokenizer_init": True, "max_num_batched_tokens": 256, "max_model_len": 1024}
-    prompts = [numbers(20 + index, length) for index, length in enumerate((50, 300, 420, 700)[: 2 if is_v2 else 4])]
     with in_place_of_cpu_attn(backend):
         engine = start_engine(model, **settings)
-        expected = engine.runs(prompts, 6 if is_v2 else 60)
-        engine.forget_prefixes()
-        with rehearsed(engine) as seen:
-            got = engine.runs(prompts, 6 if is_v2 else 60)
+        rehearse(engine, is_v2)
         engine.shutdown()
+
+
+def rehearse(engine, is_v2):
+    """Replayed steps of an engine give what eager ones give."""
+    prompts = [numbers(20 + index, length) for index, length in enumerate((50, 300, 420, 700)[: 2 if is_v2 else 4])]
+    expected = engine.runs(prompts, 6 if is_v2 else 60)
+    engine.forget_prefixes()
+    with rehearsed(engine) as seen:
+        got = engine.runs(prompts, 6 if is_v2 else 60)
     assert seen.steps >= (4 if is_v2 else 50)
     assert sum(bool(run.kept) for run in got) == len(prompts) - 1
     for run, reference in zip(got, expected, strict=True):

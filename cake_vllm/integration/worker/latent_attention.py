@@ -145,7 +145,9 @@ class EvictingLatentImpl(RedirectedImpl):
         if decode is None:
             return metadata
         own = {name: value for name, value in SCHEDULES.items() if hasattr(decode, name)}
-        return replace(metadata, decode=replace(decode, seq_lens=seq_lens[: metadata.num_decodes], **own))
+        found = replace(metadata, decode=replace(decode, seq_lens=seq_lens[: metadata.num_decodes], **own))
+        found.seq_lens, found.block_table = seq_lens, metadata.block_table
+        return found
 
 
 def _forward_impl(
