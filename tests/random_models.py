@@ -193,6 +193,11 @@ def save_random_mtp(path: Path) -> str:
     """A mixture of experts with two layers, and a third that drafts."""
     experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     save_random_model(path, "glm4_moe", "Glm4MoeForCausalLM", num_hidden_layers=3, **experts)
+    return let_last_layer_draft(path)
+
+
+def let_last_layer_draft(path: Path) -> str:
+    """Makes a multi-token prediction module of the last of three layers, all full of noise."""
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2, "num_nextn_predict_layers": 1}))
     weights = load_file(path / "model.safetensors")

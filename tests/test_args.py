@@ -21,7 +21,7 @@ from cake_vllm.integration.front import gate, plugin, refusals
 cake_vllm.register()
 
 from vllm import envs  # noqa: E402
-from vllm.config import KVTransferConfig  # noqa: E402
+from vllm.config import KVTransferConfig, ModelConfig  # noqa: E402
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 from vllm.v1.attention.backend import AttentionImpl  # noqa: E402
@@ -314,7 +314,12 @@ def test_refusal_comes_twice_from_the_same_arguments(llama):
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2}
 MODELS = {
-    "MLA": ("deepseek_v2", "DeepseekV2ForCausalLM", SMALL, r"\(MLA\)"),
+    "sparse attention over latents": (
+        "deepseek_v3",
+        "DeepseekV32ForCausalLM",
+        {**SMALL, "index_topk": 64},
+        "sparse attention over latents",
+    ),
     "encoder-decoder models": (
         "whisper",
         "WhisperForConditionalGeneration",
@@ -347,6 +352,8 @@ def test_a_sliding_window_as_long_as_what_is_served_is_not_refused(tmp_path):
 ATTENTION = {
     "ALiBi": ({"alibi_slopes": [1.0]}, "ALiBi"),
 }
+LATENT = "latent attention with a sliding window"
+LATENT_HYBRID = "latent attention beside layers that keep states"
 
 
 class StockImpl(AttentionImpl):
@@ -370,9 +377,30 @@ def test_attention_that_cannot_be_evicted(name):
         impl(8, 64, 1.0, **kwargs)
 
 
+def test_latent_attention_that_cannot_be_evicted():
+    from cake_vllm.integration.worker.latent_attention import EvictingLatentImpl
+
+    impl = type("Impl", (EvictingLatentImpl, StockImpl), dict.fromkeys(EvictingLatentImpl.__abstractmethods__))
+    impl(8, 64, 1.0)
+    with pytest.raises(ValueError, match=f"--kv-eviction cannot evict from models with {LATENT}"):
+        impl(8, 64, 1.0, sliding_window=64)
+
+
+def test_latent_hybrids_cannot_be_evicted(tmp_path):
+    """Stock vLLM cannot configure one (Kimi Linear) on a CPU."""
+    vllm_config = configure(save_config(tmp_path, "deepseek_v3", "DeepseekV3ForCausalLM", **SMALL))
+    config = KVEvictionConfig("cake", 100, {})
+    refusals.refuse_engine(config, vllm_config)
+    with (
+        mock.patch.object(ModelConfig, "is_hybrid", True),
+        pytest.raises(ValueError, match=f"--kv-eviction cannot evict from .*{LATENT_HYBRID}"),
+    ):
+        refusals.refuse_engine(config, vllm_config)
+
+
 def test_the_documentation_lists_what_is_refused():
     (row,) = (line for line in COMPATIBILITY.splitlines() if line.startswith("| refused at start-up"))
-    assert set(row.split("|")[2].strip().split(", ")) == {*FEATURES, DRAFTERS, STATES, *MODELS, *ATTENTION}
+    assert set(row.split("|")[2].strip().split(", ")) == {*FEATURES, DRAFTERS, STATES, *MODELS, *ATTENTION, LATENT, LATENT_HYBRID}
 
 
 def test_the_documentation_names_tests_that_exist():

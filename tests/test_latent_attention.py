@@ -4,7 +4,7 @@ import pytest
 import torch
 from elsewhere import in_place_of
 from engine import Engine
-from random_models import numbers, save_random_latent
+from random_models import let_last_layer_draft, numbers, save_random_latent
 from replay import Replay
 from test_drafts import NGRAM
 from test_graphs import rehearse
@@ -16,7 +16,6 @@ from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 from vllm.v1.attention.backends.mla.triton_mla import TritonMLAImpl
 
 from cake_vllm.integration.worker.latent_attention import evicting_latent_backend
-
 from cake_vllm.policies import create_policy
 
 pytestmark = pytest.mark.engine
@@ -50,7 +49,9 @@ class LatentReplay(Replay):
 
     def _forward_latents(self, module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs):
         asked = module.q_b_proj(module.q_a_layernorm(module.q_a_proj(hidden_states)))
-        own, turned = asked.unflatten(-1, (-1, module.qk_head_dim)).transpose(1, 2).split([module.qk_nope_head_dim, 64], -1)
+        own, turned = (
+            asked.unflatten(-1, (-1, module.qk_head_dim)).transpose(1, 2).split([module.qk_nope_head_dim, 64], -1)
+        )
         latent, key = module.kv_a_proj_with_mqa(hidden_states).split([module.kv_lora_rank, 64], dim=-1)
         turned, key = apply_rotary_pos_emb_interleave(turned, key.unsqueeze(1), *position_embeddings)
         latent = module.kv_a_layernorm(latent).unsqueeze(1)
@@ -135,12 +136,17 @@ def test_hits_of_the_prefix_cache(start_engine, model, chunked):
         assert_same(engine.run_of(name), run)
 
 
-def test_drafts(start_engine, model, chunked):
+@pytest.mark.parametrize("method", ["ngram", "mtp"])
+def test_drafts(start_engine, model, chunked, tmp_path, method):
     """Rows of several queries while decoding; what is said is what is said without drafts."""
     settings = {**SETTINGS, "kv_eviction_config": {"decode": "off"}}
+    if method == "mtp":
+        save_random_latent(tmp_path)
+        model = let_last_layer_draft(tmp_path)
+    drafts = NGRAM if method == "ngram" else {"method": "mtp", "num_speculative_tokens": 2}
     prompts = [numbers(13, 90) * 3, numbers(14, 60) * 4]
     expected = start_engine(model, **settings).runs(prompts, 40)
-    engine = start_engine(model, **settings, speculative_config=NGRAM)
+    engine = start_engine(model, **settings, speculative_config=drafts)
     got = engine.runs(prompts, 40)
     assert engine.stats()["requests"] == 2
     for run, reference in zip(got, expected, strict=True):

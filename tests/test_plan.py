@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from engine import Engine
-from random_models import numbers, save_random_model
+from random_models import numbers, save_random_latent, save_random_model
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -36,6 +36,11 @@ def window_model(tmp_path_factory) -> str:
     return save_random_model(path, "gemma2", "Gemma2ForCausalLM", query_pre_attn_scalar=32, **fields)
 
 
+@pytest.fixture(scope="module")
+def latent_model(tmp_path_factory) -> str:
+    return save_random_latent(tmp_path_factory.mktemp("latent"))
+
+
 @pytest.mark.engine
 @pytest.mark.contract
 @pytest.mark.parametrize(
@@ -44,15 +49,20 @@ def window_model(tmp_path_factory) -> str:
         ("full", "cake", "float32"),
         *(
             pytest.param(*case, marks=pytest.mark.full)
-            for case in (("windows", "cake", "float32"), ("windows", "none", "bfloat16"))
+            for case in (("windows", "cake", "float32"), ("windows", "none", "bfloat16"), ("latent", "cake", "float32"))
         ),
     ],
 )
-def test_the_pool_is_what_vllm_reports(start_engine, tiny_model, window_model, layers, policy, dtype, same_on_both):
-    model = tiny_model if layers == "full" else window_model
+def test_the_pool_is_what_vllm_reports(
+    start_engine, tiny_model, window_model, latent_model, layers, policy, dtype, same_on_both
+):
+    model = {"full": tiny_model, "windows": window_model, "latent": latent_model}[layers]
     sizes = ["--kv-cache-memory", f"{MEMORY // 2**20}MiB", "--context", "1000", "--output-len", "24"]
-    found, _ = planned(model, *sizes, "--dtype", dtype, "--budget", "200")
     settings = {} if policy == "none" else {"kv_eviction": policy, "kv_eviction_budget": 200}
+    if layers == "latent":
+        sizes += ["--block-size", "16"]
+        settings |= {"block_size": 16, "attention_config": {"backend": "CPU_MLA"}}
+    found, _ = planned(model, *sizes, "--dtype", dtype, "--budget", "200")
     engine: Engine = start_engine(
         model,
         skip_tokenizer_init=True,

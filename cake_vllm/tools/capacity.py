@@ -167,6 +167,7 @@ def divide(vllm_config: Any, memory: int) -> Pool:
         ChunkedLocalAttentionSpec,
         FullAttentionSpec,
         KVCacheSpec,
+        MLAAttentionSpec,
         SlidingWindowSpec,
         get_kv_quant_mode,
     )
@@ -180,9 +181,10 @@ def divide(vllm_config: Any, memory: int) -> Pool:
         "dtype": kv_cache_dtype_str_to_dtype(cache.cache_dtype, vllm_config.model_config),
         "kv_quant_mode": get_kv_quant_mode(cache.cache_dtype),
     }
+    full_spec = MLAAttentionSpec if vllm_config.model_config.use_mla else FullAttentionSpec
     kinds = {"sliding_window": SlidingWindowSpec, "attention_chunk_size": ChunkedLocalAttentionSpec}
     specs: dict[str, KVCacheSpec] = {
-        f"model.layers.{index}.self_attn.attn": kinds.get(next(iter(bound), ""), FullAttentionSpec)(**page, **bound)
+        f"model.layers.{index}.self_attn.attn": kinds.get(next(iter(bound), ""), full_spec)(**page, **bound)
         for index, bound in enumerate(_bounds(vllm_config))
     }
     planning: Any = kv_cache_utils

@@ -97,10 +97,11 @@ class EvictingBackend:
             return replace_as(spec, ExactSlidingWindowSpec)
         if type(spec) is ChunkedLocalAttentionSpec:
             return replace_as(spec, ExactChunkedSpec)
-        evictable = {FullAttentionSpec: EvictableSpec, MLAAttentionSpec: EvictableLatentSpec}.get(type(spec))
-        if evictable is None or spec.sliding_window is not None:
+        is_latent = type(spec) is MLAAttentionSpec
+        if not is_latent and (type(spec) is not FullAttentionSpec or spec.sliding_window is not None):
             return spec
         (page,) = cls.get_supported_kernel_block_sizes(spec)
+        evictable = EvictableLatentSpec if is_latent else EvictableSpec
         return replace_as(spec, evictable, kernel_block_size=page, **cls._spec_fields)
 
 

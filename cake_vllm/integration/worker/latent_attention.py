@@ -46,6 +46,11 @@ class EvictingLatentImpl(RedirectedImpl):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if kwargs.get("sliding_window") is not None:
+            raise ValueError(
+                "--kv-eviction cannot evict from models with latent attention with a sliding window: serve this one "
+                "without the flag"
+            )
         vllm_config = get_current_vllm_config_or_none()
         # For which kernels have set memory aside.
         self._most_rows = vllm_config.scheduler_config.max_num_seqs if vllm_config else 1
