@@ -33,6 +33,7 @@ class State:
     Heads that hold different numbers of tokens are aligned at the end; ``valid`` says where they have something.
     ``notes`` are the policy's, if it takes any.
     ``gap`` is the distance of the two best log probabilities at the last forward.
+    ``traded`` are the full blocks of the length at which it was evicted last.
     """
 
     cache: DynamicCache
@@ -43,6 +44,7 @@ class State:
     is_evicted: bool = False
     length: int = 0
     gap: float = 0.0
+    traded: int = 0
 
 
 class Replay:
@@ -108,11 +110,13 @@ class Replay:
         chunk: int | None = None,
         hit: int = 0,
         follow: list[int] | None = None,
+        every: int = 1,
     ) -> tuple[list[int], list[list[list[int]]]]:
         """Greedy tokens, and what was kept per layer and KV head: indices into the cache before the last chunk's end.
 
         Blocks are given back in pages of ``page_size`` tokens, of their own size if that is not given.
-        ``decode`` is the policy's default if it is not given; with ``chunk`` prefill is progressive;
+        ``decode`` is the policy's default if it is not given, and comes every so many tokens, in whole blocks;
+        with ``chunk`` prefill is progressive;
         the first ``hit`` tokens come from the prefix cache, and no notes are taken of them.
         """
         decode, sizes = decode or policy.decodes[0], (block_size, page_size or block_size)
@@ -146,12 +150,9 @@ class Replay:
             token = self._forward(state, [token])
             num_blocks, is_full = state.length // block_size, state.length % block_size == 0
             is_last = len(tokens) + 1 == num_tokens
-            if (
-                decode != "off"
-                and is_full
-                and not is_last
-                and (state.is_evicted or num_blocks > -(-budget // block_size))
-            ):
+            held = state.traded if state.is_evicted else -(-budget // block_size)
+            if decode != "off" and is_full and not is_last and num_blocks >= held + -(-every // block_size):
+                state.traded = num_blocks
                 self._trim(state, policy, sizes[1], decode)
 
     def _start(self) -> State:
@@ -271,7 +272,7 @@ class Replay:
         if not (policy.is_evicted(length, budget) and frees):
             state.counts = [[budget - policy.protected] * layer.keys.shape[1] for layer in layers]
             return [[list(range(length))] * layer.keys.shape[1] for layer in layers]
-        state.is_evicted = True
+        state.is_evicted, state.traded = True, length // block_size
         inputs = [replace(self._inputs(state, index, policy.num_queries), budget=budget) for index in self._evictable]
         judged = [
             policy.judge(replace(of_layer, notes=state.notes.get(index)))

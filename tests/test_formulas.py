@@ -216,6 +216,7 @@ DEFAULTS = {
     "defensivekv": {"window": 32, "pool_kernel": 5, "normalize_over": "heads"},
     "layer-defensivekv": {"window": 32, "pool_kernel": 5, "normalize_over": "heads"},
     "pyramidkv": {"window": 32, "pool_kernel": 5, "beta": 20},
+    "rkv": {"window": 8, "pool_kernel": 7, "mix": 0.07, "similar": 0.5},
     "snapkv": {"window": 32, "pool_kernel": 5},
     "streamingllm": {"n_sink": 4},
 }
@@ -359,6 +360,42 @@ def test_lagkv(prompt_len, n_sink):
         behind = ranks[kv_head][n_sink + compared :]
         assert behind == sorted(behind)
         assert min([*ranks[kv_head][:n_sink], 3.0]) > max(behind) > min(behind) >= 1
+
+
+@pytest.mark.parametrize(("prompt_len", "similar"), [(60, 0.2), (20, 0.2), (20, 0.9)])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_rkv(prompt_len, similar, has_sinks):
+    """What is attended to, less what is like others; each forgives the last that is like it, or else the first."""
+    layer, mix = Layer.random(24, prompt_len, 2.0, has_sinks), 0.3
+    policy = create_policy("rkv", {"window": WINDOW, "pool_kernel": KERNEL, "mix": mix, "similar": similar})
+    found, prefix_len, forgiven = policy.score(layer.inputs()).indicator.numpy(), prompt_len - WINDOW, set()
+    for kv_head, keys in enumerate(layer.keys):
+        weights = np.zeros(prefix_len)
+        for row in range(WINDOW):
+            heads = range(3 * kv_head, 3 * kv_head + 3)
+            logits = [
+                max(8**-0.5 * layer.queries[head, row] @ keys[place] for head in heads) for place in range(prefix_len)
+            ]
+            if has_sinks:
+                logits.append(max(layer.sinks[head] for head in heads))
+            weights += (np.exp(logits) / np.exp(logits).sum())[:prefix_len] / WINDOW
+        likeness = np.zeros(prompt_len)
+        for own, key in enumerate(keys):
+            row = [
+                0 if place == own else key @ other / np.linalg.norm(key) / np.linalg.norm(other)
+                for place, other in enumerate(keys)
+            ]
+            last = max((place for place, value in enumerate(row) if value > similar), default=0)
+            forgiven.add(last)
+            row[last] = 0
+            likeness += np.array(row) / prompt_len
+        redundancy = np.exp(likeness) / np.exp(likeness).sum()
+        for place in range(prefix_len):
+            best = max(weights[max(place - KERNEL // 2, 0) : place + KERNEL // 2 + 1])
+            expected = mix * best - (1 - mix) * redundancy[place]
+            assert found[kv_head, place] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert (0 in forgiven) == (similar == 0.9)
+    assert len(forgiven) > 2
 
 
 @pytest.mark.parametrize(("scale", "budget"), [(1000, 20.0), (3, 20.0), (1, 9.0), (3, None)])

@@ -10,6 +10,7 @@ from cake_vllm.config.settings import (
     BUDGET_KEY,
     CEILING_KEY,
     CONFIG_KEY,
+    EVERY_KEY,
     FLOOR_KEY,
     KEYS,
     OFF,
@@ -106,7 +107,7 @@ def _merge_wishes(server: KVEvictionConfig, wishes: Mapping[str, Any]) -> dict[s
     if name in policy_names():
         known = {*knobs(name), *(("preset",) if has_presets(name) else ()), *elastic}.difference(FILE_KNOBS)
         for key in own.keys() - known:
-            is_servers = key in ("decode", "prefill", *FILE_KNOBS)
+            is_servers = key in ("decode", EVERY_KEY, "prefill", *FILE_KNOBS)
             why = "is for the server to choose" if is_servers else f"is unknown to {name}"
             raise ValueError(f"{CONFIG_KEY}: {written(key)} {why}; a request may give {', '.join(sorted(known))}")
     if name == server.policy_name:
@@ -116,11 +117,13 @@ def _merge_wishes(server: KVEvictionConfig, wishes: Mapping[str, Any]) -> dict[s
     elif name in policy_names() and not server.is_elastic:
         options = {"prefill": server.prefill}
         if server.decode in policy_class(name).decodes:
-            options["decode"] = server.decode
+            options |= {"decode": server.decode} | {
+                key: server.options[key] for key in (EVERY_KEY,) if key in server.options
+            }
     else:
         options = {}
     if elastic:
-        options = {key: value for key, value in options.items() if key not in ("decode", "prefill")}
+        options = {key: value for key, value in options.items() if key not in ("decode", EVERY_KEY, "prefill")}
         options |= {key: server.options[key] for key in elastic if key in server.options}
     return settings | {CONFIG_KEY: options | own}
 

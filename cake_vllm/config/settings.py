@@ -36,6 +36,8 @@ DEFAULT_BUDGET = 1024
 #: Options of the budget ``auto``: what a layer keeps of a request however short memory is, and however ample.
 FLOOR_KEY, CEILING_KEY = "min_tokens", "max_tokens"
 DEFAULT_FLOOR = 256
+#: Tokens that a request generates between two evictions of what it generates.
+EVERY_KEY = "every"
 #: Ways to compute a prompt, the default first: whole and then evicted, or evicted after every chunk.
 PREFILLS = ("exact", "progressive")
 
@@ -49,7 +51,7 @@ class KVEvictionConfig:
         budget: an int is the mean number of tokens per layer and request, window included (CAKE's ``cache_size``);
             a float in (0, 1] is a fraction of the prompt; ``"auto"`` keeps prompts whole until memory is short.
         options: the policy's knobs as the user gave them, and beside them ``preset`` (see :meth:`resolve`),
-            ``decode``, ``prefill`` and, with the budget ``"auto"``, ``min_tokens`` and ``max_tokens``.
+            ``decode``, ``every``, ``prefill`` and, with the budget ``"auto"``, ``min_tokens`` and ``max_tokens``.
     """
 
     policy_name: str
@@ -92,6 +94,7 @@ class KVEvictionConfig:
                     f"choose {', '.join(choices)}"
                 )
         config._check_elastic()
+        config._check_every()
         if isinstance(config.budget, int) and config.budget <= window + first:
             protected = f" and the {first} protected first ones" if first else ""
             raise ValueError(
@@ -127,6 +130,19 @@ class KVEvictionConfig:
                     f"drop it, or give {flag(BUDGET_KEY)} a number"
                 )
 
+    def _check_every(self) -> None:
+        every = self.options.get(EVERY_KEY, 1)
+        if isinstance(every, bool) or not isinstance(every, int) or not 1 <= every <= MAX_INT:
+            raise ValueError(
+                f"{flag(CONFIG_KEY)}: {EVERY_KEY} {shown(every)} is no number of tokens: give a positive whole number "
+                f"up to {MAX_INT}"
+            )
+        if EVERY_KEY in self.options and self.decode == "off":
+            raise ValueError(
+                f"{flag(CONFIG_KEY)}: {EVERY_KEY} has no effect where generated tokens are not evicted: drop it, or "
+                "give decode"
+            )
+
     def settings(self) -> dict[str, Any]:
         """The three keys, such that :meth:`from_settings` gives this object back; JSON types only."""
         return {POLICY_KEY: self.policy_name, BUDGET_KEY: self.budget, CONFIG_KEY: dict(self.options)}
@@ -139,7 +155,7 @@ class KVEvictionConfig:
             ValueError: for an unknown or bad knob, naming the flag.
         """
         preset_key = ("preset",) if has_presets(self.policy_name) else ()
-        beside = ("decode", "prefill", FLOOR_KEY, CEILING_KEY, *preset_key)
+        beside = ("decode", EVERY_KEY, "prefill", FLOOR_KEY, CEILING_KEY, *preset_key)
         options = {key: value for key, value in self.options.items() if key not in beside}
         preset = self.options.get("preset") if has_presets(self.policy_name) else None
         if preset is not None:
@@ -159,6 +175,10 @@ class KVEvictionConfig:
     def decode(self) -> str:
         """How generated tokens are evicted; one of :attr:`Policy.decodes`."""
         return self.options.get("decode", "off" if self.is_elastic else self.policy.decodes[0])
+
+    def period(self, block_size: int) -> int:
+        """Blocks that a decoding request fills between two evictions; at least one."""
+        return -(-self.options.get(EVERY_KEY, 1) // block_size)
 
     @property
     def is_elastic(self) -> bool:
@@ -203,7 +223,8 @@ class KVEvictionConfig:
         """
         if not self.is_progressive or self.decode == "off":
             return None
-        return self.tokens(max_model_len) + self.policy.window_size + max_in_flight
+        every = self.options.get(EVERY_KEY, 1)
+        return self.tokens(max_model_len) + self.policy.window_size + max_in_flight + every - 1
 
     def tokens(self, prompt_len: int) -> int:
         """The budget for a request whose prompt has ``prompt_len`` tokens, in tokens per layer.

@@ -40,6 +40,7 @@ _POLICIES: dict[str, str] = {
     "pyramidkv": "cake_vllm.policies.pyramidkv:PyramidKV",
     "random": "cake_vllm.policies.random:Random",
     "restkv": "cake_vllm.policies.restkv:ReSTKV",
+    "rkv": "cake_vllm.policies.rkv:RKV",
     "snapkv": "cake_vllm.policies.snapkv:SnapKV",
     "streamingllm": "cake_vllm.policies.streamingllm:StreamingLLM",
     "tova": "cake_vllm.policies.tova:TOVA",

@@ -225,7 +225,7 @@ def count(
     columns = columns_for(budget, size, page_size(size))
     if output_len < 2 or not policy.is_evicted(prompt_len, budget) or columns >= full:
         return found, None
-    behind = 1 if config.is_elastic or config.decode != "off" else end - full
+    behind = 1 if config.is_elastic else config.period(size) if config.decode != "off" else end - full
     found["exact"] = Requests.in_pool(pool, prompt, columns + behind, most)
     if config.is_elastic:
         return found, None
@@ -237,6 +237,6 @@ def count(
     bound = progressive.max_request_tokens(vllm_config.model_config.max_model_len, vllm_config.max_in_flight_tokens)
     spec = EvictableSpec(block_size=size, num_kv_heads=1, head_size=1, dtype=torch.int8, max_request_tokens=bound)
     entering = min(prompt, spec.max_request_blocks or prompt)
-    behind = 1 if progressive.decode != "off" else end - full
+    behind = progressive.period(size) if progressive.decode != "off" else end - full
     found["progressive"] = Requests.in_pool(pool, entering, columns + behind, most)
     return found, progressive

@@ -47,7 +47,7 @@ class Decoding:
             return None
         end, drafts = end_of(request, output), num_drafts(request, output)
         self.follow(tracked, end)
-        if -(end + drafts) % size >= config.num_watched or -(-end // size) <= self._most_blocks(tracked, config):
+        if -(end + drafts) % size >= config.num_watched or -(-end // size) < self._due_blocks(tracked, config):
             return None
         # Right after its prompt an eviction may not be reported yet: the next block will do.
         can_cut = not (tracked.num_pending or drafts or end % size or self._terms.ends_with(request, end))
@@ -65,7 +65,7 @@ class Decoding:
         """
         config, size = tracked.config, self._terms.block_size
         assert config is not None
-        num_blocks = max(end // size, self._most_blocks(tracked, config)) + 1
+        num_blocks = max(end // size + 1, self._due_blocks(tracked, config))
         missing = num_blocks * size - config.num_watched + 1 - end
         self._put_down(tracked, max(-(-missing // (1 + self._terms.num_drafts)), 1))
 
@@ -89,11 +89,15 @@ class Decoding:
         if config is None or config.decode == "off" or tracked.failed:
             return
         num_blocks = -(-request.num_tokens // size)
-        if num_blocks > self._most_blocks(tracked, config):
+        if num_blocks >= self._due_blocks(tracked, config):
             request.spec_token_ids = request.spec_token_ids[: max(num_blocks * size - 1 - request.num_tokens, 0)]
 
-    def _most_blocks(self, tracked: Tracked, config: KVEvictionConfig) -> int:
-        """Up to so many blocks a request may hold without giving one back; none once it was evicted."""
+    def _due_blocks(self, tracked: Tracked, config: KVEvictionConfig) -> int:
+        """With so many full blocks a request gives back what is too much: a period beyond its budget or, once it was
+        evicted, beyond those that were traded then.
+        """
+        size = self._terms.block_size
+        held = -(-config.tokens(tracked.request.num_prompt_tokens) // size)
         if tracked.by_head is not None:
-            return 0
-        return -(-config.tokens(tracked.request.num_prompt_tokens) // self._terms.block_size)
+            held = self._grants.managers[0].cuts[tracked.name].num_traded
+        return held + config.period(size)
