@@ -22,8 +22,8 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
+from cells import Row
 from common import speeches, write
-from quality import Row
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 from vllm import SamplingParams

@@ -13,9 +13,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quality
 import scores
+from asking import Prompts, flags
+from cells import Answers, Question, Row, key_of
+from listings import LISTINGS
 from longbench import longbench_tasks
-from quality import Answers, Prompts, Question, Row, compare, flags, interval, key_of, parser, summarize
+from quality import parser
 from ruler import RULER
+from tables import compare, interval, summarize
 from tasks import TASKS, Sample, Texts, fill
 
 LENGTH = 1200
@@ -81,10 +85,10 @@ def texts(tokenizer, tmp_path_factory) -> Texts:
 
 
 def make(texts: Texts, name: str, length: int = LENGTH, seed: int = 0) -> list[Sample]:
-    return {**TASKS, **RULER}[name](texts, length, random.Random(f"{seed}"), 0)
+    return {**TASKS, **LISTINGS, **RULER}[name](texts, length, random.Random(f"{seed}"), 0)
 
 
-@pytest.mark.parametrize("name", [*TASKS, *RULER])
+@pytest.mark.parametrize("name", [*TASKS, *LISTINGS, *RULER])
 def test_answers_are_in_their_contexts(texts, name):
     for length in (LENGTH, 2 * LENGTH):
         samples = make(texts, name, length)
