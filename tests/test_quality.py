@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -123,6 +124,29 @@ def test_needles_lie_where_they_should(texts):
     assert texts.tokenizer.decode(five.context).count("The special magic number for the") == 5
 
 
+def asked_and_read(texts: Texts, name: str, seed: int, question: str) -> tuple[str, str, tuple[str, ...]]:
+    """The answer, what is read, and what the question names."""
+    (sample,) = make(texts, name, seed=seed)
+    named = re.search(question, texts.tokenizer.decode(sample.question), re.DOTALL)
+    return sample.answers[0], texts.tokenizer.decode(sample.context), named.groups()
+
+
+@pytest.mark.parametrize("roll", range(4))
+def test_what_listings_are_asked_stands_in_them(texts, roll):
+    answer, code, (docstring,) = asked_and_read(texts, "code-name", roll, 'whose docstring is "(.*)"\?')
+    _, _, behind = code.partition(f"def {answer}(")
+    assert docstring in behind.partition("def ")[0]
+    answer, code, (parameter, function) = asked_and_read(
+        texts, "code-default", roll, r"parameter (\w+) of the function (\w+)"
+    )
+    _, _, behind = code.partition(f"def {function}(")
+    assert re.match(rf"[^)]*\b{parameter}\s*(:[^=]*)?=\s*{answer}\b", behind)
+    answer, table, (column, place) = asked_and_read(texts, "table", roll, r"number of (\w+) of (.+)\?")
+    header, *rows = (line.split(", ") for line in table.split("\n"))
+    (row,) = (row for row in rows if row[0] == place)
+    assert row[header.index(column)] == answer
+
+
 def test_ruler_counts_words(texts):
     for name, most in (("cwe", 10), ("fwe", 3)):
         (sample,) = make(texts, name, 3000)
@@ -159,6 +183,10 @@ def test_contexts_are_filled(texts):
         ("exact", "cats", ["cat"], 0.0),
         ("found", "It is 12345, I think", ["12345", "9"], 1.0),
         ("found", "none", ["12345"], 0.0),
+        ("begins", " 1234, of course", ["1234"], 1.0),
+        ("begins", "12345", ["1234"], 0.0),
+        ("begins", "`a_b`(x)", ["a_b"], 1.0),
+        ("begins", "not 1234", ["1234"], 0.0),
         ("all found", "ABC and xyz", ["abc", "XYZ", "q", "r"], 0.5),
         ("letter", "The correct answer is (**B**)", ["B"], 1.0),
         ("letter", "The correct answer is C.", ["B"], 0.0),
