@@ -114,19 +114,19 @@ def _offset(source: str, line: int, column: int) -> int:
 
 
 def table(texts: Texts, length: int, dice: random.Random, index: int) -> list[Sample]:
-    """One number of a table of two columns; at 2,000 tokens it has some hundred rows."""
+    """One row of a table of two columns of numbers; at 2,000 tokens it has some hundred rows."""
     names = [f"{thing} {number}" for thing in THINGS for number in range(10, 1000)]
     dice.shuffle(names)
     rows = [(name, *(str(dice.randrange(1000, 10_000)) for _ in COLUMNS)) for name in names]
-    share, column = dice.random(), dice.randrange(len(COLUMNS))
+    share = dice.random()
 
     def build(units: int) -> tuple[str, tuple[str, ...]]:
         lines = (", ".join(row) for row in (("place", *COLUMNS), *rows[:units]))
         return "\n".join(lines), rows[int(share * units)]
 
-    context, row = fill(texts, length, len(rows), build)
-    question = f"\n\nQuestion: In the table above, what is the number of {COLUMNS[column]} of {row[0]}?\nAnswer:"
-    return [Sample(context, texts.encode(question), [row[1 + column]], ("begins", "found"), 12, in_chat=False)]
+    context, (name, *answers) = fill(texts, length, len(rows), build)
+    question = f"\n\nQuestion: In the table above, what are the {' and '.join(COLUMNS)} of {name}?\nAnswer: {name},"
+    return [Sample(context, texts.encode(question), answers, ("all found",), 16, in_chat=False)]
 
 
 LISTINGS: dict[str, Task] = {

@@ -6,7 +6,7 @@ eviction.
 
 A method with knobs is written ``snapkv+echo=12``. Tasks: ``copy``, ``needle``, ``needles`` (five, one asked for),
 ``reversed`` (the value before its key), ``depths`` (a picture), ``few-shot``, ``squad``, ``hotpotqa``, ``code-name``
-and ``code-default`` (of a listing), ``table`` (one of its numbers), RULER's thirteen (``ruler`` for all, ``vt`` for
+and ``code-default`` (of a listing), ``table`` (one of its rows), RULER's thirteen (``ruler`` for all, ``vt`` for
 one), ``longbench:DATASET`` (``longbench`` for all) and ``longbench2``.
 
 ``--prefill exact``: the question is at the end of the prompt, and eviction sees it (query-aware). A later turn of a

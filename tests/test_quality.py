@@ -141,10 +141,10 @@ def test_what_listings_are_asked_stands_in_them(texts, roll):
     )
     _, _, behind = code.partition(f"def {function}(")
     assert re.match(rf"[^)]*\b{parameter}\s*(:[^=]*)?=\s*{answer}\b", behind)
-    answer, table, (column, place) = asked_and_read(texts, "table", roll, r"number of (\w+) of (.+)\?")
-    header, *rows = (line.split(", ") for line in table.split("\n"))
-    (row,) = (row for row in rows if row[0] == place)
-    assert row[header.index(column)] == answer
+    (sample,) = make(texts, "table", seed=roll)
+    (place,) = re.findall(r"Answer: (.+),", texts.tokenizer.decode(sample.question))
+    rows = [line.split(", ") for line in texts.tokenizer.decode(sample.context).split("\n")]
+    assert [row for row in rows if row[0] == place] == [[place, *sample.answers]]
 
 
 def test_ruler_counts_words(texts):
