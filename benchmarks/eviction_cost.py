@@ -1,9 +1,9 @@
 """What each policy's eviction costs a prompt: seconds and memory in the worker's part of the plugin.
 
-One engine; every request asks for a policy of its own. ``looking``: queries set aside and scores computed, in the
-layers' forwards. ``evicting``: budgets divided, positions chosen, tokens moved. Both beside the time of two tokens of
-the same prompt without eviction (a request for one token is not evicted). ``peak``: the most memory that both hold at
-any time beside the KV cache, by torch's profiler, in a run of its own.
+One engine; every request asks for a policy of its own, with knobs as in ``gate+evidence=0``. ``looking``: queries set
+aside and scores computed, in the layers' forwards. ``evicting``: budgets divided, positions chosen, tokens moved. Both
+beside the time of two tokens of the same prompt without eviction (a request for one token is not evicted). ``peak``:
+the most memory that both hold at any time beside the KV cache, by torch's profiler, in a run of its own.
 
     python benchmarks/eviction_cost.py MODEL --out benchmarks/results/eviction_cost.json
 """
@@ -22,6 +22,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
+from cells import Row
 from common import speeches, write
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
@@ -36,19 +37,25 @@ SPAN = "eviction"
 
 
 class Clock:
-    """Adds up the seconds that a method takes, and marks its span for the profiler."""
+    """Adds up the seconds that a method takes, and marks its span for the profiler.
 
-    def __init__(self, owner: type, name: str):
+    Args:
+        owner: of the method.
+        name: of the method.
+        now: what seconds are read from.
+    """
+
+    def __init__(self, owner: type, name: str, now: Callable[[], float] = time.perf_counter):
         self.seconds = 0.0
         method = getattr(owner, name)
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = now()
             try:
                 with record_function(SPAN):
                     return method(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - start
+                self.seconds += now() - start
 
         setattr(owner, name, timed)
 
@@ -81,15 +88,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--policies", nargs="+", default=list(policy_names()))
-    parser.add_argument("--knobs", type=json.loads, default={}, help="of the first policy, as JSON")
     parser.add_argument("--budget", type=int, default=512)
     parser.add_argument("--length", type=int, default=4000, help="of the prompts, tokens")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="auto", help="of the model (default: its own)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="of the process instead of the clock's: on busy machines"
+    )
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     args = parser.parse_args()
 
-    looking, evicting = Clock(Judging, "_observe"), Clock(EvictionWorker, "finish")
+    now = time.process_time if args.cpu_time else time.perf_counter
+    looking, evicting = Clock(Judging, "_observe", now), Clock(EvictionWorker, "finish", now)
     llm = LLM(
         args.model,
         dtype=args.dtype,
@@ -98,18 +108,20 @@ def main() -> None:
         enable_prefix_caching=False,
         max_model_len=args.length + 100,
         kv_cache_memory_bytes=2**30,
-        kv_eviction=args.policies[0],
+        kv_eviction=(first := Row(args.policies[0])).name,
         kv_eviction_budget=args.budget,
-        kv_eviction_config=args.knobs,
+        kv_eviction_config=first.knobs,
     )
     text = llm.get_tokenizer()(speeches()[0])["input_ids"][: args.length]
 
     def first_token(policy: str) -> tuple[float, float, float]:
         looking.take(), evicting.take()
-        params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, extra_args={"kv_eviction": policy})
-        start = time.perf_counter()
+        row = Row(policy)
+        wish = {"kv_eviction": row.name} | ({"kv_eviction_config": json.dumps(row.knobs)} if row.knobs else {})
+        params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, extra_args=wish)
+        start = now()
         llm.generate({"prompt_token_ids": text}, params, use_tqdm=False)
-        return time.perf_counter() - start, looking.take(), evicting.take()
+        return now() - start, looking.take(), evicting.take()
 
     names = ["none", *args.policies]
     results: dict[str, Any] = {name: {"seconds": []} for name in names}

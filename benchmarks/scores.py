@@ -44,6 +44,11 @@ def contains(text: str, truth: str) -> float:
     return float(truth.lower() in text.lower())
 
 
+def begins(text: str, truth: str) -> float:
+    """Whether the text begins with the truth, as a whole word or number."""
+    return float(re.match(rf"{re.escape(truth)}(?!\w|[.,]\d)", text.strip("\n `*'\"")) is not None)
+
+
 def token_f1_zh(text: str, truth: str) -> float:
     """Of Chinese words; every punctuation mark and symbol is left out, not only those that LongBench lists."""
 
@@ -117,6 +122,7 @@ def best(of: Callable[[str, str], float]) -> Callable[[str, Sequence[str]], floa
 #: Metrics of texts by name: of the text and the accepted answers, or all that are to be found.
 TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "found": best(contains),
+    "begins": best(begins),
     "all found": lambda text, truths: sum(contains(text, truth) for truth in truths) / len(truths),
     "F1": lambda text, truths: best(token_f1)(first_line(text), truths),
     "exact": lambda text, truths: best(exact)(first_line(text), truths),

@@ -19,6 +19,8 @@ from replay import Replay, State
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
+from cake_vllm.integration.gates import GateFile
+
 #: What vLLM's names mean on CPUs.
 FLOATS = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
@@ -163,9 +165,9 @@ class StoredCache(DynamicCache):
 class StoredReplay(Replay):
     """A replay over what an engine stored; set :attr:`stored` before anything is served."""
 
-    def __init__(self, model_dir: str):
+    def __init__(self, model_dir: str, gates: GateFile | None = None):
         self.stored = Stored(torch.float8_e4m3fn, [])
-        super().__init__(model_dir)
+        super().__init__(model_dir, gates=gates)
 
     def verify(self, *args, **kwargs) -> None:
         self._prefilled.clear()

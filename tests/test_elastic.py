@@ -14,7 +14,7 @@ from vllm.v1.core.sched.interface import PauseState
 
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.scheduler.elastic import Holding, highest_cap
-from cake_vllm.policies import policy_names
+from cake_vllm.policies import create_policy, policy_names
 
 POOL = {"max_model_len": 2048, "max_num_batched_tokens": 1024, "block_size": 32}
 
@@ -213,17 +213,30 @@ def cut_once(engine: Engine, request_id: str, budget: int) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", ["cake", "layer-defensivekv", "criticaladakv", "knorm"])
-def test_cut_in_steps_or_at_once(tiny, name, same_on_both):
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("cake", {}),
+        ("layer-defensivekv", {}),
+        ("criticaladakv", {}),
+        ("knorm", {}),
+        ("gate", {}),
+        pytest.param("gate", {"evidence": 0}, marks=pytest.mark.full),
+    ],
+)
+def test_cut_in_steps_or_at_once(tiny, name, knobs, same_on_both):
     """What is kept after several cuts is what one cut to the last budget keeps; and generated tokens all stay."""
     prompt = numbers(100, 1000)
-    engine = elastic(tiny, 1500, kv_eviction=name, kv_eviction_config={"min_tokens": 64})
+    engine = elastic(tiny, 1500, kv_eviction=name, kv_eviction_config={"min_tokens": 64, **knobs})
 
     def run(budgets: list[int | None]) -> tuple[list, list]:
         engine.forget_prefixes()
         request = engine.add(prompt, 60)
         for _ in range(2):
             engine.step()
+        (watched,) = engine.connector.worker.judging.watched.values()
+        is_blind = create_policy(name, knobs).num_queries == 0
+        assert is_blind == (not any(map(len, watched.queries.values())))
         for budget in budgets:
             if budget is None:
                 engine.step()
@@ -232,7 +245,6 @@ def test_cut_in_steps_or_at_once(tiny, name, same_on_both):
                 lengths = [len(head) for layer in held(engine, request) for head in layer]
                 # Rounded up to blocks once for all, and to pages in each head; beside a partial block.
                 assert np.mean(lengths) <= budget + 3 * 32
-        (watched,) = engine.connector.worker.judging.watched.values()
         kept, scores = held(engine, request), watched.worth.scores
         engine.run()
         return kept, scores

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from engine import Engine
 from random_models import numbers
 from stock import gaps, same_tokens
+
+from cake_vllm.policies import PagedPrompt, create_policy
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +82,32 @@ def test_two_ranks_agree_where_heads_compete(tiny_model, name):
     # Of each layer, the head of either rank.
     assert [np.shape(counts) for counts in kept] == [(4, 2)] * 2
     assert all(140 <= np.mean(counts) <= 150 + 32 for counts in kept)
+
+
+@pytest.mark.full
+def test_each_rank_judges_by_the_gates_of_its_head(tiny, tiny_model):
+    """And divides the budget among its head's layers: as the scores of one process say, head by head."""
+    prompt, knobs, decode = PROMPTS[0], {"evidence": 0.0}, {"decode": "off"}
+    settings = {"kv_eviction": "gate", "kv_eviction_budget": 150, "kv_eviction_config": knobs | decode}
+    (answer,) = run(tiny_model, [prompt], 2, **settings, tensor_parallel_size=2)
+    engine: Engine = tiny(max_model_len=2048, kv_eviction="cake", kv_eviction_budget=150, kv_eviction_config=decode)
+    seen, policy = [], create_policy("gate", knobs)
+    engine.connector.worker.judging.on_judged = lambda layer, inputs, score: seen.append(inputs)
+    engine.generate([prompt], 2, extra_args={"kv_eviction": "gate", "kv_eviction_config": json.dumps(knobs)})
+    engine.connector.worker.judging.on_judged = None
+    paged = PagedPrompt(len(prompt), policy.protected, 32, len(prompt) % 32)
+
+    def expected(rank: int, gate: int) -> list[int]:
+        scores = []
+        for inputs in seen:
+            of = slice(rank, rank + 1)
+            mine = replace(inputs, keys=inputs.keys[of], values=inputs.values[of])
+            scores.append(policy.judge(replace(mine, gate=inputs.gate.heads(slice(gate, gate + 1)))))
+        return [paged.kept_len(paged.pages(*counts)) for counts in policy.head_budgets(scores, len(prompt), 150)]
+
+    for rank, kept in enumerate(zip(*answer["kept"], strict=True)):
+        assert list(kept) == expected(rank, rank)
+        assert list(kept) != expected(rank, 1 - rank)
 
 
 @pytest.mark.engine

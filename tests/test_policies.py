@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cake_vllm.kernels import columns_for
-from cake_vllm.policies import LayerInputs, PagedPrompt, Policy, create_policy, knobs, policy_names, scores
+from cake_vllm.policies import LayerInputs, PagedPrompt, Policy, create_policy, knobs, paging, policy_names, scores
 from cake_vllm.policies.base import LayerScore
 from cake_vllm.policies.budgets import cascade, kept_after, proportional, settle
 from cake_vllm.policies.cake import PRESETS, Cake
@@ -291,6 +291,21 @@ def test_the_current_query_sees_sinks():
     weights = reference_attention(layer.queries, layer.keys, layer.scale, layer.sinks)[:, 0, : 90 - 8]
     expected = average_pool(weights, policy.pool_kernel).unflatten(0, (2, 4)).mean(dim=1)
     torch.testing.assert_close(policy.trim_ranks(layer, 20), expected.float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+@pytest.mark.parametrize("pages", [[3, 3, 3, 3, 3], [1, 4, 0, 6, 2]])
+def test_pages_hold_the_best_of_each_head(monkeypatch, at_once, pages):
+    """Ascending, the window's part behind them, however many heads are looked at together."""
+    monkeypatch.setattr(paging, "heads_at_once", lambda device, weights_per_head: at_once)
+    torch.manual_seed(6)
+    # 96 positions in full pages, of which the window has four, and five behind them.
+    prompt = PagedPrompt(101, 9, 16, 5)
+    ranks = torch.randn(5, 92)
+    for row, count, kept in zip(ranks, pages, prompt.positions(ranks, pages), strict=True):
+        best = sorted(row.tolist(), reverse=True)[: max(16 * count - 4, 0)]
+        expected = [place for place, worth in enumerate(row.tolist()) if worth in best]
+        assert kept.tolist() == ([*expected, 92, 93, 94, 95] if count else [])
 
 
 def test_heads_at_once_fit_a_fixed_amount():

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -13,9 +14,13 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import quality
 import scores
+from asking import Prompts, flags
+from cells import Answers, Question, Row, key_of
+from listings import LISTINGS
 from longbench import longbench_tasks
-from quality import Answers, Prompts, Question, Row, compare, flags, interval, key_of, parser, summarize
+from quality import parser
 from ruler import RULER
+from tables import compare, interval, summarize
 from tasks import TASKS, Sample, Texts, fill
 
 LENGTH = 1200
@@ -81,10 +86,10 @@ def texts(tokenizer, tmp_path_factory) -> Texts:
 
 
 def make(texts: Texts, name: str, length: int = LENGTH, seed: int = 0) -> list[Sample]:
-    return {**TASKS, **RULER}[name](texts, length, random.Random(f"{seed}"), 0)
+    return {**TASKS, **LISTINGS, **RULER}[name](texts, length, random.Random(f"{seed}"), 0)
 
 
-@pytest.mark.parametrize("name", [*TASKS, *RULER])
+@pytest.mark.parametrize("name", [*TASKS, *LISTINGS, *RULER])
 def test_answers_are_in_their_contexts(texts, name):
     for length in (LENGTH, 2 * LENGTH):
         samples = make(texts, name, length)
@@ -117,6 +122,29 @@ def test_needles_lie_where_they_should(texts):
     assert f"{reverse.answers[0]} is the special magic number for the " in context
     (five,) = make(texts, "needles")
     assert texts.tokenizer.decode(five.context).count("The special magic number for the") == 5
+
+
+def asked_and_read(texts: Texts, name: str, seed: int, question: str) -> tuple[str, str, tuple[str, ...]]:
+    """The answer, what is read, and what the question names."""
+    (sample,) = make(texts, name, seed=seed)
+    named = re.search(question, texts.tokenizer.decode(sample.question), re.DOTALL)
+    return sample.answers[0], texts.tokenizer.decode(sample.context), named.groups()
+
+
+@pytest.mark.parametrize("roll", range(4))
+def test_what_listings_are_asked_stands_in_them(texts, roll):
+    answer, code, (docstring,) = asked_and_read(texts, "code-name", roll, 'whose docstring is "(.*)"\?')
+    _, _, behind = code.partition(f"def {answer}(")
+    assert docstring in behind.partition("def ")[0]
+    answer, code, (parameter, function) = asked_and_read(
+        texts, "code-default", roll, r"parameter (\w+) of the function (\w+)"
+    )
+    _, _, behind = code.partition(f"def {function}(")
+    assert re.match(rf"[^)]*\b{parameter}\s*(:[^=]*)?=\s*{answer}\b", behind)
+    (sample,) = make(texts, "table", seed=roll)
+    (place,) = re.findall(r"Answer: (.+),", texts.tokenizer.decode(sample.question))
+    rows = [line.split(", ") for line in texts.tokenizer.decode(sample.context).split("\n")]
+    assert [row for row in rows if row[0] == place] == [[place, *sample.answers]]
 
 
 def test_ruler_counts_words(texts):
@@ -155,6 +183,10 @@ def test_contexts_are_filled(texts):
         ("exact", "cats", ["cat"], 0.0),
         ("found", "It is 12345, I think", ["12345", "9"], 1.0),
         ("found", "none", ["12345"], 0.0),
+        ("begins", " 1234, of course", ["1234"], 1.0),
+        ("begins", "12345", ["1234"], 0.0),
+        ("begins", "`a_b`(x)", ["a_b"], 1.0),
+        ("begins", "not 1234", ["1234"], 0.0),
         ("all found", "ABC and xyz", ["abc", "XYZ", "q", "r"], 0.5),
         ("letter", "The correct answer is (**B**)", ["B"], 1.0),
         ("letter", "The correct answer is C.", ["B"], 0.0),

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from conftest import with_random_gates
 from engine import Engine, same_positions
-from random_models import numbers
+from random_models import gates_of, numbers
 from stock import stock
 from stored import (
     FLOATS,
@@ -31,12 +32,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def scaled_model(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_scaled_model(tmp_path_factory.mktemp("scaled") / "model", tiny_model)
+    return with_random_gates(save_scaled_model(tmp_path_factory.mktemp("scaled") / "model", tiny_model))
 
 
 @pytest.fixture(scope="module")
 def replay(tiny_model: str) -> StoredReplay:
-    return StoredReplay(tiny_model)
+    return StoredReplay(tiny_model, gates_of(tiny_model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,12 +70,14 @@ WAYS = [
     ("cake", "scaled", "exact", "cake"),
     ("layer-defensivekv", "scaled", "progressive", "window"),
     ("criticaladakv", "fp8_e5m2", "exact", "window"),
+    ("gate", "scaled", "progressive", "window"),
     *(
         pytest.param(*way, marks=pytest.mark.full)
         for way in [
             ("layer-defensivekv", "scaled", "exact", "off"),
             ("layer-defensivekv", "fp8_e5m2", "progressive", "off"),
             ("criticalkv", "scaled", "exact", "off"),
+            ("gate", "fp8_e5m2", "exact", "window"),
             ("cake", "fp8", "progressive", "window"),
         ]
     ),

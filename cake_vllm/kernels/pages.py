@@ -51,6 +51,13 @@ class Strides(NamedTuple):
 
 
 @lru_cache
+def find_span(index: torch.Tensor) -> tuple[slice, torch.Tensor]:
+    """The elements that ``[B, D]`` places lie among, and the places counted from there: one kind's half of a page."""
+    first = int(index.min())
+    return slice(first, int(index.max()) + 1), index - first
+
+
+@lru_cache
 def find_strides(index: torch.Tensor, largest: int) -> Strides | None:
     """The regular order that ``[B, D]`` places follow, in units of at most ``largest``; ``None``: they do not."""
     places = index.cpu()
@@ -124,7 +131,8 @@ class BlockLayout:
 
     def _read(self, index: torch.Tensor, cache: torch.Tensor, table: torch.Tensor, num_tokens: int) -> torch.Tensor:
         used = -(-num_tokens // self.block_size)
-        pages = cache.index_select(0, table[:, :used].flatten())
+        among, index = find_span(index)
+        pages = cache[:, among].index_select(0, table[:, :used].flatten())
         strides = find_strides(index, 8 // cache.element_size())
         if strides is None:
             found = pages[:, index]

@@ -159,7 +159,7 @@ def best_of_all(ranks: Sequence[torch.Tensor], budget: float, protected: int) ->
     num_layers, num_heads = len(ranks), len(ranks[0])
     total = int(budget * num_heads * num_layers) - protected * num_heads * num_layers
     everything = torch.cat([layer.flatten() for layer in ranks])
-    chosen = everything.topk(min(max(total, 0), len(everything))).indices
+    chosen = everything.topk(min(max(total, 0), len(everything)), sorted=False).indices
     ends = torch.tensor([layer.numel() for layer in ranks], device=chosen.device).cumsum(0)
     by_layer = torch.bincount(torch.bucketize(chosen, ends, right=True), minlength=num_layers).tolist()
     return torch.stack([best_by_head(*layer) for layer in zip(ranks, by_layer, strict=True)]).tolist()
@@ -167,5 +167,5 @@ def best_of_all(ranks: Sequence[torch.Tensor], budget: float, protected: int) ->
 
 def best_by_head(ranks: torch.Tensor, count: int) -> torch.Tensor:
     """``[Hkv]`` int64, how many of the ``count`` best entries of ``[Hkv, C]`` lie in each head."""
-    chosen = ranks.flatten().topk(count).indices // ranks.shape[1]
+    chosen = ranks.flatten().topk(count, sorted=False).indices // ranks.shape[1]
     return torch.bincount(chosen, minlength=len(ranks))

@@ -4,7 +4,7 @@ A rotary embedding turns pairs of a key's channels by an angle that depends on t
 not change, so the features of an entry are the same at any position, after any move and in any later turn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,24 +25,34 @@ class Rotary:
     size: int = 0
     neighbours: bool = False
 
-    def parts(self, keys: torch.Tensor) -> list[torch.Tensor]:
-        """Of ``[..., D]`` keys the ``[..., size / 2]`` norms of pairs, and the channels that are not turned."""
-        parts = []
+    def parts(self, keys: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Of ``[..., D]`` keys of any float dtype the ``[..., size / 2]`` norms of pairs and the channels that are not
+        turned, and of all these together the ``[...]`` norm; float32.
+        """
+        parts, square = [], keys.new_zeros((), dtype=torch.float32)
         if self.size:
-            turned = keys[..., : self.size]
-            pairs = (turned[..., ::2], turned[..., 1::2]) if self.neighbours else turned.chunk(2, dim=-1)
-            # In place from the second step on: half of the time is memory.
-            parts.append(pairs[0].square().addcmul_(pairs[1], pairs[1]).sqrt_())
+            # In place, in a copy of its own: half of the time is memory.
+            squares = keys[..., : self.size].to(torch.float32, copy=True).square_()
+            pairs = (squares[..., ::2], squares[..., 1::2]) if self.neighbours else squares.chunk(2, dim=-1)
+            of_pairs = pairs[0] + pairs[1]
+            square = of_pairs.sum(dim=-1)
+            parts.append(of_pairs.sqrt_())
         if self.size < keys.shape[-1]:
-            parts.append(keys[..., self.size :])
-        return parts
+            parts.append(keys[..., self.size :].float())
+            square = square + parts[-1].square().sum(dim=-1)
+        return parts, square.sqrt()
 
 
-def entry_parts(keys: torch.Tensor, values: torch.Tensor, rotary: Rotary) -> list[torch.Tensor]:
-    """The features of :func:`features`, not joined: norms of pairs, other channels, values, and two logarithms."""
-    keys, values = keys.float(), values.float()
-    norms = [torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (keys, values)]
-    return [*rotary.parts(keys), values, *(norm.clamp_(min=LEAST_NORM).log_() for norm in norms)]
+def entry_parts(keys: torch.Tensor, values: torch.Tensor, rotary: Rotary) -> Iterator[torch.Tensor]:
+    """The features of :func:`features` one after the other, so that each may be used while caches hold it: norms of
+    pairs, other channels, values, and two logarithms.
+    """
+    of_keys, key_norm = rotary.parts(keys)
+    yield from of_keys
+    values = values.float()
+    yield values
+    norms = torch.stack([key_norm, torch.linalg.vector_norm(values, dim=-1)], dim=-2)
+    yield norms.clamp_(min=LEAST_NORM).log_().transpose(-1, -2)
 
 
 def features(keys: torch.Tensor, values: torch.Tensor, rotary: Rotary) -> torch.Tensor:
@@ -50,7 +60,7 @@ def features(keys: torch.Tensor, values: torch.Tensor, rotary: Rotary) -> torch.
 
     ``F`` is ``2 * D + 2`` less half of the channels that are turned.
     """
-    return torch.cat(entry_parts(keys, values, rotary), dim=-1)
+    return torch.cat(list(entry_parts(keys, values, rotary)), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -69,11 +79,10 @@ class LinearGate:
 
     def __call__(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """``[Hkv, S]`` float32 of ``[Hkv, S, D]`` keys and values."""
-        parts = entry_parts(keys, values, self.rotary)
-        weights = self.weight.split([part.shape[-1] for part in parts], dim=1)
-        total = self.bias.unsqueeze(1)
-        for part, weight in zip(parts, weights, strict=True):
-            total = total + (part @ weight.unsqueeze(-1)).squeeze(-1)
+        total, first = self.bias.unsqueeze(1), 0
+        for part in entry_parts(keys, values, self.rotary):
+            weight = self.weight[:, first : (first := first + part.shape[-1])]
+            total = total + _weighted(part, weight)
         return total
 
     def heads(self, chosen: slice) -> "LinearGate":
@@ -86,6 +95,14 @@ class LinearGate:
         dice = torch.Generator().manual_seed(seed)
         weight = torch.randn(num_kv_heads, 2 * head_size + 2 - rotary.size // 2, generator=dice) * head_size**-0.5
         return LinearGate(weight, torch.full((num_kv_heads,), -6.0), rotary)
+
+
+def _weighted(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``[n, S]`` of ``[n, S, F]`` rows and ``[n, F]`` weights."""
+    if len(rows) > 1:
+        return (rows @ weight.unsqueeze(-1)).squeeze(-1)
+    # The same for one head; a batch of one takes four times as long on CPUs.
+    return rows[0].mv(weight[0]).unsqueeze(0)
 
 
 class Ridge:

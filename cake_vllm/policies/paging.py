@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cake_vllm.policies.scores import heads_at_once
+
 
 @dataclass(frozen=True)
 class PagedPrompt:
@@ -71,15 +73,24 @@ class PagedPrompt:
         """
         in_window = self.window_in_full_blocks
         first, counts = self.full_len - in_window, [max(count * self.page_size - in_window, 0) for count in pages]
-        best = ranks[:, :first].topk(max(counts), dim=-1).indices
-        if min(counts) < max(counts):
+        # On CPUs a head is sorted as far as it goes; elsewhere all as far as the longest, at once.
+        at_once = heads_at_once(ranks.device, first)
+        window = torch.arange(first, self.full_len, device=ranks.device)
+        chosen = []
+        for start in range(0, len(counts), at_once):
+            some = slice(start, start + at_once)
+            best = self._best(ranks[some, :first], counts[some])
+            for head, count, num_pages in zip(best, counts[some], pages[some], strict=True):
+                chosen.append(torch.cat([head[:count], window]) if num_pages else head[:0])
+        return chosen
+
+    def _best(self, ranks: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """``[n, max(counts)]`` int64, the best of each of ``n`` heads, ascending; behind its own, of no meaning."""
+        most, is_uneven = max(counts), min(counts) < max(counts)
+        best = ranks.topk(most, dim=-1, sorted=is_uneven).indices
+        if is_uneven:
             # Heads of fewer pages: what they have too many of goes to the end, beyond all positions.
-            place = torch.arange(best.shape[1], device=best.device)
+            place = torch.arange(most, device=best.device)
             limits = torch.tensor(counts).to(best.device, non_blocking=True)
             best = best.masked_fill(place >= limits.unsqueeze(1), self.prompt_len)
-        best = best.sort(dim=-1).values
-        window = torch.arange(first, self.full_len, device=best.device)
-        chosen = []
-        for head, count, num_pages in zip(best, counts, pages, strict=True):
-            chosen.append(torch.cat([head[:count], window]) if num_pages else head[:0])
-        return chosen
+        return best.sort(dim=-1).values

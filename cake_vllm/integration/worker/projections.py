@@ -68,7 +68,7 @@ def rotary_embedding(attention: Any) -> Rotary:
     except Exception as error:
         raise ValueError(_unknown(attention, f"({type(module).__name__}) fails on one head: {error}")) from None
     for rotary in (Rotary(num_turned), Rotary(num_turned, neighbours=True)):
-        kept = torch.cat(rotary.parts(turned), dim=-1)
+        kept = torch.cat(rotary.parts(turned)[0], dim=-1)
         # What is left of a key is the same at all positions, up to rounding.
         if torch.allclose(kept, kept[:1].expand_as(kept), rtol=0.03, atol=0.03):
             return rotary
