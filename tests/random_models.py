@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from cake_vllm.policies.entries import Rotary
+
 
 def numbers(seed: int, length: int) -> list[int]:
     """A prompt for these models."""
@@ -108,16 +110,17 @@ def save_random_kind(path: Path, name: str) -> str:
     return save_random_model(path, model_type, architecture, **fields)
 
 
-def save_random_gates(model: str, path: Path | None = None) -> Path:
-    """Gates of a Llama that judge anyhow, where the engine looks for them."""
+def save_random_gates(model: str, path: Path | None = None, rotary: Rotary | None = None) -> Path:
+    """Gates that judge anyhow, where the engine looks for them; of a Llama if nothing else is said."""
     from vllm.engine.arg_utils import EngineArgs
 
     from cake_vllm.integration.gates import GateFile, default_path, fingerprint
-    from cake_vllm.policies.entries import LinearGate, Rotary
+    from cake_vllm.policies.entries import LinearGate
 
     config = EngineArgs(model=model, skip_tokenizer_init=True).create_model_config()
     layers = range(config.hf_text_config.num_hidden_layers)
-    size, rotary = config.get_head_size(), Rotary(config.get_head_size())
+    size = config.get_head_size()
+    rotary = rotary or Rotary(size)
     gates = [LinearGate.random(config.get_total_num_kv_heads(), size, rotary, seed) for seed in layers]
     weight, bias = (torch.stack([getattr(gate, name) for gate in gates]) for name in ("weight", "bias"))
     about = {"fingerprint": fingerprint(config), "model": model}

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 
 from cake_vllm.integration.gates import GateFile
 from cake_vllm.policies import LayerInputs, PagedPrompt, Policy
+from cake_vllm.policies.entries import LinearGate
 
 #: The replay whose model is being computed.
 _running: list["Replay"] = []
@@ -258,9 +259,12 @@ class Replay:
             output_weight=self._output_weight(module),
             layer_index=self._evictable.index(index),
             valid=valid,
-            gate=self.gates and self.gates.gate(index, slice(None), keys.device),
+            gate=self.gates and self._gate(index),
             sinks=getattr(module, "sinks", None),
         )
+
+    def _gate(self, index: int) -> LinearGate:
+        return self.gates.gate(index, slice(None), torch.device("cpu"))
 
     def _output_weight(self, module: torch.nn.Module) -> torch.Tensor:
         return (module.out_proj if hasattr(module, "out_proj") else module.o_proj).weight

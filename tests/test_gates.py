@@ -201,6 +201,10 @@ def rope():
         yield lambda is_neox_style=True, **more: get_rope(32, 1024, is_neox_style, {"rope_theta": 10000.0, **more})
 
 
+def rotary_of(layer):
+    return projections.rotary_embedding(layer.attn, layer.attn.head_size, layer.attn.dtype)
+
+
 KINDS = {
     "default": ({}, Rotary(32)),
     "neighbours": ({"is_neox_style": False}, Rotary(32, neighbours=True)),
@@ -216,7 +220,7 @@ KINDS = {
 def test_rotary_embeddings_are_tried(rope, options, expected):
     layer = beside(rope(**options))
     projections._remember_rotaries(layer)
-    assert projections.rotary_embedding(layer.attn) == expected
+    assert rotary_of(layer) == expected
 
 
 class DoublingRotaryEmbedding(torch.nn.Module):
@@ -233,24 +237,24 @@ def test_whose_rotary_embedding_it_is(rope):
     shared = rope()
     model = torch.nn.ModuleList([beside(shared), beside(None), beside(shared)])
     projections._remember_rotaries(model)
-    found = [projections.rotary_embedding(layer.attn) for layer in model]
+    found = [rotary_of(layer) for layer in model]
     assert found == [Rotary(32), Rotary(), Rotary(32)]
     model = beside()
     model.rotary_emb, model.layers = rope(is_neox_style=False), torch.nn.ModuleList([beside()])
     projections._remember_rotaries(model)
-    assert projections.rotary_embedding(model.layers[0].attn) == Rotary(32, neighbours=True)
+    assert rotary_of(model.layers[0]) == Rotary(32, neighbours=True)
     alone = beside()
     projections._remember_rotaries(alone)
-    assert projections.rotary_embedding(alone.attn) == Rotary()
+    assert rotary_of(alone) == Rotary()
     elsewhere = torch.nn.ModuleList([beside(), torch.nn.Sequential(rope())])
     projections._remember_rotaries(elsewhere)
     for layer in (elsewhere[0], beside()):
         with pytest.raises(ValueError, match="the rotary embedding of attn cannot be found"):
-            projections.rotary_embedding(layer.attn)
+            rotary_of(layer)
     other = beside(DoublingRotaryEmbedding())
     projections._remember_rotaries(other)
     with pytest.raises(ValueError, match=r"of attn \(DoublingRotaryEmbedding\) does more than to turn pairs"):
-        projections.rotary_embedding(other.attn)
+        rotary_of(other)
 
 
 class Words:

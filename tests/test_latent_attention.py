@@ -1,10 +1,12 @@
 """Multi-head latent attention: one vector of a token and layer, which all query heads read."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from elsewhere import in_place_of
 from engine import Engine
-from random_models import let_last_layer_draft, numbers, save_random_latent
+from random_models import gates_of, let_last_layer_draft, numbers, save_random_gates, save_random_latent
 from replay import Replay
 from test_drafts import NGRAM
 from test_graphs import rehearse
@@ -17,6 +19,7 @@ from vllm.v1.attention.backends.mla.triton_mla import TritonMLAImpl
 
 from cake_vllm.integration.worker.latent_attention import evicting_latent_backend
 from cake_vllm.policies import create_policy
+from cake_vllm.policies.entries import Rotary
 
 pytestmark = pytest.mark.engine
 
@@ -60,6 +63,11 @@ class LatentReplay(Replay):
         read, _ = self._attention(module, query, keys, values, attention_mask, scaling=module.scaling)
         return module.o_proj(torch.einsum("bthr,hvr->bthv", read, module.from_latent).flatten(2)), None
 
+    def _gate(self, index):
+        # Its halves are turned together: Hugging Face sorts the neighbours of the weights into them.
+        gate = super()._gate(index)
+        return replace(gate, rotary=replace(gate.rotary, neighbours=False))
+
     def _output_weight(self, module):
         projection = module.o_proj.weight.unflatten(1, (module.num_heads, -1))
         return torch.einsum("ohv,hvr->ohr", projection, module.from_latent).flatten(1)
@@ -67,10 +75,12 @@ class LatentReplay(Replay):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    return save_random_latent(tmp_path_factory.mktemp("latent"))
+    path = save_random_latent(tmp_path_factory.mktemp("latent"))
+    save_random_gates(path, rotary=Rotary(64, neighbours=True, behind=512))
+    return path
 
 
-@pytest.mark.parametrize("policies", [("cake", "layer-defensivekv", "cake"), ("snapkv", "criticalkv", "echo")])
+@pytest.mark.parametrize("policies", [("cake", "layer-defensivekv", "cake"), ("gate", "criticalkv", "echo")])
 def test_as_replayed(start_engine, model, policies):
     """By layer, and methods whose heads compete, which have one here, in a batch with a request that keeps all."""
     engine: Engine = start_engine(model, **SETTINGS)
@@ -82,7 +92,7 @@ def test_as_replayed(start_engine, model, policies):
     engine.stats()
     done = engine.run()
     assert engine.stats()["requests"] == 2
-    replay = LatentReplay(model)
+    replay = LatentReplay(model, gates=gates_of(model))
     for prompt, request, policy in zip(prompts, requests, policies, strict=True):
         served = engine.served_as(request, done[request])
         assert bool(served.choices) == (len(prompt) > BUDGET)

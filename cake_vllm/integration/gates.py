@@ -47,7 +47,7 @@ class GateFile:
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file; folders are made, and a file that is there is replaced at once."""
-        turned = [[rotary.size, rotary.neighbours] for rotary in self.rotaries]
+        turned = [[rotary.size, rotary.neighbours, rotary.behind] for rotary in self.rotaries]
         more = {"format": FORMAT, "layers": json.dumps(self.layers), "rotary": json.dumps(turned)}
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f"{path.name}.{os.getpid()}.part")

@@ -20,15 +20,23 @@ class Rotary:
     Attributes:
         size: leading channels that are turned, an even number; 0 for none.
         neighbours: whether a pair are two that lie side by side (GPT-J), or the two halves' (NeoX).
+        behind: channels before those that are turned which are the entry's value, and no features of its key: the
+            latent of latent attention.
     """
 
     size: int = 0
     neighbours: bool = False
+    behind: int = 0
+
+    def num_features(self, head_size: int) -> int:
+        """``F`` of entries whose keys have so many channels."""
+        return head_size - self.behind - self.size // 2 + (self.behind or head_size) + 2
 
     def parts(self, keys: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Of ``[..., D]`` keys of any float dtype the ``[..., size / 2]`` norms of pairs and the channels that are not
         turned, and of all these together the ``[...]`` norm; float32.
         """
+        keys = keys[..., self.behind :]
         parts, square = [], keys.new_zeros((), dtype=torch.float32)
         if self.size:
             # In place, in a copy of its own: half of the time is memory.
@@ -56,10 +64,7 @@ def entry_parts(keys: torch.Tensor, values: torch.Tensor, rotary: Rotary) -> Ite
 
 
 def features(keys: torch.Tensor, values: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """``[Hkv, S, F]`` float32 features of ``[Hkv, S, D]`` keys and values of any float dtype.
-
-    ``F`` is ``2 * D + 2`` less half of the channels that are turned.
-    """
+    """``[Hkv, S, F]`` float32 features of ``[Hkv, S, D]`` keys and ``[Hkv, S, Dv]`` values of any float dtype."""
     return torch.cat(list(entry_parts(keys, values, rotary)), dim=-1)
 
 
@@ -78,7 +83,7 @@ class LinearGate:
     rotary: Rotary = Rotary()
 
     def __call__(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """``[Hkv, S]`` float32 of ``[Hkv, S, D]`` keys and values."""
+        """``[Hkv, S]`` float32 of ``[Hkv, S, D]`` keys and ``[Hkv, S, Dv]`` values."""
         total, first = self.bias.unsqueeze(1), 0
         for part in entry_parts(keys, values, self.rotary):
             weight = self.weight[:, first : (first := first + part.shape[-1])]
@@ -93,7 +98,7 @@ class LinearGate:
     def random(num_kv_heads: int, head_size: int, rotary: Rotary, seed: int = 0) -> "LinearGate":
         """One that judges anyhow, for what does not depend on how."""
         dice = torch.Generator().manual_seed(seed)
-        weight = torch.randn(num_kv_heads, 2 * head_size + 2 - rotary.size // 2, generator=dice) * head_size**-0.5
+        weight = torch.randn(num_kv_heads, rotary.num_features(head_size), generator=dice) * head_size**-0.5
         return LinearGate(weight, torch.full((num_kv_heads,), -6.0), rotary)
 
 

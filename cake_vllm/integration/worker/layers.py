@@ -2,7 +2,7 @@
 redirected. Another kind of attention is another kind of :class:`EvictableLayer`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -109,7 +109,7 @@ class EvictableLayer:
     @cached_property
     def rotary(self) -> Rotary:
         """Which channels of its keys are turned by their positions; see :func:`rotary_embedding`."""
-        return rotary_embedding(self.module)
+        return rotary_embedding(self.module, self.impl.head_size, self.dtype)
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -156,14 +156,11 @@ class LatentLayer(EvictableLayer):
         taken = torch.bmm(own.transpose(0, 1), self.module.W_UK_T).transpose(0, 1)
         return torch.cat([taken, turned], dim=-1)
 
-    @property
+    @cached_property
     def rotary(self) -> Rotary:
-        """None that gates know of.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("--kv-eviction gate cannot read latents: choose another policy")
+        """See the base class."""
+        found = rotary_embedding(self.module, self.module.qk_rope_head_dim, self.dtype)
+        return replace(found, behind=self.module.kv_lora_rank)
 
     @property
     def output_weight(self) -> torch.Tensor:

@@ -48,8 +48,13 @@ def output_projection(attention: torch.nn.Module) -> Any:
     return projection
 
 
-def rotary_embedding(attention: Any) -> Rotary:
+def rotary_embedding(attention: Any, size: int, dtype: torch.dtype) -> Rotary:
     """Which channels of its keys the rotary embedding before ``attention`` turns together; tried, and not only read.
+
+    Args:
+        attention: the layer.
+        size: channels that the embedding is given.
+        dtype: the model's.
 
     Raises:
         ValueError: if that cannot be found out.
@@ -60,11 +65,10 @@ def rotary_embedding(attention: Any) -> Rotary:
         if attention in _unturned:
             return Rotary()
         raise ValueError(_unknown(attention, "cannot be found"))
-    size: int = attention.head_size
     device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
     key = torch.randn(1, size, generator=torch.Generator().manual_seed(0)).repeat(len(TRIED), 1)
     try:
-        num_turned, turned = _turn(module, key.to(device, attention.dtype), torch.tensor(TRIED, device=device))
+        num_turned, turned = _turn(module, key.to(device, dtype), torch.tensor(TRIED, device=device))
     except Exception as error:
         raise ValueError(_unknown(attention, f"({type(module).__name__}) fails on one head: {error}")) from None
     for rotary in (Rotary(num_turned), Rotary(num_turned, neighbours=True)):
@@ -108,7 +112,7 @@ def _remember_rotaries(model: torch.nn.Module) -> None:
         for child in module.children():
             if _is_rotary(child):
                 beside[name] = child
-    layers = {name: module for name, module in modules.items() if isinstance(module, Attention)}
+    layers = {name: module for name, module in modules.items() if isinstance(module, Attention | MLAAttention)}
     is_any = any(map(_is_rotary, modules.values()))
     unturned = []
     for name, attention in layers.items():
