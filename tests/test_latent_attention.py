@@ -80,7 +80,13 @@ def model(tmp_path_factory) -> str:
     return path
 
 
-@pytest.mark.parametrize("policies", [("cake", "layer-defensivekv", "cake"), ("gate", "criticalkv", "echo")])
+@pytest.mark.parametrize(
+    "policies",
+    [
+        pytest.param(("cake", "layer-defensivekv", "cake"), marks=pytest.mark.contract),
+        ("gate", "criticalkv", "echo"),
+    ],
+)
 def test_as_replayed(start_engine, model, policies):
     """By layer, and methods whose heads compete, which have one here, in a batch with a request that keeps all."""
     engine: Engine = start_engine(model, **SETTINGS)
@@ -146,7 +152,7 @@ def test_hits_of_the_prefix_cache(start_engine, model, chunked):
         assert_same(engine.run_of(name), run)
 
 
-@pytest.mark.parametrize("method", ["ngram", "mtp"])
+@pytest.mark.parametrize("method", ["ngram", pytest.param("mtp", marks=pytest.mark.full)])
 def test_drafts(start_engine, model, chunked, tmp_path, method):
     """Rows of several queries while decoding; what is said is what is said without drafts."""
     settings = {**SETTINGS, "kv_eviction_config": {"decode": "off"}}
@@ -163,7 +169,7 @@ def test_drafts(start_engine, model, chunked, tmp_path, method):
         assert_same(run, reference)
 
 
-@pytest.mark.parametrize("name", ["cake", "layer-defensivekv"])
+@pytest.mark.parametrize("name", [pytest.param("cake", marks=pytest.mark.full), "layer-defensivekv"])
 def test_a_replayed_step_is_the_eager_one(start_engine, model, is_v2, name):
     """As full CUDA graphs of decode steps run: over buffers that stay where they are."""
     settings = {**SETTINGS, "kv_eviction": name, "kv_eviction_config": {"decode": "off"}}
