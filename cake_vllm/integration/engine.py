@@ -5,6 +5,8 @@ from vllm.config import VllmConfig
 from cake_vllm.config import KVEvictionConfig
 
 CONNECTOR = "KVEvictionConnector"
+#: What runs instead, with that one and another one in it, where the user has another one, too.
+BESIDE = "KVEvictionBesideConnector"
 
 #: Stock attention backends that can evict, and the class that takes each one's place.
 BACKENDS = {
