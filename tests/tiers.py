@@ -108,7 +108,11 @@ class MemorySpec(CPUOffloadingSpec):
         chunks = self.chunks
         chunks.clear()
         return LateWorker(
-            kv_caches, self.blocks_per_chunk, lambda spec: spec.chunk_ids.tolist(), chunks.__getitem__, chunks.__setitem__
+            kv_caches,
+            self.blocks_per_chunk,
+            lambda spec: spec.chunk_ids.tolist(),
+            chunks.__getitem__,
+            chunks.__setitem__,
         )
 
 
@@ -166,7 +170,11 @@ def _save(path: Path, chunk: Chunk) -> None:
 def beside(spec: str = "MemorySpec", **extra: Any) -> dict[str, Any]:
     """What an engine is started with to have such a tier."""
     config = {"spec_name": spec, "spec_module_path": "tiers", "cpu_bytes_to_use": 2**26, **extra}
-    return {"kv_transfer_config": KVTransferConfig("OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=config)}
+    return {
+        "kv_transfer_config": KVTransferConfig(
+            "OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=config
+        )
+    }
 
 
 class Tier:
@@ -188,7 +196,9 @@ class Tier:
     def chunks(self) -> dict[bytes, Chunk]:
         """What can be loaded, by key."""
         policy = self.half.manager._policy
-        return {bytes(key): MemorySpec.chunks[status.chunk_id] for key, status in policy.chunks.items() if status.is_ready}
+        return {
+            bytes(key): MemorySpec.chunks[status.chunk_id] for key, status in policy.chunks.items() if status.is_ready
+        }
 
     def forget(self) -> None:
         """Empties it, and the prefix cache."""

@@ -121,8 +121,10 @@ SETTINGS: tuple[Row, ...] = (
 #: Another KV connector beside ours, as vLLM has configured it.
 BESIDE_ANOTHER: tuple[Row, ...] = (
     (
-        lambda of: (theirs := of.vllm.kv_transfer_config).kv_connector not in COMPANIONS
-        or theirs.kv_connector_module_path is not None,
+        lambda of: (
+            (theirs := of.vllm.kv_transfer_config).kv_connector not in COMPANIONS
+            or theirs.kv_connector_module_path is not None
+        ),
         "the KV connector {of.vllm.kv_transfer_config.kv_connector}, which was never run beside it,",
         OTHER_CONNECTOR,
     ),
