@@ -7,65 +7,22 @@ taken away once in each test, to show that the test would see it.
 from dataclasses import replace
 
 import pytest
-import torch
 from engine import Engine
 from random_models import numbers
-from tiers import Chunk, Tier, beside
+from tiers import SCARCE, WHOLE, Tier, beside, exact_chunks, inexact, unprotected
 from ties import assert_same
 
-from cake_vllm.integration.beside import KVEvictionBesideConnector
 from cake_vllm.integration.scheduler.scheduler import EvictionScheduler
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("same_names")]
 
-#: A request that is not evicted, and one that stores nothing.
-WHOLE = {"extra_args": {"kv_eviction": "none"}}
+#: One that stores nothing.
 UNSTORED = {"extra_args": {"kv_transfer_params": {"max_offload_tokens": 0}, "kv_eviction_budget": 160}}
-#: Blocks are scarce: of a prompt of 1,000 tokens there are 32, and 5 columns for what is kept of it.
-SCARCE = {
-    "kv_eviction": "cake",
-    "kv_eviction_budget": 100,
-    "max_model_len": 1200,
-    "max_num_batched_tokens": 512,
-    "num_gpu_blocks_override": 49,
-}
-
-
-def exact_chunks(engine: Engine, prompts: list[list[int]], **params) -> dict[bytes, Chunk]:
-    """What prompts store that nobody evicts; the engine has forgotten them."""
-    tier = Tier(engine)
-    tier.forget()
-    for prompt in prompts:
-        engine.generate([prompt], 1, **WHOLE, **params)
-    tier.drain()
-    chunks = {key: [part.clone() for part in chunk] for key, chunk in tier.chunks().items()}
-    tier.forget()
-    return chunks
-
-
-def inexact(chunks: dict[bytes, Chunk], exact: dict[bytes, Chunk]) -> int:
-    """How many chunks are not what they are called; the same numbers in other shapes of computation are."""
-    pairs = [(torch.stack(chunk), torch.stack(exact[key])) for key, chunk in chunks.items()]
-    return sum(
-        not torch.allclose(ours.view(torch.float32), theirs.view(torch.float32), rtol=1e-3, atol=1e-4)
-        for ours, theirs in pairs
-    )
-
-
-@pytest.fixture(autouse=True)
-def same_names(monkeypatch):
-    """Blocks are called the same in all engines."""
-    monkeypatch.setenv("PYTHONHASHSEED", "0")
 
 
 @pytest.fixture
 def scarce(tiny):
     return tiny(**SCARCE, **beside())
-
-
-def unprotected(monkeypatch) -> None:
-    """Stores are not waited for."""
-    monkeypatch.setattr(KVEvictionBesideConnector, "_in_the_way", lambda *_: iter(()))
 
 
 @pytest.mark.parametrize("is_protected", [True, False])

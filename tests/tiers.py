@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from vllm.config import KVTransferConfig
 from vllm.v1.kv_offload.base import (
@@ -29,6 +30,18 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
+from cake_vllm.integration.beside import KVEvictionBesideConnector
+
+#: A request that is not evicted.
+WHOLE = {"extra_args": {"kv_eviction": "none"}}
+#: Blocks are scarce: of a prompt of 1,000 tokens there are 32, and 5 columns for what is kept of it.
+SCARCE = {
+    "kv_eviction": "cake",
+    "kv_eviction_budget": 100,
+    "max_model_len": 1200,
+    "max_num_batched_tokens": 512,
+    "num_gpu_blocks_override": 49,
+}
 #: Steps that a copy takes at most.
 LATE = 3
 #: A chunk's bytes by tensor of the cache: ``[blocks, bytes]`` int8 each.
@@ -204,3 +217,29 @@ class Tier:
         """Empties it, and the prefix cache."""
         self.drain()
         assert self.engine.scheduler.reset_prefix_cache(reset_connector=True)
+
+
+def exact_chunks(engine: Any, prompts: list[list[int]], **params) -> dict[bytes, Chunk]:
+    """What prompts store that nobody evicts; the engine has forgotten them."""
+    tier = Tier(engine)
+    tier.forget()
+    for prompt in prompts:
+        engine.generate([prompt], 1, **WHOLE, **params)
+    tier.drain()
+    chunks = {key: [part.clone() for part in chunk] for key, chunk in tier.chunks().items()}
+    tier.forget()
+    return chunks
+
+
+def inexact(chunks: dict[bytes, Chunk], exact: dict[bytes, Chunk]) -> int:
+    """How many chunks are not what they are called; the same numbers in other shapes of computation are."""
+    pairs = [(torch.stack(chunk), torch.stack(exact[key])) for key, chunk in chunks.items()]
+    return sum(
+        not torch.allclose(ours.view(torch.float32), theirs.view(torch.float32), rtol=1e-3, atol=1e-4)
+        for ours, theirs in pairs
+    )
+
+
+def unprotected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stores are not waited for."""
+    monkeypatch.setattr(KVEvictionBesideConnector, "_in_the_way", lambda *_: iter(()))
