@@ -161,12 +161,6 @@ def is_v2(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def same_names(monkeypatch: pytest.MonkeyPatch):
-    """Blocks have the same hashes in all engines that are started from here on."""
-    monkeypatch.setenv("PYTHONHASHSEED", "0")
-
-
-@pytest.fixture
 def same_on_both(is_v2):
     """What is the same on both runners, and slow or impossible under Triton's interpreter: the scheduler, sampling."""
     if is_v2:

@@ -14,7 +14,7 @@ from ties import assert_same
 
 from cake_vllm.integration.scheduler.scheduler import EvictionScheduler
 
-pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("same_names")]
+pytestmark = pytest.mark.engine
 
 #: One that stores nothing.
 UNSTORED = {"extra_args": {"kv_transfer_params": {"max_offload_tokens": 0}, "kv_eviction_budget": 160}}

@@ -13,7 +13,7 @@ from vllm.distributed.kv_events import BlockStored
 from cake_vllm.integration.beside import KVEvictionBesideConnector
 from cake_vllm.integration.scheduler.scheduler import EvictionScheduler
 
-pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("same_names")]
+pytestmark = pytest.mark.engine
 
 EVENTS = {"kv_events_config": KVEventsConfig(enable_kv_cache_events=True, publisher="null")}
 STOCK = {key: value for key, value in SCARCE.items() if not key.startswith("kv_eviction")}
@@ -130,7 +130,6 @@ def test_who_waits_for_a_load_is_not_short_of_memory(tiny, is_told, monkeypatch)
     assert (engine.stats().get("cuts", 0) == 0) == is_told
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", ["fixed", pytest.param("elastic", marks=pytest.mark.full)])
 def test_random_load_over_a_small_tier(tiny, settings, is_v2):
     """Requests come, are preempted and aborted at any moment: the tier is exact, and nothing is lost in either."""
