@@ -79,12 +79,13 @@ class Engine:
             self._ranks: dict[str, dict[int, torch.Tensor]] = {}
             self.connector.worker.judging.is_traced = True
             self.connector.worker.on_evicted = self._follow
-            self._take_stats = self.scheduler.connector.get_kv_connector_stats
-            self.scheduler.connector.get_kv_connector_stats = self._pass_stats
+            ours = getattr(self.scheduler.connector, "_ours", self.scheduler.connector)
+            self._take_stats = ours.get_kv_connector_stats
+            ours.get_kv_connector_stats = self._pass_stats
 
     @property
     def evicts(self) -> bool:
-        return self.scheduler.connector is not None
+        return hasattr(self.scheduler.connector, "is_alone")
 
     @property
     def connector(self):

@@ -52,6 +52,10 @@ def configure(model: str, **kwargs):
     return EngineArgs(model, skip_tokenizer_init=True, dtype="float32", **kwargs).create_engine_config()
 
 
+def offloading(**extra) -> KVTransferConfig:
+    return KVTransferConfig("OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=extra)
+
+
 def test_the_method_is_chosen_by_what_there_is(tmp_path, monkeypatch):
     """`--kv-eviction auto`: with gates of the model, and without; said once, and every process reads the choice."""
     model = save_random_model(tmp_path / "model", "llama", "LlamaForCausalLM")
@@ -291,10 +295,25 @@ FEATURES = {
         {"hf_overrides": {"quantization_config": PER_HEAD}},
         "a checkpoint whose KV cache has a scale for each head yet: choose one with a scale for each layer, or serve",
     ),
-    "KV offloading": ({"kv_offloading_size": 1.0}, "--kv-offloading-size yet: drop one of the two"),
-    "other KV connectors": (
-        {"kv_transfer_config": KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")},
-        "--kv-transfer-config yet: drop one of the two",
+    "KV connectors other than OffloadingConnector": (
+        {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
+        "--kv-transfer-config of ExampleConnector, which was never run beside it, yet: use OffloadingConn",
+    ),
+    "KV offloading by LMCache": (
+        {"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"},
+        "--kv-offloading-backend lmcache, which was never run beside it, yet: use OffloadingConnector, or drop one of",
+    ),
+    "KV offloading in tiers": (
+        {"kv_transfer_config": offloading(spec_name="TieringOffloadingSpec")},
+        "the offloading spec TieringOffloadingSpec, which was never run beside it, yet: set spec_name to CPUOffloading",
+    ),
+    "KV offloading with drafts": (
+        {"kv_offloading_size": 1.0, "speculative_config": NGRAM},
+        "KV offloading and a --speculative-config yet: drop one of the three",
+    ),
+    "KV offloading with pipeline stages": (
+        {"kv_offloading_size": 1.0, "pipeline_parallel_size": 2},
+        "KV offloading and a --pipeline-parallel-size yet: drop one of the three",
     ),
 }
 
@@ -310,6 +329,48 @@ def test_refusal_comes_twice_from_the_same_arguments(llama):
     """vLLM makes a config from the same arguments in several processes."""
     args = EngineArgs(llama, skip_tokenizer_init=True, dtype="float32", kv_eviction="cake")
     assert args.create_engine_config().additional_config == args.create_engine_config().additional_config
+
+
+def test_the_other_connector_for_offloading_is_refused(llama, monkeypatch):
+    """It is chosen by a variable, when vLLM makes its configuration."""
+    monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
+    with pytest.raises(ValueError, match="the KV connector SimpleCPUOffloadConnector, which was never run beside it"):
+        configure(llama, kv_eviction="cake", kv_offloading_size=1.0)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"kv_offloading_size": 2.0},
+        {"kv_transfer_config": offloading(cpu_bytes_to_use=2 << 30)},
+        {"kv_transfer_config": offloading(store_threshold=2), "kv_offloading_size": 2.0},
+    ],
+)
+def test_offloading_runs_beside_eviction(llama, asked):
+    """Both connectors are children of one, and it is said once; the same arguments may be used again."""
+    args = EngineArgs(llama, skip_tokenizer_init=True, dtype="float32", kv_eviction="cake", **asked)
+    for _ in range(2):
+        with mock.patch.object(plugin.logger, "info") as log:
+            config = args.create_engine_config()
+        assert sum("runs beside" in call.args[0] for call in log.call_args_list) == 1
+        transfer = config.kv_transfer_config
+        assert transfer.kv_connector == engine.BESIDE
+        ours, theirs = transfer.kv_connector_extra_config["connectors"]
+        assert (ours["kv_connector"], theirs["kv_connector"]) == (engine.CONNECTOR, "OffloadingConnector")
+        assert theirs["kv_connector_extra_config"]["cpu_bytes_to_use"] == 2 << 30
+        assert not config.scheduler_config.disable_hybrid_kv_cache_manager
+
+
+WINDOWS = "KV offloading of models with windows or states"
+
+
+def test_offloading_is_for_full_attention(tmp_path):
+    layers = ["sliding_attention", "full_attention"]
+    model = save_config(tmp_path, "gemma3_text", "Gemma3ForCausalLM", sliding_window=64, layer_types=layers, **SMALL)
+    with pytest.raises(
+        ValueError, match="KV offloading for Gemma3ForCausalLM, whose layers are not all of full attent"
+    ):
+        configure(model, kv_eviction="cake", kv_offloading_size=1.0)
 
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2}
@@ -400,7 +461,7 @@ def test_latent_hybrids_cannot_be_evicted(tmp_path):
 
 def test_the_documentation_lists_what_is_refused():
     (row,) = (line for line in COMPATIBILITY.splitlines() if line.startswith("| refused at start-up"))
-    known = {*FEATURES, DRAFTERS, STATES, *MODELS, *ATTENTION, LATENT, LATENT_HYBRID}
+    known = {*FEATURES, DRAFTERS, STATES, WINDOWS, *MODELS, *ATTENTION, LATENT, LATENT_HYBRID}
     assert set(row.split("|")[2].strip().split(", ")) == known
 
 

@@ -34,7 +34,13 @@ COMPANY = (
 
 
 class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
-    """One object per process; each forwards vLLM's hooks to the half that belongs there."""
+    """One object per process; each forwards vLLM's hooks to the half that belongs there.
+
+    Attributes:
+        is_alone: whether no other connector runs beside it.
+    """
+
+    is_alone = True
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         super().__init__(vllm_config, role, kv_cache_config)
@@ -72,7 +78,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """See :class:`EvictionScheduler`. With evicted rows :meth:`start_load_kv` is to come before the forward."""
         plan = self.scheduler.plan(scheduler_output)
-        scheduler_output.has_sync_kv_loads = bool(plan.redirected)
+        scheduler_output.has_sync_kv_loads |= bool(plan.redirected)
         return plan
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:

@@ -5,6 +5,8 @@ from vllm.config import VllmConfig
 from cake_vllm.config import KVEvictionConfig
 
 CONNECTOR = "KVEvictionConnector"
+#: What runs instead, with that one and another one in it, where the user has another one, too.
+BESIDE = "KVEvictionBesideConnector"
 
 #: Stock backends of latent attention that can evict: their module, their class, and that of their metadata of a step.
 LATENT_BACKENDS = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiKVConnectorMetadata
 
 from cake_vllm.config import KVEvictionConfig
 
@@ -119,6 +120,12 @@ class StepPlan(KVConnectorMetadata):
     cuts: tuple[Cut, ...] = ()
     grown: Mapping[str, Blocks] = field(default_factory=dict)
     redirected: Mapping[bool, Redirected] = field(default_factory=dict)
+
+
+def plan_of(metadata: KVConnectorMetadata | None) -> StepPlan | None:
+    """Ours, in what vLLM carries for the connectors of an engine; ``None`` where there is none."""
+    parts = metadata.metadata if isinstance(metadata, MultiKVConnectorMetadata) else (metadata,)
+    return next((part for part in parts if isinstance(part, StepPlan)), None)
 
 
 #: Tokens by layer and KV head; one number for a layer whose heads are alike.

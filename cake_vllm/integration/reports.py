@@ -88,11 +88,12 @@ def _from_new_request(
 def _update_from_output(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     outputs = original(self, *args, **kwargs)
     # Other engines of this process may have other connectors.
-    half = getattr(self.connector, "scheduler", None)
-    if half is None:
+    is_alone = getattr(self.connector, "is_alone", None)
+    if is_alone is None:
         return outputs
+    half = self.connector.scheduler
     for batch in outputs.values():
-        if batch.scheduler_stats is not None:
+        if is_alone and batch.scheduler_stats is not None:
             # There is no cache outside that could have been asked.
             batch.scheduler_stats.connector_prefix_cache_stats = None
         if half.news:

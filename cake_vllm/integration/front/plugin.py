@@ -1,6 +1,7 @@
 """What the plugin registers in every process, and what it switches on when a user asks for eviction."""
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any
 
 from vllm.config import KVTransferConfig, ModelConfig, VllmConfig
@@ -10,8 +11,13 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from cake_vllm.config import AUTO, POLICY_KEY, KVEvictionConfig
-from cake_vllm.integration.engine import BACKENDS, CONNECTOR
-from cake_vllm.integration.front.refusals import refuse_arguments, refuse_engine, refuse_without_gates
+from cake_vllm.integration.engine import BACKENDS, BESIDE, CONNECTOR
+from cake_vllm.integration.front.refusals import (
+    refuse_arguments,
+    refuse_companion,
+    refuse_engine,
+    refuse_without_gates,
+)
 from cake_vllm.integration.front.requests import install_http, install_requests
 from cake_vllm.integration.gates import find_gates
 from cake_vllm.integration.reports import install_states
@@ -24,8 +30,9 @@ def install() -> None:
     """Registers what eviction is made of. Names only; nothing of it runs unless it is switched on."""
     for name, path in BACKENDS.items():
         register_backend(AttentionBackendEnum[name], path)
-    if CONNECTOR not in KVConnectorFactory._registry:
-        KVConnectorFactory.register_connector(CONNECTOR, "cake_vllm.integration.connector", CONNECTOR)
+    for name, module in ((CONNECTOR, "connector"), (BESIDE, "beside")):
+        if name not in KVConnectorFactory._registry:
+            KVConnectorFactory.register_connector(name, f"cake_vllm.integration.{module}", name)
     install_requests()
     install_states()
 
@@ -46,13 +53,19 @@ def switch_on(
         ValueError: one sentence, if eviction cannot serve what else was set.
     """
     refuse_arguments(args)
-    args.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
+    if args.kv_transfer_config is None and args.kv_offloading_size is None:
+        args.kv_transfer_config = KVTransferConfig(kv_connector=CONNECTOR, kv_role="kv_producer")
     vllm_config = original(args, *rest, **kwargs)
     if args.additional_config[POLICY_KEY] == AUTO:
         config = choose_policy(args.additional_config, vllm_config.model_config)
     refuse_engine(config, vllm_config)
     refuse_without_gates(config, vllm_config)
     choose_draft_backend(vllm_config)
+    asked = vllm_config.kv_transfer_config
+    assert asked is not None
+    if asked.kv_connector != CONNECTOR:
+        refuse_companion(config, vllm_config)
+        vllm_config.kv_transfer_config = run_beside(asked)
     if isinstance(args, AsyncEngineArgs):
         install_http()
     resolved = config.resolve(vllm_config.model_config.hf_text_config)
@@ -73,6 +86,15 @@ def choose_policy(settings: dict[str, Any], model: ModelConfig) -> KVEvictionCon
     assert config is not None
     logger.info("KV eviction by %s: %s", config.policy_name, why)
     return config
+
+
+def run_beside(theirs: KVTransferConfig) -> KVTransferConfig:
+    """Two KV connectors, ours and the user's, as one."""
+    ours = {"kv_connector": CONNECTOR, "kv_role": "kv_producer"}
+    # The id is the engine's.
+    others = {key: value for key, value in asdict(theirs).items() if key != "engine_id"}
+    logger.info("KV eviction runs beside the KV connector %s", theirs.kv_connector)
+    return replace(theirs, kv_connector=BESIDE, kv_connector_extra_config={"connectors": [ours, others]})
 
 
 def choose_draft_backend(vllm_config: VllmConfig) -> None:

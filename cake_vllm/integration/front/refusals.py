@@ -21,12 +21,17 @@ DRAFTS_WITHOUT_CACHE = ("ngram", "ngram_gpu", "suffix", "medusa")
 DRAFT_MODELS = ("eagle", "eagle3", "mtp", "draft_model")
 METHODS = (*DRAFTS_WITHOUT_CACHE, *DRAFT_MODELS)
 
+#: KV connectors of vLLM's that were run beside ours; and what such a one copies with, if it is not told.
+COMPANIONS = ("OffloadingConnector",)
+COPIES = "CPUOffloadingSpec"
+
 #: Whether something (``of``) is such; what it then has; what to change. The texts may name attributes of ``of``.
 Row = tuple[Callable[[Any], bool | None], str, str]
 
 WITHOUT = "serve it without the flag"
 ONE_OF_TWO = "drop one of the two"
 OTHER_DRAFTS = f"use another, or {ONE_OF_TWO}"
+OTHER_CONNECTOR = f"use {', '.join(COMPANIONS)}, or {ONE_OF_TWO}"
 IN_TIME = "set --no-async-scheduling or {}, or drop --speculative-config"
 
 
@@ -42,11 +47,19 @@ class Engine(NamedTuple):
 #: Engine arguments, before vLLM reads them.
 ARGUMENTS: tuple[Row, ...] = (
     (
-        lambda of: getattr(of.kv_transfer_config, "kv_connector", CONNECTOR) != CONNECTOR,
-        "kv-transfer-config",
-        ONE_OF_TWO,
+        lambda of: (
+            (asked := of.kv_transfer_config) is not None
+            and (asked.kv_connector not in (CONNECTOR, *COMPANIONS) or asked.kv_connector_module_path is not None)
+            and of.kv_offloading_size is None
+        ),
+        "kv-transfer-config of {of.kv_transfer_config.kv_connector}, which was never run beside it,",
+        OTHER_CONNECTOR,
     ),
-    (lambda of: of.kv_offloading_size is not None, "kv-offloading-size", ONE_OF_TWO),
+    (
+        lambda of: of.kv_offloading_size is not None and of.kv_offloading_backend != "native",
+        "kv-offloading-backend {of.kv_offloading_backend}, which was never run beside it,",
+        OTHER_CONNECTOR,
+    ),
     (lambda of: of.disable_hybrid_kv_cache_manager is True, "disable-hybrid-kv-cache-manager", "drop it"),
     (lambda of: of.decode_context_parallel_size > 1, "decode-context-parallel-size", "set it to 1"),
     (lambda of: of.prefill_context_parallel_size > 1, "prefill-context-parallel-size", "set it to 1"),
@@ -107,6 +120,38 @@ SETTINGS: tuple[Row, ...] = (
         lambda of: of.drafts and of.model.is_hybrid,
         "a --speculative-config for {of.model.architectures[0]}, whose layers keep states,",
         ONE_OF_TWO,
+    ),
+)
+
+#: Another KV connector beside ours, as vLLM has configured it.
+BESIDE_ANOTHER: tuple[Row, ...] = (
+    (
+        lambda of: (
+            (theirs := of.vllm.kv_transfer_config).kv_connector not in COMPANIONS
+            or theirs.kv_connector_module_path is not None
+        ),
+        "the KV connector {of.vllm.kv_transfer_config.kv_connector}, which was never run beside it,",
+        OTHER_CONNECTOR,
+    ),
+    (
+        lambda of: (
+            (extra := of.vllm.kv_transfer_config.kv_connector_extra_config).get("spec_name", COPIES) != COPIES
+            and not extra.get("spec_module_path")
+        ),
+        "the offloading spec {of.vllm.kv_transfer_config.kv_connector_extra_config[spec_name]}, which was never run "
+        "beside it,",
+        f"set spec_name to {COPIES}, or {ONE_OF_TWO}",
+    ),
+    (
+        lambda of: of.model.is_hybrid or _has_windows(of.model),
+        "KV offloading for {of.model.architectures[0]}, whose layers are not all of full attention",
+        ONE_OF_TWO,
+    ),
+    (lambda of: of.drafts, "KV offloading and a --speculative-config", "drop one of the three"),
+    (
+        lambda of: of.vllm.parallel_config.pipeline_parallel_size > 1,
+        "KV offloading and a --pipeline-parallel-size",
+        "drop one of the three",
     ),
 )
 
@@ -188,6 +233,16 @@ def refuse_engine(config: KVEvictionConfig, vllm_config: VllmConfig) -> None:
         _refuse(LATE, "cannot {} while drafts are verified a step late", of)
     if of.drafts is not None and of.drafts.method in DRAFT_MODELS:
         _refuse(DRAFTERS, "does not work together with a --speculative-config with {} yet", of)
+
+
+def refuse_companion(config: KVEvictionConfig, vllm_config: VllmConfig) -> None:
+    """Refuses what eviction cannot serve beside the KV connector that the user has set up.
+
+    Raises:
+        ValueError: one sentence that says what it is and what to change.
+    """
+    of = Engine(config, vllm_config, vllm_config.model_config, vllm_config.speculative_config)
+    _refuse(BESIDE_ANOTHER, "does not work together with {} yet", of)
 
 
 def refuse_without_gates(config: KVEvictionConfig, vllm_config: VllmConfig) -> None:

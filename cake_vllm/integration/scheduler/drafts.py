@@ -33,10 +33,9 @@ def install_drafts() -> None:
 def _update_draft_token_ids(original: Callable[..., None], self: Any, draft_token_ids: Any) -> None:
     original(self, draft_token_ids)
     # Other engines of this process may have other connectors.
-    half = getattr(self.connector, "scheduler", None)
-    if half is None:
+    if not hasattr(self.connector, "is_alone"):
         return
     for request_id in draft_token_ids.req_ids:
         request = self.requests.get(request_id)
         if request is not None and request.spec_token_ids:
-            half.cut_drafts(request)
+            self.connector.scheduler.cut_drafts(request)

@@ -54,6 +54,8 @@ class EvictionScheduler:
         self._groups = evictable_groups(kv_cache_config)
         spec: Any = kv_cache_config.kv_cache_groups[self._groups[0]].kv_cache_spec
         sizes = spec.block_size, spec.page_size
+        # Before a chunk.
+        self._most_held = config.max_request_tokens(max_model_len, 0)
         self._terms = Terms(config, limits, max_model_len, *sizes, num_drafts, num_lookahead)
         #: Reports that were asked for and travel with the requests' next outputs, by request id.
         self.news: dict[str, dict[str, Any]] = {}
@@ -79,6 +81,18 @@ class EvictionScheduler:
         if config is not None and config is not self.config:
             # Prefix lookup leaves what the engine's settings need to be computed; this one's may need more.
             compute_at_least(request, config.policy.num_queries, config.never_evicted_len())
+
+    def most_hits(self, request: Request) -> int:
+        """How much of a request may come from a cache outside; in tokens, whole blocks.
+
+        Its last queries are to be computed, as after a hit in the prefix cache; and where requests never hold
+        everything, it cannot hold more than that.
+        """
+        tracked, size = self._tracked.get(request.request_id), self._terms.block_size
+        config, most = tracked.config if tracked else None, request.num_tokens
+        if config is not None and most > config.never_evicted_len():
+            most -= config.policy.num_queries
+        return min(most, self._most_held or most) // size * size
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """What the worker has to know for the step that ``output`` describes."""

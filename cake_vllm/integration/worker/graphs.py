@@ -19,7 +19,7 @@ from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
 from vllm.v1.worker.gpu_worker import Worker
 
-from cake_vllm.integration.messages import StepPlan
+from cake_vllm.integration.messages import StepPlan, plan_of
 from cake_vllm.integration.patching import wrap
 
 
@@ -55,11 +55,11 @@ def install_graphs() -> None:
 
 
 def _remember_plan(original: Callable[..., Any], worker: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-    plan = scheduler_output.kv_connector_metadata
+    metadata = scheduler_output.kv_connector_metadata
     # The worker half forgets it at the end of the step: drafts choose graphs, too.
-    step.plan, step.replays = plan if isinstance(plan, StepPlan) else None, False
+    step.plan, step.replays = plan_of(metadata), False
     step.runner = worker.model_runner
-    if plan is None:
+    if metadata is None:
         # Of an engine without a connector, which was in this process before: it must not meet this one.
         with _swapped(kv_transfer_state, _KV_CONNECTOR_AGENT=None):
             return original(worker, scheduler_output, *args, **kwargs)
