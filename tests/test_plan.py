@@ -197,6 +197,36 @@ def test_as_many_run_at_once_as_planned(tiny, tiny_model, policy, kind, same_on_
 
 @pytest.mark.engine
 @pytest.mark.full
+@pytest.mark.parametrize("kind", ["exact", "whole"])
+def test_as_many_run_at_once_beside_their_states(start_engine, tmp_path, kind, same_on_both):
+    """The same where a request holds two states, for the prefix cache."""
+    model, _ = save_hybrid("lfm2", tmp_path)
+    block = 3 * 2 * 64 * 32 * 4
+    sizes = ["--kv-cache-memory", f"{90 * block / 2**20}MiB", "--context", "1000", "--output-len", "24"]
+    found, args = planned(model, *sizes, "--budget", "200", "--enable-prefix-caching")
+    assert (found.pool.blocks, found.pool.block_size, found.states.blocks["align"]) == (90, 32, 2)
+    expected = found.requests[kind]
+    assert (found.requests["exact"].decoding, found.requests["whole"].decoding) == (8 + 1 + 2, 32 + 2)
+    engine: Engine = start_engine(
+        model,
+        skip_tokenizer_init=True,
+        kv_cache_memory_bytes=args.kv_cache_memory,
+        max_model_len=1024,
+        max_num_batched_tokens=512,
+        **({} if kind == "whole" else {"kv_eviction": "cake", "kv_eviction_budget": 200}),
+    )
+    for seed in range(expected.at_once + 4):
+        engine.add(numbers(seed, 1000), 24)
+    most = 0
+    while engine.scheduler.requests:
+        engine.step()
+        most = max(most, engine.num_running)
+    # A column fewer is held where owners fill fewer pages, and one state within a block.
+    assert expected.at_once <= most <= 1 + (89 - expected.entering) // (expected.decoding - 2)
+
+
+@pytest.mark.engine
+@pytest.mark.full
 @pytest.mark.parametrize("policy", ["cake", "layer-defensivekv"])
 def test_memory_beside_the_pool_is_what_the_worker_takes(tiny, tiny_model, policy, same_on_both, monkeypatch):
     engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=200, kv_eviction_config={"decode": "window"})
