@@ -251,9 +251,10 @@ def projected_values(inputs: LayerInputs, chunk: int = 512) -> Iterator[torch.Te
 
 
 def projections(inputs: LayerInputs) -> torch.Tensor:
-    """``[Hkv, G, hidden, D]`` float32, the part of the output projection that belongs to each query head."""
+    """``[Hkv, G, hidden, D]`` float32, the part of the output projection that belongs to each query head's values."""
     assert inputs.output_weight is not None, "the policy says that it needs the output projection"
-    num_kv_heads, _, head_size = inputs.keys.shape
+    assert inputs.values is not None, "the policy says that it needs values"
+    num_kv_heads, _, head_size = inputs.values.shape
     return inputs.output_weight.float().unflatten(1, (num_kv_heads, -1, head_size)).permute(1, 2, 0, 3)
 
 
