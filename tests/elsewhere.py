@@ -15,7 +15,7 @@ from ties import assert_same
 from vllm.model_executor.layers.attention import Attention
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention import selector
-from vllm.v1.attention.backends import flash_attn
+from vllm.v1.attention.backends import flash_attn, flash_attn_diffkv
 from vllm.v1.attention.backends.registry import _ATTN_OVERRIDES, AttentionBackendEnum
 
 from cake_vllm.integration.worker.gpu_attention import EvictingFlashBackend, EvictingTritonBackend, EvictingTritonImpl
@@ -79,6 +79,14 @@ def flash_in_torch(wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = la
         mock.patch.object(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", wrap(flash_reference.flash_attn_varlen_func)),
         mock.patch.object(
             flash_attn, "reshape_and_cache_flash", wrap(flash_reference.reshape_and_cache_flash), create=True
+        ),
+        mock.patch.multiple(
+            flash_attn_diffkv,
+            create=True,
+            flash_attn_varlen_func=wrap(flash_reference.flash_attn_unequal),
+            triton_reshape_and_cache_flash_diffkv=wrap(flash_reference.reshape_and_cache_unequal),
+            get_flash_attn_version=lambda **_: 3,
+            is_flash_attn_varlen_func_available=lambda: True,
         ),
     ):
         yield

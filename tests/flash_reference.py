@@ -53,13 +53,13 @@ def attend(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> None:
-    """Attention of ``q`` ``[T, Hq, D]`` over pages ``k``, ``v`` ``[num_blocks, B, Hkv, D]``, written to ``out``.
+    """Attention of ``q`` ``[T, Hq, D]`` over pages ``k`` ``[num_blocks, B, Hkv, D]`` and ``v`` ``[..., Dv]``.
 
     Args:
         q: all sequences' queries, one after the other.
         k: keys; ``block_table`` ``[R, C]`` int32 names each sequence's pages.
         v: values.
-        out: as ``q``.
+        out: ``[T, Hq, Dv]``, written to.
         cu_seqlens_q: ``[R + 1]`` int32, where each sequence's queries begin.
         max_seqlen_q: at least as many as any sequence has.
         seqused_k: ``[R]`` int32, keys of each sequence.
@@ -81,7 +81,8 @@ def attend(
     assert len(seqused_k) == len(block_table) == num_sequences
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == out.stride(-1) == block_table.stride(-1) == 1
     assert k.dtype == v.dtype
-    assert k.shape == v.shape
+    assert k.shape[:-1] == v.shape[:-1]
+    assert out.shape[1:] == (q.shape[1], v.shape[-1])
     assert k.stride() == v.stride()
     assert k.shape[1] % 16 == 0
     assert q.shape[1] % k.shape[2] == 0
@@ -119,6 +120,20 @@ def attend(
             logits = torch.cat([logits, s_aux.float().view(-1, 1, 1).expand(-1, num_queries, 1)], dim=-1)
         weights = logits.softmax(dim=-1)[..., :length]
         out[rows] = (weights @ values).transpose(0, 1).to(out.dtype)
+
+
+def flash_attn_unequal(**arguments: Any) -> None:
+    """What ``FLASH_ATTN_DIFFKV`` calls."""
+    assert arguments.pop("fa_version") == 3
+    flash_attn_varlen_func(**arguments)
+
+
+def reshape_and_cache_unequal(
+    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor, *rest: Any
+) -> None:
+    """Writes ``[T, Hkv, D]`` keys and ``[T, Hkv, Dv]`` values side by side into ``[num_blocks, B, Hkv, D + Dv]``."""
+    key_cache, value_cache = cache.split([key.shape[-1], value.shape[-1]], dim=-1)
+    reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, *rest)
 
 
 def scaled_fp8_quant(tensor: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

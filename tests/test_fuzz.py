@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from engine import Engine
+from hybrids import HYBRIDS
+from random_models import save_random_model
 from stock import same_tokens, stock
 from ties import assert_same
 
@@ -16,8 +18,11 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 POLICIES = ("cake", "cake", "snapkv", "layer-defensivekv", "criticaladakv", "knorm", "streamingllm", "tova")
 
 
-def draw_settings(dice: random.Random) -> dict[str, Any]:
-    """An engine: method, budget, way of prefill and decoding, chunk, pool and scheduling."""
+def draw_settings(dice: random.Random, groups: int = 1, states: int = 0) -> dict[str, Any]:
+    """An engine: method, budget, way of prefill and decoding, chunk, pool and scheduling.
+
+    A request has a row of blocks in each group of layers with full attention, and so many blocks for states.
+    """
     policy = dice.choice(POLICIES)
     options: dict[str, Any] = {
         "decode": dice.choice(("off", "window", "cake") if policy == "cake" else ("off", "window"))
@@ -26,7 +31,7 @@ def draw_settings(dice: random.Random) -> dict[str, Any]:
         options["prefill"] = "progressive"
     max_model_len = dice.choice((1500, 6200))
     # From one request of the longest kind to a dozen.
-    blocks = -(-max_model_len // 32) * dice.choice((1, 1.3, 3, 12))
+    blocks = (-(-max_model_len // 32) * groups + states) * dice.choice((1, 1.3, 3, 12))
     settings = {
         "kv_eviction": policy,
         "kv_eviction_budget": dice.choice((100, 200, 400, 0.2, 0.5, "auto")),
@@ -103,11 +108,38 @@ def test_random_load(tiny, seed, is_v2):
     settings = draw_settings(dice)
     print(f"seed {seed}: {settings}")
     engine: Engine = tiny(**settings)
-    engine.stats()
     longest = settings["max_model_len"] - 100
-    load = Load(engine, dice, min(longest, 800) if is_v2 else longest)
-    for _ in range(1 if is_v2 else 5):
-        load.wave(15 if is_v2 else 40)
+    serve(engine, settings, dice, min(longest, 800) if is_v2 else longest, *((1, 15, 4) if is_v2 else (5, 40, 12)))
+
+
+@pytest.mark.parametrize("number", [20, *(pytest.param(other, marks=pytest.mark.full) for other in (6, 7, 8, 10, 15))])
+def test_random_load_beside_states(start_engine, tmp_path, number, same_on_both):
+    """Two groups of attention layers, and one of short convolutions, whose states are in the prefix cache."""
+    layers = {"layer_types": ["conv", "full_attention", "full_attention"] * 2}
+    of = HYBRIDS["lfm2"]
+    model = save_random_model(tmp_path, of.model_type, of.architecture, **of.fields | layers)
+    dice = random.Random(number)
+    settings = draw_settings(dice, groups=2, states=2)
+    print(f"seed {number}: {settings}")
+    engine: Engine = start_engine(model, skip_tokenizer_init=True, **settings)
+    assert len(engine.scheduler.kv_cache_config.kv_cache_groups) == 3
+    serve(engine, settings, dice, settings["max_model_len"] - 100, 3, 30, 8)
+
+
+def serve(
+    engine: Engine,
+    settings: dict[str, Any],
+    dice: random.Random,
+    longest: int,
+    num_waves: int,
+    size: int,
+    num_solo: int,
+) -> None:
+    """Waves of so many requests of up to so many tokens, some of which are run again alone."""
+    engine.stats()
+    load = Load(engine, dice, longest)
+    for _ in range(num_waves):
+        load.wave(size)
     stats = engine.stats()
     assert stats["requests"] + stats["cuts"] > 0
     print(f"{load.steps} steps, {len(load.preempted_at)} preempted, {len(load.aborted)} aborted, {stats}")
@@ -127,7 +159,7 @@ def test_random_load(tiny, seed, is_v2):
     if worker.judging.config.is_progressive or settings["kv_eviction_budget"] == "auto" or stats["postponed"]:
         return
     together = {name: engine.run_of(name) for name in done}
-    for name in dice.sample(sorted(done), 4 if is_v2 else 12):
+    for name in dice.sample(sorted(done), num_solo):
         engine.forget_prefixes()
         tokens = together[name].tokens
         (alone,) = engine.runs([done[name]], len(tokens))

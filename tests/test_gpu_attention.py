@@ -12,13 +12,16 @@ from elsewhere import (
     flash_in_torch,
 )
 from random_models import numbers, save_random_kind, save_random_model
+from replay import Replay
 
-from cake_vllm.integration.worker.gpu_attention import EvictingFlashImpl, side_by_side
+from cake_vllm.integration.worker.gpu_attention import EvictingFlashImpl, EvictingFlashUnequalImpl, side_by_side
+from cake_vllm.policies import create_policy
 
 
-def test_side_by_side():
-    layout = side_by_side(16, 8, torch.device("cpu"))
-    cache = torch.arange(2 * 3 * 16 * 16.0).view(2, 3, 16, 16)
+@pytest.mark.parametrize("value_size", [8, 6])
+def test_side_by_side(value_size):
+    layout = side_by_side(16, 8, value_size, torch.device("cpu"))
+    cache = torch.arange(2 * 3 * 16 * (8.0 + value_size)).view(2, 3, 16, -1)
     flat = cache.view(2, 3, -1)
     assert torch.equal(flat[:, :, layout.key_index], cache[..., :8])
     assert torch.equal(flat[:, :, layout.value_index], cache[..., 8:])
@@ -99,6 +102,66 @@ def test_flash_attention_with_sinks(same_elsewhere, tmp_path, flash, same_on_bot
     model = save_random_kind(tmp_path, "sinks")
     impls = same_elsewhere(ReferenceFlashBackend, model, prompts, 24, max_model_len=1024, **settings)
     assert impls == [EvictingFlashImpl] * 4
+
+
+def save_unequal(path) -> str:
+    """MiMo-V2 without experts: values half as long as keys, and windows with twice the KV heads, and sinks."""
+    kinds, rope = ["full_attention", "sliding_attention"] * 2, {"rope_type": "default", "partial_rotary_factor": 0.5}
+    fields = {
+        "v_head_dim": 16,
+        "num_hidden_layers": 4,
+        "layer_types": kinds,
+        "mlp_layer_types": ["dense"] * 4,
+        "sliding_window": 64,
+        "rope_parameters": {kind: {**rope, "rope_theta": 1e4} for kind in kinds},
+    }
+    # The same, as the published configuration calls it.
+    fields |= {
+        "hybrid_layer_pattern": [int("sliding" in kind) for kind in kinds],
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_head_dim": 32,
+        "swa_v_head_dim": 16,
+        "sliding_window_size": 64,
+        "add_swa_attention_sink_bias": True,
+        "moe_layer_freq": [0] * 4,
+        "layernorm_epsilon": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 1e4,
+        "swa_rope_theta": 1e4,
+    }
+    return save_random_model(path, "mimo_v2_flash", "MiMoV2FlashForCausalLM", **fields)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("prefill", ["exact", pytest.param("progressive", marks=pytest.mark.full)])
+def test_values_that_are_not_as_long_as_keys(start_engine, tmp_path, flash, same_on_both, prefill):
+    """``FLASH_ATTN_DIFFKV``'s own code, as replayed: by layer, by head, and in full, in one batch."""
+    model, budget = save_unequal(tmp_path), 100
+    chunk = None if prefill == "exact" else 128
+    engine = start_engine(
+        model,
+        kv_eviction="cake",
+        kv_eviction_budget=budget,
+        kv_eviction_config={"prefill": prefill, "decode": "window"},
+        skip_tokenizer_init=True,
+        max_model_len=1024,
+        max_num_batched_tokens=chunk or 512,
+    )
+    layers = engine.vllm_config.compilation_config.static_forward_context.values()
+    assert {type(layer.impl) for layer in layers} == {EvictingFlashUnequalImpl}
+    replay = Replay(model)
+    requests = [(numbers(190, 420), "cake"), (numbers(191, 333), "layer-defensivekv"), (numbers(192, 60), "cake")]
+    for batch in [requests] if chunk is None else [[request] for request in requests]:
+        names = [engine.add(prompt, 40, extra_args={"kv_eviction": name}) for prompt, name in batch]
+        done = engine.run()
+        for (prompt, policy), name in zip(batch, names, strict=True):
+            served = engine.served_as(name, done[name])
+            assert bool(served.choices) == (len(prompt) > budget)
+            size = engine.vllm_config.cache_config.block_size
+            ways = {"page_size": 16, "decode": "window", "chunk": chunk}
+            replay.verify(prompt, served, create_policy(policy, {}), budget, size, **ways)
+    engine.shutdown()
 
 
 @pytest.fixture

@@ -3,11 +3,10 @@
 What stock vLLM cannot do for them on a CPU is in docs/compatibility.md, with what follows for these tests.
 """
 
-from typing import NamedTuple
-
 import pytest
 from engine import Engine
-from random_models import numbers, save_random_model
+from hybrids import HYBRIDS, Hybrid, save_hybrid
+from random_models import numbers
 from replay import Replay
 from ties import GAP_BOUND, RANK_BOUND, Run, assert_same
 
@@ -16,110 +15,22 @@ from cake_vllm.policies import create_policy
 pytestmark = pytest.mark.engine
 
 
-class Hybrid(NamedTuple):
-    """A small one.
-
-    Attributes:
-        layers: of full attention.
-        settings: of the engine.
-        is_replayed: whether a Hugging Face model computes in float32 what stock vLLM does.
-    """
-
-    model_type: str
-    architecture: str
-    fields: dict
-    layers: int
-    settings: dict
-    is_replayed: bool = True
-
-
-MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 32, "hidden_size": 128}
-UNCACHED = {"enable_prefix_caching": False}
-HYBRIDS = {
-    # Of one head: of more, vLLM's kernel for positions takes a head for a token on CPUs.
-    "lfm2": Hybrid(
-        "lfm2",
-        "Lfm2ForCausalLM",
-        {
-            "layer_types": ["conv", "full_attention"] * 3,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 1,
-            "num_key_value_heads": 1,
-            "head_dim": 64,
-            "conv_dim": 64,
-            "conv_L_cache": 3,
-            "block_dim": 64,
-            "block_auto_adjust_ff_dim": False,
-        },
-        3,
-        {"block_size": 64},
-    ),
-    "granite": Hybrid(
-        "granitemoehybrid",
-        "GraniteMoeHybridForCausalLM",
-        {
-            **MAMBA2,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "num_hidden_layers": 4,
-            "num_local_experts": 0,
-            "num_experts_per_tok": 0,
-            "position_embedding_type": "rope",
-            "attention_multiplier": 0.17,
-        },
-        2,
-        UNCACHED,
-    ),
-    # Attention and a state in each layer.
-    "falcon-h1": Hybrid(
-        "falcon_h1",
-        "FalconH1ForCausalLM",
-        {**MAMBA2, "num_hidden_layers": 2, "mamba_d_ssm": 256, "mamba_n_groups": 1},
-        2,
-        UNCACHED,
-    ),
-    # In blocks of hundreds of tokens.
-    "qwen3-next": Hybrid(
-        "qwen3_next",
-        "Qwen3NextForCausalLM",
-        {
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "num_hidden_layers": 4,
-            "linear_num_key_heads": 1,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-            "shared_expert_intermediate_size": 64,
-        },
-        2,
-        # Chunks that end with a block, in a batch as well.
-        {"dtype": "bfloat16", "max_num_batched_tokens": 4096},
-        is_replayed=False,
-    ),
-}
 COMMON = {"skip_tokenizer_init": True, "max_model_len": 4096, "max_num_batched_tokens": 512}
 BUDGET, PAGE = 150, 32
 CAKE = {"kv_eviction": "cake", "kv_eviction_budget": BUDGET}
 WHOLE = {"kv_eviction": "none"}
 
 
-def save(name: str, path) -> tuple[str, Hybrid]:
-    of = HYBRIDS[name]
-    return save_random_model(path, of.model_type, of.architecture, **of.fields), of
-
-
 @pytest.fixture(scope="module")
 def hybrid(request, tmp_path_factory) -> tuple[str, Hybrid]:
     """The model's folder, and what it is."""
-    return save(request.param, tmp_path_factory.mktemp(request.param))
+    return save_hybrid(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> tuple[str, Hybrid]:
     """The one whose prefixes can be shared in float32."""
-    return save("lfm2", tmp_path_factory.mktemp("shared"))
+    return save_hybrid("lfm2", tmp_path_factory.mktemp("shared"))
 
 
 def rounding(alone: list[Run], together: list[Run]) -> dict[str, float]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from counting import living
 from engine import Engine, Late, same_positions
+from hybrids import save_hybrid
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
@@ -155,29 +156,42 @@ class Lifecycle(RuleBasedStateMachine):
         assert self.engine.is_idle()
 
 
+@pytest.fixture(scope="module")
+def hybrid_model(tmp_path_factory) -> str:
+    """Attention beside short convolutions, whose states lie in blocks of the same pool."""
+    return save_hybrid("lfm2", tmp_path_factory.mktemp("lfm2"))[0]
+
+
 @pytest.mark.parametrize(
-    ("options", "when"),
+    ("options", "when", "kind"),
     [
-        ({}, "at once"),
-        pytest.param(PROGRESSIVE, "a step late", marks=pytest.mark.contract),
-        (ELASTIC, "a step late"),
-        pytest.param(ELASTIC, "at once", marks=pytest.mark.full),
-        pytest.param({}, "a step late", marks=pytest.mark.full),
-        pytest.param(PROGRESSIVE, "at once", marks=pytest.mark.full),
+        ({}, "at once", "llama"),
+        pytest.param(PROGRESSIVE, "a step late", "llama", marks=pytest.mark.contract),
+        (ELASTIC, "a step late", "llama"),
+        (PROGRESSIVE, "at once", "hybrid"),
+        pytest.param(ELASTIC, "at once", "llama", marks=pytest.mark.full),
+        pytest.param({}, "a step late", "llama", marks=pytest.mark.full),
+        pytest.param(PROGRESSIVE, "at once", "llama", marks=pytest.mark.full),
+        pytest.param({}, "a step late", "hybrid", marks=pytest.mark.full),
+        pytest.param(ELASTIC, "a step late", "hybrid", marks=pytest.mark.full),
     ],
 )
-def test_any_history(tiny, options, when, monkeypatch, same_on_both):
+def test_any_history(start_engine, tiny_model, hybrid_model, options, when, kind, monkeypatch, same_on_both):
     """In a pool that holds two and a half prompts of the longest kind, so that vLLM preempts, too.
 
     Where budgets are elastic, one and a half, so that many are cut.
     """
-    engine: Engine = tiny(
+    blocks = {"llama": (30, 56), "hybrid": (21, 34)}[kind]
+    engine: Engine = start_engine(
+        tiny_model if kind == "llama" else hybrid_model,
+        skip_tokenizer_init=True,
+        block_size=32 if kind == "llama" else 64,
         kv_eviction="cake",
         kv_eviction_budget="auto" if options is ELASTIC else 100,
         kv_eviction_config=options,
         max_model_len=700,
         max_num_batched_tokens=256,
-        num_gpu_blocks_override=30 if options is ELASTIC else 56,
+        num_gpu_blocks_override=blocks[options is not ELASTIC],
     )
     late = None
     if when == "a step late":
@@ -188,7 +202,7 @@ def test_any_history(tiny, options, when, monkeypatch, same_on_both):
     run_state_machine_as_test(
         lambda: Lifecycle(engine, late),
         settings=settings(
-            max_examples=40,
+            max_examples=40 if kind == "llama" else 15,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
@@ -197,7 +211,7 @@ def test_any_history(tiny, options, when, monkeypatch, same_on_both):
         ),
     )
     stats = engine.stats()
-    assert stats["cuts" if options is ELASTIC else "requests"] > 20
+    assert stats["cuts" if options is ELASTIC else "requests"] > (20 if kind == "llama" else 10)
     assert stats["failures"] == 0
     assert not living()
 

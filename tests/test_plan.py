@@ -6,9 +6,11 @@ import json
 import pytest
 import torch
 from engine import Engine
+from hybrids import save_hybrid
 from random_models import numbers, save_random_latent, save_random_model
 from safetensors.torch import load_file
 from transformers import AutoConfig
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from cake_vllm.__main__ import main
 from cake_vllm.integration.worker import judging
@@ -83,6 +85,68 @@ def test_the_pool_is_what_vllm_reports(
     assert (found.pool.others > 0) == (len(groups) > found.pool.groups)
 
 
+@pytest.mark.engine
+@pytest.mark.contract
+@pytest.mark.parametrize(
+    ("name", "cached"),
+    [
+        ("lfm2", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (("lfm2", False), ("granite", False), ("falcon-h1", False), ("falcon-h1", True))
+        ),
+    ],
+)
+def test_states_are_as_vllm_sizes_them(start_engine, tmp_path, name, cached, same_on_both):
+    """Blocks as large as a state, what a request holds of these, and the pool."""
+    model, of = save_hybrid(name, tmp_path)
+    caching = f"--{'' if cached else 'no-'}enable-prefix-caching"
+    sizes = ["--kv-cache-memory", f"{MEMORY // 2**20}MiB", "--context", "1000", "--output-len", "24"]
+    found, _ = planned(model, *sizes, "--budget", "200", caching)
+    engine: Engine = start_engine(
+        model,
+        skip_tokenizer_init=True,
+        kv_cache_memory_bytes=MEMORY,
+        max_model_len=1024,
+        max_num_batched_tokens=512,
+        enable_prefix_caching=cached,
+        kv_eviction="cake",
+        kv_eviction_budget=200,
+    )
+    cache = engine.vllm_config.cache_config
+    pool, states = found.pool, found.states
+    assert (pool.block_size, pool.blocks) == (cache.block_size, cache.num_gpu_blocks)
+    assert (pool.tokens, pool.concurrency) == (cache.kv_cache_size_tokens, cache.kv_cache_max_concurrency)
+    groups = engine.scheduler.kv_cache_config.kv_cache_groups
+    keeping = [group for group in groups if isinstance(group.kv_cache_spec, MambaSpec)]
+    assert pool.groups == len(groups) - len(keeping)
+    assert states.layers == sum(len(group.layer_names) for group in keeping)
+    assert states.memory == sum(group.kv_cache_spec.real_page_size_bytes * len(group.layer_names) for group in keeping)
+    assert states.block == MEMORY // pool.blocks // 4096 * 4096
+    held = sum(
+        group.kv_cache_spec.max_memory_usage_bytes(engine.vllm_config) // group.kv_cache_spec.page_size_bytes
+        for group in keeping
+    )
+    assert states.blocks[cache.mamba_cache_mode] == pool.others == held
+    assert states.blocks["align"] > states.blocks["none"] == len(keeping)
+    # A key and a value of float32 for each layer and head.
+    model_config = engine.vllm_config.model_config
+    heads = model_config.get_total_num_kv_heads() * model_config.get_head_size()
+    assert found.model.token == of.layers * 2 * 4 * heads
+    # Stock vLLM's kernels for Mamba 2 fail on CPUs with the prefix cache.
+    prompt, most = numbers(1, 999), 0
+    for _ in range(2 if name == "lfm2" or not cached else 0):
+        engine.add(prompt, 20)
+        while engine.scheduler.requests:
+            rows = engine.manager.coordinator.single_type_managers
+            for index, group in enumerate(groups):
+                if group in keeping:
+                    row = next(iter(rows[index].req_to_blocks.values()), [])
+                    most = max(most, sum(not block.is_null for block in row))
+            engine.step()
+    assert most <= states.blocks[cache.mamba_cache_mode] // len(keeping)
+
+
 KINDS = [
     ("cake", "exact"),
     *(
@@ -143,6 +207,36 @@ def test_as_many_run_at_once_as_planned(tiny, tiny_model, policy, kind, same_on_
 
 @pytest.mark.engine
 @pytest.mark.full
+@pytest.mark.parametrize("kind", ["exact", "whole"])
+def test_as_many_run_at_once_beside_their_states(start_engine, tmp_path, kind, same_on_both):
+    """The same where a request holds two states, for the prefix cache."""
+    model, _ = save_hybrid("lfm2", tmp_path)
+    block = 3 * 2 * 64 * 32 * 4
+    sizes = ["--kv-cache-memory", f"{90 * block / 2**20}MiB", "--context", "1000", "--output-len", "24"]
+    found, args = planned(model, *sizes, "--budget", "200", "--enable-prefix-caching")
+    assert (found.pool.blocks, found.pool.block_size, found.states.blocks["align"]) == (90, 32, 2)
+    expected = found.requests[kind]
+    assert (found.requests["exact"].decoding, found.requests["whole"].decoding) == (8 + 1 + 2, 32 + 2)
+    engine: Engine = start_engine(
+        model,
+        skip_tokenizer_init=True,
+        kv_cache_memory_bytes=args.kv_cache_memory,
+        max_model_len=1024,
+        max_num_batched_tokens=512,
+        **({} if kind == "whole" else {"kv_eviction": "cake", "kv_eviction_budget": 200}),
+    )
+    for seed in range(expected.at_once + 4):
+        engine.add(numbers(seed, 1000), 24)
+    most = 0
+    while engine.scheduler.requests:
+        engine.step()
+        most = max(most, engine.num_running)
+    # A column fewer is held where owners fill fewer pages, and one state within a block.
+    assert expected.at_once <= most <= 1 + (89 - expected.entering) // (expected.decoding - 2)
+
+
+@pytest.mark.engine
+@pytest.mark.full
 @pytest.mark.parametrize("policy", ["cake", "layer-defensivekv"])
 def test_memory_beside_the_pool_is_what_the_worker_takes(tiny, tiny_model, policy, same_on_both, monkeypatch):
     engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=200, kv_eviction_config={"decode": "window"})
@@ -172,7 +266,7 @@ def test_memory_beside_the_pool_is_what_the_worker_takes(tiny, tiny_model, polic
     found, _ = planned(tiny_model, *flags, "--kv-cache-memory", "1")
     model = found.model
     assert (model.evictable, model.kv_heads, model.query_heads, model.head_size) == (4, 2, 4, 32)
-    pool = capacity.Pool(0, engine.pool.num_gpu_blocks, 1, 0, 0, 0)
+    pool = capacity.Pool(0, engine.pool.num_gpu_blocks, 32, 1, 0, 0, 0)
     assert costs.table_bytes(model, pool, 3, widest, by_head=policy != "cake") == tables
     taken = {cost.what: cost.memory for cost in found.costs}
     assert seen == [taken["scores"]] * 3
@@ -302,12 +396,43 @@ def test_errors_are_a_sentence(tiny_model, capsys, flags, status, message):
     assert status == 2 or len(told.splitlines()) == 1
 
 
-def test_models_with_states_are_refused(tmp_path, capsys):
-    save_random_model(tmp_path, "lfm2", "Lfm2ForCausalLM", num_hidden_layers=2, layer_types=["conv", "full_attention"])
+def test_each_gpu_keeps_its_part_of_the_states(tmp_path):
+    model, _ = save_hybrid("granite", tmp_path)
+    sizes = ["--kv-cache-memory", "8MiB", "--context", "1000"]
+    one, two = (planned(model, *sizes, "--tp", gpus)[0] for gpus in "12")
+    assert two.model.token * 2 == one.model.token
+    assert one.states.memory * 0.5 < two.states.memory < one.states.memory
+    assert two.states.blocks == one.states.blocks
+    assert two.pool.blocks > 1.9 * one.pool.blocks
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM builds it on GPUs")
+def test_models_that_cannot_be_built_here_are_refused(tmp_path, capsys):
+    """One whose linear attention asks for Triton's allocator."""
+    fields = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "vocab_size": 128}
+    fields |= {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    config = AutoConfig.for_model("olmo_hybrid", architectures=["OlmoHybridForCausalLM"], **fields)
+    config.save_pretrained(tmp_path)
     capsys.readouterr()
     assert main(["plan", str(tmp_path), "--context", "1000", "--kv-cache-memory", "1"]) == 1
-    (told,) = capsys.readouterr().err.splitlines()
-    assert "whose layers keep states: vLLM sizes blocks by them once the model is loaded" in told
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "states that its layers keep, and cannot build these here (AttributeError: module 'triton' has" in told
+    assert told.endswith("run it where the model is served")
+
+
+def test_pipeline_stages_share_the_layers(tiny_model, tmp_path, capsys):
+    sizes = ["--kv-cache-memory", "8MiB", "--context", "1000"]
+    one, two = (planned(tiny_model, *sizes, "--pp", stages)[0] for stages in "12")
+    assert (two.model.layers, two.model.token) == (2, one.model.token // 2)
+    assert two.pool.blocks == 2 * one.pool.blocks
+    assert two.flags[-2:] == ["--pipeline-parallel-size", "2"]
+    # Five layers: the stage with three of them bounds the pool.
+    odd = save_random_model(tmp_path / "odd", "llama", "LlamaForCausalLM", num_hidden_layers=5)
+    assert planned(odd, *sizes, "--pp", "2")[0].pool.blocks == one.pool.blocks * 4 // 3
+    hybrid, _ = save_hybrid("granite", tmp_path / "hybrid")
+    capsys.readouterr()
+    assert main(["plan", hybrid, *sizes, "--pp", "2"]) == 1
+    assert "no plan for the pipeline stages of" in capsys.readouterr().err
 
 
 NAMES = {
@@ -315,12 +440,13 @@ NAMES = {
     "--budget": "--kv-eviction-budget",
     "--config": "--kv-eviction-config",
     "--tp": "--tensor-parallel-size",
+    "--pp": "--pipeline-parallel-size",
 }
 
 
 def test_options_have_the_names_of_the_flags(tiny_model):
     """Those of ``vllm serve`` that mean the same."""
-    values = {"--policy": "snapkv", "--budget": "300", "--config": '{"window": 16}', "--tp": "2"}
+    values = {"--policy": "snapkv", "--budget": "300", "--config": '{"window": 16}', "--tp": "2", "--pp": "2"}
     values |= {"--kv-cache-memory": "64MiB", "--context": "1000", "--max-model-len": "4096", "--max-num-seqs": "7"}
     short, _ = planned(tiny_model, *(part for option in values.items() for part in option))
     long, _ = planned(tiny_model, *(part for name, value in values.items() for part in (NAMES.get(name, name), value)))

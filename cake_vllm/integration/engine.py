@@ -23,6 +23,8 @@ BACKENDS = {
     "FLASH_ATTN": "cake_vllm.integration.worker.gpu_attention.EvictingFlashBackend",
     "FLASHINFER": "cake_vllm.integration.worker.flashinfer_attention.EvictingFlashInferBackend",
     "TRITON_ATTN": "cake_vllm.integration.worker.gpu_attention.EvictingTritonBackend",
+    "FLASH_ATTN_DIFFKV": "cake_vllm.integration.worker.gpu_attention.EvictingFlashUnequalBackend",
+    "TRITON_ATTN_DIFFKV": "cake_vllm.integration.worker.gpu_attention.EvictingTritonUnequalBackend",
     **{name: f"cake_vllm.integration.worker.latent_attention.{name}" for name in LATENT_BACKENDS},
 }
 

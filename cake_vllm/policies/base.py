@@ -37,7 +37,7 @@ class LayerInputs:
         keys: ``[Hkv, S, D]``, any float dtype, post-RoPE; ``S > q``.
         scale: factor on the logits ``q . k``, usually ``D ** -0.5``.
         logits_soft_cap: if positive, logits pass through ``cap * tanh(logits / cap)`` as the model's own do.
-        values: ``[Hkv, S, Dv]`` if :attr:`Policy.needs_values`; ``Dv`` is ``D`` but in latent attention.
+        values: ``[Hkv, S, Dv]`` if :attr:`Policy.needs_values`; ``Dv`` is nearly always ``D``.
         output_weight: ``[hidden, Hq * Dv]``, the weight of the projection that follows attention, if
             :attr:`Policy.needs_output_weight`.
         layer_index: rank of the layer in model order.

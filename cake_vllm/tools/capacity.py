@@ -3,12 +3,14 @@
 import argparse
 import importlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.kernels import columns_for, page_of
+from cake_vllm.tools.layers import built_specs
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Model:
         kv_heads: of a layer, on each GPU.
         query_heads: the same.
         head_size: elements of a key.
+        token: bytes that the evictable layers keep of one.
         dtype: of the model.
     """
 
@@ -29,6 +32,7 @@ class Model:
     kv_heads: int
     query_heads: int
     head_size: int
+    token: int
     dtype: torch.dtype
 
 
@@ -39,18 +43,38 @@ class Pool:
     Attributes:
         memory: bytes on each GPU.
         blocks: of ``block_size`` tokens, the null block included.
+        block_size: vLLM's, which is what was asked for unless layers keep states.
         groups: of layers of full attention, each with blocks of its own.
-        others: blocks that layers with a sliding window or chunks need for one request, at most.
+        others: blocks that layers with a sliding window, chunks or states need for one request, at most.
         tokens: vLLM's "KV cache size".
         concurrency: vLLM's "Maximum concurrency", of requests without eviction.
     """
 
     memory: int
     blocks: int
+    block_size: int
     groups: int
     others: int
     tokens: int
     concurrency: float
+
+
+@dataclass(frozen=True)
+class States:
+    """What the other layers of a hybrid model keep of a request, however long it is, on each GPU.
+
+    Attributes:
+        layers: that keep one.
+        memory: bytes of one state in all of them.
+        blocks: of the pool that a request takes for states at most, by vLLM's mode of caching them: ``"none"`` without
+            the prefix cache, ``"align"`` with it.
+        block: bytes of one of these blocks.
+    """
+
+    layers: int
+    memory: int
+    blocks: dict[str, int]
+    block: int
 
 
 @dataclass(frozen=True)
@@ -83,8 +107,8 @@ def page_size(block_size: int) -> int:
     return page_of(block_size, 32 if current_platform.is_cpu() else 16)
 
 
-def configure(args: argparse.Namespace, config: KVEvictionConfig) -> Any:
-    """vLLM's own configuration of the engine, as far as no GPU is needed for it.
+def configure(args: argparse.Namespace, config: KVEvictionConfig) -> tuple[Any, dict[str, Any]]:
+    """vLLM's own configuration of the engine, as far as no GPU is needed for it, and its layers' KV cache specs.
 
     Raises:
         ValueError: vLLM's or eviction's refusal.
@@ -100,13 +124,16 @@ def configure(args: argparse.Namespace, config: KVEvictionConfig) -> Any:
 
     given = {"max_num_batched_tokens": args.max_num_batched_tokens} if args.max_num_batched_tokens else {}
     # Without an executor's name vLLM looks for as many GPUs.
-    parallel = {"tensor_parallel_size": args.tp, "distributed_executor_backend": "mp"} if args.tp > 1 else {}
+    parallel: dict[str, Any] = {"tensor_parallel_size": args.tp, "pipeline_parallel_size": args.pp}
+    if args.tp * args.pp > 1:
+        parallel["distributed_executor_backend"] = "mp"
     engine_args = EngineArgs(
         args.model,
         skip_tokenizer_init=True,
         dtype=args.dtype,
         kv_cache_dtype=args.kv_cache_dtype,
         block_size=args.block_size,
+        enable_prefix_caching=args.enable_prefix_caching,
         additional_config=config.settings(),
         **parallel,
         **given,
@@ -116,28 +143,33 @@ def configure(args: argparse.Namespace, config: KVEvictionConfig) -> Any:
         raise ValueError(f"{_both(args)} are more than the {longest:,} of {args.model}: give a smaller --context")
     engine_args.max_model_len = args.max_model_len or wanted
     vllm_config = engine_args.create_engine_config()
-    if vllm_config.model_config.is_hybrid:
+    if not vllm_config.model_config.is_hybrid:
+        return vllm_config, _specs(vllm_config)
+    if args.pp > 1:
         raise ValueError(
-            f"there is no plan for {args.model}, whose layers keep states: vLLM sizes blocks by them once the model is "
-            "loaded, so start it and read what it logs as the size of its KV cache"
+            f"there is no plan for the pipeline stages of {args.model}, whose layers keep states: drop --pp"
         )
-    return vllm_config
+    return vllm_config, built_specs(engine_args, vllm_config)
 
 
 def _both(args: argparse.Namespace) -> str:
     return f"a prompt of {args.context:,} tokens and {args.output_len:,} generated ones"
 
 
-def describe(vllm_config: Any) -> Model:
-    """What the KV cache depends on."""
+def describe(vllm_config: Any, specs: dict[str, Any]) -> Model:
+    """What the KV cache depends on, on the GPUs that have the most of it."""
+    from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+
+    specs = max(_stages(vllm_config, specs), key=len)
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    bounds = _bounds(vllm_config)
+    full = [spec for spec in specs.values() if isinstance(spec, FullAttentionSpec)]
     return Model(
-        len(bounds),
-        bounds.count({}),
+        sum(isinstance(spec, AttentionSpec) for spec in specs.values()),
+        len(full),
         model.get_num_kv_heads(parallel),
         model.get_num_attention_heads(parallel),
         model.get_head_size(),
+        sum(spec.page_size_bytes // spec.block_size for spec in full),
         model.dtype,
     )
 
@@ -149,7 +181,7 @@ def _bounds(vllm_config: Any) -> list[dict[str, int]]:
     model = vllm_config.model_config
     text = model.hf_text_config
     kinds = getattr(text, "layer_types", None)
-    kinds = kinds or ["full_attention"] * model.get_num_layers(vllm_config.parallel_config)
+    kinds = kinds or ["full_attention"] * model.get_total_num_hidden_layers()
     kinds = kinds[: len(kinds) - (getattr(text, "num_kv_shared_layers", None) or 0)]
     window, chunk, found = model.get_sliding_window(), model.attention_chunk_size, {}
     if window_cuts(window, model.max_model_len):
@@ -159,48 +191,84 @@ def _bounds(vllm_config: Any) -> list[dict[str, int]]:
     return [found.get(kind, {}) for kind in kinds]
 
 
-def divide(vllm_config: Any, memory: int) -> Pool:
-    """vLLM's own division of a pool of ``memory`` bytes."""
+def _specs(vllm_config: Any) -> dict[str, Any]:
+    """Of the layers of a model without states, as its config describes them."""
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
-    from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_interface import (
         ChunkedLocalAttentionSpec,
         FullAttentionSpec,
-        KVCacheSpec,
         MLAAttentionSpec,
         SlidingWindowSpec,
         get_kv_quant_mode,
     )
 
-    model, cache = describe(vllm_config), vllm_config.cache_config
-    cache.kv_cache_layout = cache.kv_cache_layout or "LBHNC"
+    model, cache = vllm_config.model_config, vllm_config.cache_config
     page = {
         "block_size": cache.block_size,
-        "num_kv_heads": model.kv_heads,
-        "head_size": model.head_size,
-        "dtype": kv_cache_dtype_str_to_dtype(cache.cache_dtype, vllm_config.model_config),
+        "num_kv_heads": model.get_num_kv_heads(vllm_config.parallel_config),
+        "head_size": model.get_head_size(),
+        "dtype": kv_cache_dtype_str_to_dtype(cache.cache_dtype, model),
         "kv_quant_mode": get_kv_quant_mode(cache.cache_dtype),
     }
-    full_spec = MLAAttentionSpec if vllm_config.model_config.use_mla else FullAttentionSpec
-    kinds = {"sliding_window": SlidingWindowSpec, "attention_chunk_size": ChunkedLocalAttentionSpec}
-    specs: dict[str, KVCacheSpec] = {
-        f"model.layers.{index}.self_attn.attn": kinds.get(next(iter(bound), ""), full_spec)(**page, **bound)
+    full = MLAAttentionSpec if model.use_mla else FullAttentionSpec
+    kinds: dict[str, Any] = {
+        "sliding_window": SlidingWindowSpec,
+        "attention_chunk_size": ChunkedLocalAttentionSpec,
+    }
+    return {
+        f"model.layers.{index}.self_attn.attn": kinds.get(next(iter(bound), ""), full)(**page, **bound)
         for index, bound in enumerate(_bounds(vllm_config))
     }
+
+
+def _stages(vllm_config: Any, specs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Which layers lie on which pipeline stage."""
+    from vllm.distributed.utils import get_pp_indices
+
+    size, layers = vllm_config.parallel_config.pipeline_parallel_size, list(specs.items())
+    if size == 1:
+        return [specs]
+    ends = [get_pp_indices(vllm_config.model_config.get_total_num_hidden_layers(), rank, size) for rank in range(size)]
+    return [dict(layers[start:end]) for start, end in ends]
+
+
+def divide(vllm_config: Any, specs: dict[str, Any], memory: int) -> tuple[Pool, States | None]:
+    """vLLM's own division of a pool of ``memory`` bytes among layers, and what of it is states."""
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+
+    cache = vllm_config.cache_config
+    cache.kv_cache_layout = cache.kv_cache_layout or "LBHNC"
     planning: Any = kv_cache_utils
     if not hasattr(planning, "get_kv_cache_groups"):
         # Since vLLM 0.33.
         planning = importlib.import_module("vllm.v1.core.kv_cache_planning")
     groups = planning.get_kv_cache_groups(vllm_config, specs)
-    config = planning.get_kv_cache_config_from_groups(vllm_config, groups, memory)
+    stages = (planning._project_kv_cache_groups_to_worker(groups, stage) for stage in _stages(vllm_config, specs))
+    configs = [planning.get_kv_cache_config_from_groups(vllm_config, stage, memory) for stage in stages]
+    # Of all GPUs' pools as many blocks are used as the smallest has.
+    config = min(configs, key=lambda config: config.num_blocks)
     tokens, concurrency = kv_cache_utils.get_kv_cache_capacity(vllm_config, config)
     full = [group for group in groups if isinstance(group.kv_cache_spec, FullAttentionSpec)]
-    others = sum(
-        -(-group.kv_cache_spec.max_memory_usage_bytes(vllm_config) // group.kv_cache_spec.page_size_bytes)
-        for group in groups
-        if group not in full
-    )
-    return Pool(memory, config.num_blocks, len(full), others, tokens, concurrency)
+    others = sum(_blocks(group.kv_cache_spec, vllm_config) for group in groups if group not in full)
+    pool = Pool(memory, config.num_blocks, cache.block_size, len(full), others, tokens, concurrency)
+    states = [spec for spec in specs.values() if isinstance(spec, MambaSpec)]
+    if not states:
+        return pool, None
+    keeping = [group.kv_cache_spec for group in groups if isinstance(group.kv_cache_spec, MambaSpec)]
+    blocks = {
+        mode: sum(
+            _blocks(spec, SimpleNamespace(cache_config=SimpleNamespace(mamba_cache_mode=mode))) for spec in keeping
+        )
+        for mode in ("none", "align")
+    }
+    size = max(len(group.layer_names) for group in groups) * keeping[0].page_size_bytes
+    return pool, States(len(states), sum(spec.real_page_size_bytes for spec in states), blocks, size)
+
+
+def _blocks(spec: Any, vllm_config: Any) -> int:
+    """That a group of layers needs for a request of the model's length."""
+    return -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
 
 
 def count(

@@ -104,7 +104,7 @@ def beside(
         num_prompts: that may end in one step.
     """
     policy, item, prompt_len = config.policy, model.dtype.itemsize, args.context
-    length = min(prompt_len, requests.entering * args.block_size) if config.is_progressive else prompt_len
+    length = min(prompt_len, requests.entering * pool.block_size) if config.is_progressive else prompt_len
     queries = model.evictable * policy.num_queries * model.query_heads * model.head_size * item
     scores = model.evictable * score_bytes(policy, model.kv_heads, length)
     always = bool(config.num_rescoring)
@@ -123,12 +123,12 @@ def beside(
     copies = 2 if policy.needs_values else 1
     keys = copies * model.kv_heads * length * model.head_size * item
     found.append(Cost("values and keys" if copies == 2 else "keys", keys, "of the layer that is scored, a copy"))
-    page, by_head = page_size(args.block_size), policy.selection != "layer"
-    per_block = args.block_size // page
+    page, by_head = page_size(pool.block_size), policy.selection != "layer"
+    per_block = pool.block_size // page
     even = -(-config.tokens(prompt_len) // page) if not config.is_elastic else requests.decoding * per_block
     tables, most = (
         table_bytes(model, pool, requests.at_once, num_pages, by_head, per_block)
-        for num_pages in (even, prompt_len // args.block_size * per_block)
+        for num_pages in (even, prompt_len // pool.block_size * per_block)
     )
     found.append(
         Cost("tables of evicted requests", tables, f"if budgets are even; {readable(most)} if some owner keeps all")

@@ -7,7 +7,7 @@ The pool is divided by vLLM's own functions, and what an evicted request holds i
     exact        its prompt                        private columns, and its blocks behind the prompt's full ones
     progressive  private columns and some chunks   private columns, and the block that is being filled
 
-Blocks are vLLM's; where it has several groups of layers (sliding windows beside full attention), one of each.
+Blocks are vLLM's; where it has several groups of layers (windows or states beside full attention), one of each.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cake_vllm.config import BUDGET_KEY, CONFIG_KEY, POLICY_KEY, KVEvictionConfig, flag
-from cake_vllm.tools.capacity import Model, Pool, Requests, configure, count, describe, divide
+from cake_vllm.tools.capacity import Model, Pool, Requests, States, configure, count, describe, divide, page_size
 from cake_vllm.tools.costs import Cost, beside, weight_bytes
 from cake_vllm.tools.options import UTILIZATION, add_eviction, positive, readable, share, size
 
@@ -30,6 +30,7 @@ class Plan:
     """What ``cake-vllm plan`` prints.
 
     Attributes:
+        states: of a hybrid model.
         requests: by kind; kinds that the settings rule out are missing.
         max_model_len: tokens of the longest request.
         flags: of ``vllm serve``.
@@ -40,6 +41,7 @@ class Plan:
     max_model_len: int
     weights: int
     pool: Pool
+    states: States | None
     requests: dict[str, Requests]
     costs: list[Cost]
     flags: list[str]
@@ -86,6 +88,19 @@ def add_command(commands: Any) -> None:
         help="tensor-parallel GPUs (default: 1)",
     )
     parser.add_argument(
+        "--pp",
+        "--pipeline-parallel-size",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="pipeline stages, of so many GPUs each (default: 1)",
+    )
+    parser.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        help="as of vllm serve: what a request holds of states depends on it (default: vLLM's)",
+    )
+    parser.add_argument(
         "--gpu-memory-utilization", type=share, default=UTILIZATION, metavar="F", help="default: %(default)s, as vLLM's"
     )
     parser.add_argument(
@@ -130,20 +145,21 @@ def make(args: argparse.Namespace) -> Plan:
     settings = {POLICY_KEY: args.policy, BUDGET_KEY: args.budget, CONFIG_KEY: args.config}
     config = KVEvictionConfig.from_settings(settings)
     assert config is not None
-    vllm_config = configure(args, config)
-    model, longest = describe(vllm_config), vllm_config.model_config.max_model_len
+    vllm_config, specs = configure(args, config)
+    model, longest = describe(vllm_config, specs), vllm_config.model_config.max_model_len
     weights = args.weights or weight_bytes(args.model, vllm_config.model_config)
+    on_each = weights // (args.tp * args.pp)
     if args.kv_cache_memory:
         memory = args.kv_cache_memory
     else:
-        memory = int(args.gpu_memory * args.gpu_memory_utilization) - weights // args.tp - args.overhead
+        memory = int(args.gpu_memory * args.gpu_memory_utilization) - on_each - args.overhead
         if memory <= 0:
             raise ValueError(
-                f"nothing is left for a KV pool: {readable(weights // args.tp)} of weights and "
+                f"nothing is left for a KV pool: {readable(on_each)} of weights and "
                 f"{readable(args.overhead)} of overhead on each GPU of {readable(args.gpu_memory)}: "
-                "give a larger --gpu-memory or --tp"
+                "give a larger --gpu-memory, --tp or --pp"
             )
-    pool = divide(vllm_config, memory)
+    pool, states = divide(vllm_config, specs, memory)
     requests, progressive = count(vllm_config, pool, config, args.context, args.output_len, args.max_num_seqs)
     if "exact" not in requests:
         notes = ["Eviction would free nothing of such a prompt: it is no longer than the budget, or hardly."]
@@ -152,6 +168,7 @@ def make(args: argparse.Namespace) -> Plan:
             longest,
             weights,
             pool,
+            states,
             requests,
             [],
             _flags(args, vllm_config, None, requests["whole"].at_once),
@@ -162,8 +179,13 @@ def make(args: argparse.Namespace) -> Plan:
     num_prompts = 1 + vllm_config.scheduler_config.max_num_batched_tokens // args.context
     costs = beside(chosen, model, pool, requests[kind], args, num_prompts)
     notes = list(_notes(args, config, chosen, requests[kind], sum(cost.memory for cost in costs)))
+    if states is not None and page_size(pool.block_size) == 32:
+        notes.append(
+            "Blocks and states are sized as on CPUs, where this ran: on GPUs pages have 16 tokens, and states may have "
+            "another dtype."
+        )
     flags = _flags(args, vllm_config, chosen, requests[kind].at_once)
-    return Plan(model, longest, weights, pool, requests, costs, flags, notes)
+    return Plan(model, longest, weights, pool, states, requests, costs, flags, notes)
 
 
 def _notes(
@@ -207,18 +229,34 @@ def _flags(args: argparse.Namespace, vllm_config: Any, config: KVEvictionConfig 
         flags["--kv-cache-dtype"] = args.kv_cache_dtype
     if args.tp > 1:
         flags["--tensor-parallel-size"] = args.tp
-    return [part for name, value in flags.items() for part in (name, str(value))]
+    if args.pp > 1:
+        flags["--pipeline-parallel-size"] = args.pp
+    found = [part for name, value in flags.items() for part in (name, str(value))]
+    if args.enable_prefix_caching is not None:
+        found.append("--enable-prefix-caching" if args.enable_prefix_caching else "--no-enable-prefix-caching")
+    return found
 
 
 def as_text(plan: Plan, args: argparse.Namespace) -> str:
     """A plan as people read it."""
-    model, pool, gpus = plan.model, plan.pool, f" on each of {args.tp} GPUs" if args.tp > 1 else ""
+    model, pool, gpus = plan.model, plan.pool, f" on each of {args.tp * args.pp} GPUs" if args.tp * args.pp > 1 else ""
     dtype = str(model.dtype).removeprefix("torch.")
     lines = [
-        f"Model     {model.layers} layers, {model.kv_heads} KV heads of {model.head_size}{gpus}, {dtype}",
+        f"Model     {model.layers} layers, {model.kv_heads} KV heads of {model.head_size}{gpus}, {dtype}; "
+        f"{readable(model.token)} a token in the {model.evictable} that are evicted",
         f"Weights   {readable(plan.weights)}",
-        f"KV pool   {readable(pool.memory)}{gpus}: {pool.blocks:,} blocks of {args.block_size} tokens; in vLLM's words "
+        f"KV pool   {readable(pool.memory)}{gpus}: {pool.blocks:,} blocks of {pool.block_size} tokens; in vLLM's words "
         f"{pool.tokens:,} tokens, {pool.concurrency:.2f} requests of {plan.max_model_len:,}",
+    ]
+    if states := plan.states:
+        without, cached = (
+            f"{states.blocks[mode]} ({readable(states.blocks[mode] * states.block)})" for mode in ("none", "align")
+        )
+        lines.append(
+            f"States    {readable(states.memory)} of a request in {states.layers} layers: blocks of the pool for them "
+            f"without the prefix cache {without}, with it {cached}"
+        )
+    lines += [
         "",
         f"{args.policy}, budget {args.budget}: prompts of {args.context:,} tokens and {args.output_len:,} generated",
         "",

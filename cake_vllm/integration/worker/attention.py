@@ -282,13 +282,14 @@ class EvictingImpl(RedirectedImpl, AttentionImpl):
             # [N, G, D]: one gather and one scatter, whatever owners there are.
             queries = select_rows(query.unflatten(1, (-1, one.num_heads)), step.index)
         if step.index is not None or step.is_here is not None:
-            chosen = torch.empty_like(queries, dtype=output.dtype)
+            # As wide as values, which may be of another size.
+            chosen = output.new_empty(*queries.shape[:-1], output.shape[-1])
         for rows in step.redirected:
             impl, cache = (one, step.grid.head_pages) if rows.by_head else (self, step.grid.pages)
             start, end = end, end + rows.num_queries * impl.num_kv_heads
             # [tokens, heads, D], or [tokens * Hkv, G, D]
             asked = queries[start:end].reshape(-1, impl.num_heads, size)
-            given = chosen[start:end].view_as(asked)
+            given = chosen[start:end].view(-1, impl.num_heads, output.shape[-1])
             if rows.by_head and self.sinks is not None:
                 self._attend_by_head(rows, layer, asked, key, value, cache, metadata, given)
                 continue
@@ -321,7 +322,7 @@ class EvictingImpl(RedirectedImpl, AttentionImpl):
             for of in (rows.tables, rows.lengths)
         )
         asked, sinks = queries[places], self.sinks.unflatten(0, (num_heads, -1))
-        given = torch.empty_like(asked, dtype=output.dtype)
+        given = output.new_empty(*asked.shape[:-1], output.shape[-1])
         for head in range(num_heads):
             one.sinks = sinks[head]
             own = one.with_rows(layer, metadata, rows_of_one, tables[head], lengths[head])

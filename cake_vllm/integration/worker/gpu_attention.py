@@ -1,12 +1,14 @@
-"""``FLASH_ATTN`` and ``TRITON_ATTN`` with eviction."""
+"""``FLASH_ATTN`` and ``TRITON_ATTN`` with eviction, and their kin for values that are not as long as keys."""
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
+from vllm.v1.attention.backends.flash_attn_diffkv import FlashAttentionDiffKVBackend, FlashAttentionDiffKVImpl
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
+from vllm.v1.attention.backends.triton_attn_diffkv import TritonAttentionDiffKVBackend, TritonAttentionDiffKVImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from cake_vllm.integration.worker.attention import EvictingBackend, EvictingImpl, Rows
@@ -14,11 +16,11 @@ from cake_vllm.kernels import BlockLayout
 
 
 class HeadMajorImpl(EvictingImpl):
-    """For caches of shape ``[num_blocks, Hkv, B, 2 * D]``, a slot's key and value side by side."""
+    """For caches of shape ``[num_blocks, Hkv, B, D + Dv]``, a slot's key and value side by side."""
 
     def block_layout(self, layer: Any, block_size: int) -> BlockLayout:
         """See the base class."""
-        return side_by_side(block_size, self.head_size, layer.kv_cache.device)
+        return side_by_side(block_size, self.head_size, layer.head_size_v, layer.kv_cache.device)
 
     def with_rows(self, layer: Any, metadata: Any, rows: Rows, table: torch.Tensor, seq_lens: torch.Tensor) -> Any:
         """See the base class."""
@@ -67,8 +69,45 @@ class EvictingTritonBackend(HeadMajorBackend, TritonAttentionBackend):  # type: 
     evicting_impl = EvictingTritonImpl
 
 
+class UnequalBackend(HeadMajorBackend):
+    """For values of another size than keys, which is a class attribute in vLLM."""
+
+    stock_backend: ClassVar[Any]
+    head_size_v: int
+
+    @classmethod
+    def set_head_size_v(cls, head_size_v: int) -> None:
+        """Also of the stock class, which its implementation asks."""
+        cls.head_size_v = cls.stock_backend.head_size_v = head_size_v
+
+
+class EvictingFlashUnequalImpl(HeadMajorImpl, FlashAttentionDiffKVImpl):
+    """The same of FlashAttention with values of another size."""
+
+
+class EvictingFlashUnequalBackend(UnequalBackend, FlashAttentionDiffKVBackend):  # type: ignore[misc]
+    """Takes the place of ``FLASH_ATTN_DIFFKV``; without eviction it is the stock backend."""
+
+    stock_backend = FlashAttentionDiffKVBackend
+    stock_impl = FlashAttentionDiffKVImpl
+    evicting_impl = EvictingFlashUnequalImpl
+
+
+class EvictingTritonUnequalImpl(HeadMajorImpl, TritonAttentionDiffKVImpl):
+    """The same of Triton attention."""
+
+
+class EvictingTritonUnequalBackend(UnequalBackend, TritonAttentionDiffKVBackend):  # type: ignore[misc]
+    """Takes the place of ``TRITON_ATTN_DIFFKV``; without eviction it is the stock backend."""
+
+    stock_backend = TritonAttentionDiffKVBackend
+    stock_impl = TritonAttentionDiffKVImpl
+    evicting_impl = EvictingTritonUnequalImpl
+
+
 @lru_cache
-def side_by_side(block_size: int, head_size: int, device: torch.device) -> BlockLayout:
+def side_by_side(block_size: int, key_size: int, value_size: int, device: torch.device) -> BlockLayout:
     """Slot after slot, each its key and then its value."""
-    place = torch.arange(block_size * 2 * head_size, device=device).view(block_size, 2, head_size)
-    return BlockLayout(key_index=place[:, 0], value_index=place[:, 1])
+    size = key_size + value_size
+    place = torch.arange(block_size * size, device=device).view(block_size, size)
+    return BlockLayout(key_index=place[:, :key_size], value_index=place[:, key_size:])
