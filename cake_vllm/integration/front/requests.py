@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from cake_vllm.config import (
@@ -26,7 +27,7 @@ from cake_vllm.config import (
     parse_flag,
     wishes_of,
 )
-from cake_vllm.integration.engine import eviction_config
+from cake_vllm.integration.engine import eviction_config, placeholders
 from cake_vllm.integration.front.refusals import refuse_without_gates
 from cake_vllm.integration.patching import wrap
 from cake_vllm.integration.reports import report
@@ -58,7 +59,31 @@ def _process_inputs(original: Callable[..., Any], self: InputProcessor, *args: A
         params.extra_args = {**others, **json.loads(as_json(wishes))}
         if first_report is not None:
             params.extra_args[REPORT_KEY] = first_report
+    if params is not None and request.mm_features:
+        check_media(request, self.vllm_config)
     return request
+
+
+def check_media(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
+    """Refuses a request whose budget cannot hold what stands for its pictures, where these are protected.
+
+    Raises:
+        VLLMValidationError: one sentence that names the keys and the fix.
+    """
+    server, params, longest = (
+        eviction_config(vllm_config),
+        request.sampling_params,
+        vllm_config.model_config.max_model_len,
+    )
+    config = for_request(server, params.extra_args, longest) if server and params else None
+    if config is not None and config.policy.protect.media:
+        assert params is not None
+        num_media = sum(end - start for start, end in placeholders(request.mm_features or ()))
+        length = len(request.prompt_token_ids or ()) + (params.max_tokens or longest)
+        try:
+            config.check_media(num_media, min(length, longest), longest)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
 
 async def _check_model(original: Callable[..., Any], self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:

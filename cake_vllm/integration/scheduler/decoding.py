@@ -51,7 +51,7 @@ class Decoding:
             return None
         # Right after its prompt an eviction may not be reported yet: the next block will do.
         can_cut = not (tracked.num_pending or drafts or end % size or self._terms.ends_with(request, end))
-        budget = config.tokens(request.num_prompt_tokens)
+        budget = config.tokens(request.num_prompt_tokens, tracked.num_media)
         grant = self._grants.grant(tracked, budget, output) if can_cut else None
         return self._grants.observation(tracked, output, grant, is_last=not config.num_rescoring)
 
@@ -96,4 +96,4 @@ class Decoding:
         """Up to so many blocks a request may hold without giving one back; none once it was evicted."""
         if tracked.by_head is not None:
             return 0
-        return -(-config.tokens(tracked.request.num_prompt_tokens) // self._terms.block_size)
+        return -(-config.tokens(tracked.request.num_prompt_tokens, tracked.num_media) // self._terms.block_size)
