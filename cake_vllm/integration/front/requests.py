@@ -48,20 +48,32 @@ def install_http() -> None:
 
 def _process_inputs(original: Callable[..., Any], self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
     request = original(self, *args, **kwargs)
+    try:
+        _check(request, self.vllm_config)
+    except VLLMValidationError:
+        # The next request with its pictures has to send them: what this one would have sent never arrives.
+        known = self.renderer.mm_processor_cache
+        if known is not None:
+            for feature in request.mm_features or ():
+                known.invalidate(feature.mm_hash or feature.identifier)
+        raise
+    return request
+
+
+def _check(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     params = request.sampling_params
     if params is not None and (wishes := wishes_of(params.extra_args)):
-        first_report = resolve(wishes, self.vllm_config)
+        first_report = resolve(wishes, vllm_config)
         if first_report is not None and params.n > 1:
             raise VLLMValidationError(f"{REPORT_KEY} is about one choice: set n to 1", parameter="n")
-        others = {key: value for key, value in params.extra_args.items() if key not in wishes}
+        others = {key: value for key, value in (params.extra_args or {}).items() if key not in wishes}
         # A dict of its own: a caller may use the one it gave for several requests. In plain types: vLLM has checked
         # what can be sent, and what cannot would be found out once the request is registered.
         params.extra_args = {**others, **json.loads(as_json(wishes))}
         if first_report is not None:
             params.extra_args[REPORT_KEY] = first_report
     if params is not None and request.mm_features:
-        check_media(request, self.vllm_config)
-    return request
+        check_media(request, vllm_config)
 
 
 def check_media(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
@@ -70,11 +82,8 @@ def check_media(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     Raises:
         VLLMValidationError: one sentence that names the keys and the fix.
     """
-    server, params, longest = (
-        eviction_config(vllm_config),
-        request.sampling_params,
-        vllm_config.model_config.max_model_len,
-    )
+    server, params = eviction_config(vllm_config), request.sampling_params
+    longest = vllm_config.model_config.max_model_len
     config = for_request(server, params.extra_args, longest) if server and params else None
     if config is not None and config.policy.protect.media:
         assert params is not None
