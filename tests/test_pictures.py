@@ -6,14 +6,18 @@ What stock vLLM does with such models on CPUs is in docs/compatibility.md.
 from typing import Any
 
 import pytest
+import torch
 from engine import Engine
 from pictured_replay import PicturedReplay
-from random_models import numbers
+from random_models import gates_of, numbers, save_random_gates
 from random_pictures import BEGIN, END, IMAGE, KINDS, picture, save_random_pictured
 from ties import assert_same
+from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 
+from cake_vllm.integration.worker.projections import _rotaries
 from cake_vllm.policies import create_policy
+from cake_vllm.policies.entries import Rotary
 
 pytestmark = pytest.mark.engine
 
@@ -113,6 +117,24 @@ def test_prefix_hits(start_engine, qwen, same_on_both):
             assert_same(engine.run_of(request), run)
 
 
+@pytest.mark.parametrize("kind", ["qwen2.5-vl", "qwen3-vl"])
+def test_gates_read_keys_at_positions_in_three_dimensions(start_engine, tmp_path, kind, same_on_both):
+    """M-RoPE turns the same pairs of channels as other rotary embeddings, each by one of the three positions."""
+    model = save_random_pictured(tmp_path, kind)
+    save_random_gates(model)
+    engine = start_engine(model, **COMMON, kv_eviction_config={"decode": "window"})
+    layer = engine.connector.worker.layers.target[0]
+    module = _rotaries[layer.module]()
+    key = torch.ones(200, 32)
+    turned = module(torch.randint(4000, (3, 200)), key.clone(), key.clone())[1]
+    assert layer.rotary == Rotary(32)
+    norms = layer.rotary.parts(turned)[0]
+    torch.testing.assert_close(norms, norms[:1].expand_as(norms))
+    assert (turned - turned[:1]).abs().amax(dim=0).min() > 0.1
+    replay = PicturedReplay(model, gates=gates_of(model))
+    verify(engine, replay, [prompt_of(kind, 350, 100, 60, picture(1, 320, 256))], 24, "gate")
+
+
 class Holdings:
     """Which positions each head of each layer holds of the evicted requests, by what they were told to keep."""
 
@@ -191,3 +213,12 @@ def test_a_budget_that_cannot_hold_them_is_refused(start_engine, qwen, same_on_b
     engine.generate([prompt], 4, extra_args=kept | {"kv_eviction_budget": 0.1})
     # A page more than is asked for, and the partial block.
     assert all(113 <= tokens <= 113 + PAGE + 382 % BLOCK for tokens in engine.stats()["kept_tokens"])
+
+
+def test_two_ways_and_chunks(tmp_path, no_engine):
+    """Gemma 3's pictures, unless there are none, and prefill in chunks that are evicted."""
+    model = save_random_pictured(tmp_path, "gemma3")
+    settings = COMMON | {"kv_eviction_config": {"prefill": "progressive"}}
+    with pytest.raises(ValueError, match="does not work together with prefill progressive for Gemma3ForConditional"):
+        EngineArgs(model, **settings).create_engine_config()
+    EngineArgs(model, **(settings | {"limit_mm_per_prompt": {"image": 0}})).create_engine_config()
