@@ -10,7 +10,7 @@ import torch
 from engine import Engine
 from pictured_replay import PicturedReplay
 from random_models import gates_of, numbers, save_random_gates
-from random_pictures import BEGIN, END, IMAGE, KINDS, picture, save_random_pictured
+from random_pictures import BEGIN, END, IMAGE, picture, save_random_pictured
 from ties import assert_same
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
@@ -34,7 +34,7 @@ COMMON = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[pytest.param("qwen2.5-vl", marks=pytest.mark.full), "qwen3-vl", "gemma3"])
 def pictured(request, tmp_path_factory) -> tuple[str, str]:
     """A model's name, and its folder."""
     return request.param, save_random_pictured(tmp_path_factory.mktemp(request.param), request.param)
@@ -117,7 +117,7 @@ def test_prefix_hits(start_engine, qwen, same_on_both):
             assert_same(engine.run_of(request), run)
 
 
-@pytest.mark.parametrize("kind", ["qwen2.5-vl", "qwen3-vl"])
+@pytest.mark.parametrize("kind", [pytest.param("qwen2.5-vl", marks=pytest.mark.full), "qwen3-vl"])
 def test_gates_read_keys_at_positions_in_three_dimensions(start_engine, tmp_path, kind, same_on_both):
     """M-RoPE turns the same pairs of channels as other rotary embeddings, each by one of the three positions."""
     model = save_random_pictured(tmp_path, kind)
@@ -173,7 +173,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param("exact", marks=pytest.mark.full), *list(WAYS)[1:]])
 def test_placeholders_stay(start_engine, qwen, way, monkeypatch, same_on_both):
     """In all heads and to the end, of requests that ask for it, and of no other."""
     name, model = qwen
