@@ -99,16 +99,20 @@ class Engine:
         return self.llm.llm_engine.vllm_config
 
     def add(
-        self, prompt: list[int], max_tokens: int = 16, priority: int = 0, lora_request: Any = None, **params: Any
+        self,
+        prompt: list[int] | dict[str, Any],
+        max_tokens: int = 16,
+        priority: int = 0,
+        lora_request: Any = None,
+        **params: Any,
     ) -> str:
-        """Adds a greedy request and returns its id."""
+        """Adds a greedy request and returns its id; a prompt may be whatever vLLM takes."""
         if self.evicts and not self.scheduler.requests:
             self._choices.clear()
         name = f"r{next(self._ids)}"
         sampling = SamplingParams(**({"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True} | params))
-        self.llm.llm_engine.add_request(
-            name, {"prompt_token_ids": prompt}, sampling, lora_request=lora_request, priority=priority
-        )
+        given = {"prompt_token_ids": prompt} if isinstance(prompt, list) else prompt
+        self.llm.llm_engine.add_request(name, given, sampling, lora_request=lora_request, priority=priority)
         return name
 
     def abort(self, *names: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from ties import GAP_BOUND, RANK_BOUND, Served, assert_tie
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from cake_vllm.integration.gates import GateFile
 from cake_vllm.policies import LayerInputs, PagedPrompt, Policy
@@ -68,9 +68,9 @@ class Replay:
         gap_bound: float = GAP_BOUND,
         gates: GateFile | None = None,
     ):
-        self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="replayed")
+        self.model = self._load(model_dir, dtype)
         self.model.eval()
-        config = self.model.config
+        config = self.model.config.get_text_config()
         num_own = config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * num_own
         self._chunked = [index for index, kind in enumerate(kinds) if kind == "chunked_attention"]
@@ -156,6 +156,15 @@ class Replay:
                 state.traded = num_blocks
                 self._trim(state, policy, sizes[1], decode)
 
+    @staticmethod
+    def _load(model_dir: str, dtype: torch.dtype) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, attn_implementation="replayed")
+
+    @property
+    def decoder(self) -> torch.nn.Module:
+        """What the attention layers are in."""
+        return self.model.model
+
     def _start(self) -> State:
         # Told of the layers, it would also give back what a window does not see.
         return State(DynamicCache(config=self.model.config) if self._has_states else DynamicCache())
@@ -164,14 +173,18 @@ class Replay:
         """Computes tokens and returns the next one."""
         self._state = state
         _running[:] = [self]
-        positions = torch.arange(state.length, state.length + len(tokens))[None]
+        logits = self._logits(state, tokens)
         state.length += len(tokens)
-        logits = self.model(
-            torch.tensor([tokens]), past_key_values=state.cache, position_ids=positions, logits_to_keep=1
-        ).logits
         best = logits[0, -1].topk(2)
         state.gap = float(best.values[0] - best.values[1])
         return int(best.indices[0])
+
+    def _logits(self, state: State, tokens: list[int]) -> torch.Tensor:
+        """``[1, 1, vocabulary]``, behind the last of tokens that come after those of ``state``."""
+        positions = torch.arange(state.length, state.length + len(tokens))[None]
+        return self.model(
+            torch.tensor([tokens]), past_key_values=state.cache, position_ids=positions, logits_to_keep=1
+        ).logits
 
     def _trim(self, state: State, policy: Policy, page_size: int, decode: str) -> None:
         """Eviction while decoding, once per block: of heads that hold more blocks than their count needs."""
@@ -243,14 +256,14 @@ class Replay:
                 *(bound + keys.shape[1] - state.length for bound in (positions.start, positions.stop)), positions.step
             )
             queries = self._latest[index][:, [position - start for position in positions]]
-            module = self.model.model.layers[index].self_attn
+            module = self.decoder.layers[index].self_attn
             sinks = getattr(module, "sinks", None)
             inputs = LayerInputs(queries, keys, module.scaling, valid=state.valid.get(index), sinks=sinks)
             state.notes[index] = policy.note(inputs, places, state.notes.get(index))
 
     def _inputs(self, state: State, index: int, num_queries: int) -> LayerInputs:
         layer, queries, valid = state.cache.layers[index], state.queries[index], state.valid.get(index)
-        keys, values, module = layer.keys[0], layer.values[0], self.model.model.layers[index].self_attn
+        keys, values, module = layer.keys[0], layer.values[0], self.decoder.layers[index].self_attn
         return LayerInputs(
             queries[:, queries.shape[1] - num_queries :],
             keys,

@@ -295,6 +295,10 @@ FEATURES = {
         {"hf_overrides": {"quantization_config": PER_HEAD}},
         "a checkpoint whose KV cache has a scale for each head yet: choose one with a scale for each layer, or serve",
     ),
+    "progressive prefill where pictures are attended to in both directions": (
+        {"kv_eviction_config": {"prefill": "progressive"}, "hf_overrides": {"is_mm_prefix_lm": True}},
+        "prefill progressive for LlamaForCausalLM, whose pictures are attended to in both directions, yet: drop it, or",
+    ),
     "KV connectors other than OffloadingConnector": (
         {"kv_transfer_config": KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")},
         "--kv-transfer-config of ExampleConnector, which was never run beside it, yet: use OffloadingConn",

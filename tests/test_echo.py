@@ -293,7 +293,7 @@ def test_a_share_of_the_budget_for_both_ends(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"protect": {"last": 4}}, "unknown key 'last' in protect; known keys: boundary, first"),
+        ({"protect": {"last": 4}}, "unknown key 'last' in protect; known keys: boundary, first, media"),
         ({"protect": {"boundary": 0.6}}, "protect: boundary must be a share of the budget from 0 to 0.5, not 0.6"),
         ({"protect": {"first": "4"}}, "protect.first must be of type int, not '4'"),
         ({"protect": {"first": -1}}, "protect: first must be at least 0, not -1"),

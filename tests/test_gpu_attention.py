@@ -1,6 +1,8 @@
 """The GPU backends on the CPU, with Triton interpreted and FlashAttention's kernel in torch; on a GPU: see ``gpu/``."""
 
+from dataclasses import fields
 from functools import partial
+from types import SimpleNamespace
 
 import elsewhere
 import pytest
@@ -13,8 +15,16 @@ from elsewhere import (
 )
 from random_models import numbers, save_random_kind, save_random_model
 from replay import Replay
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
+from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadata
 
-from cake_vllm.integration.worker.gpu_attention import EvictingFlashImpl, EvictingFlashUnequalImpl, side_by_side
+from cake_vllm.integration.worker.attention import Rows
+from cake_vllm.integration.worker.gpu_attention import (
+    EvictingFlashImpl,
+    EvictingFlashUnequalImpl,
+    EvictingTritonImpl,
+    side_by_side,
+)
 from cake_vllm.policies import create_policy
 
 
@@ -25,6 +35,23 @@ def test_side_by_side(value_size):
     flat = cache.view(2, 3, -1)
     assert torch.equal(flat[:, :, layout.key_index], cache[..., :8])
     assert torch.equal(flat[:, :, layout.value_index], cache[..., 8:])
+
+
+@pytest.mark.parametrize(
+    ("impl", "metadata", "ranges"),
+    [
+        (EvictingTritonImpl, TritonAttentionMetadata, "mm_prefix_range_tensor"),
+        (EvictingFlashImpl, FlashAttentionMetadata, "mm_prefix_query_range_tensor"),
+    ],
+)
+def test_evicted_rows_know_nothing_of_where_pictures_were(impl, metadata, ranges):
+    """What says so counts rows, or queries, of the batch, and positions that moved."""
+    of_batch = metadata(**{field.name: None for field in fields(metadata)} | {ranges: torch.tensor([[[3, 9]]])})
+    rows = Rows(True, torch.zeros(1, 2, 4), torch.ones(1, 2), torch.arange(3), 2, 1)
+    layer = SimpleNamespace(kv_cache=torch.zeros(1, 1, 16, 64))
+    own = object.__new__(impl).with_rows(layer, of_batch, rows, rows.tables[0], rows.lengths[0])
+    assert getattr(own, ranges) is None
+    assert getattr(of_batch, ranges) is not None
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def test_every_knob(name):
     for knob in (*knobs(name), *BESIDE):
         for value in VALUES:
             ways(CONFIG, {knob: value}, {POLICY: name, BUDGET: "auto" if "tokens" in knob else 0.5})
-    for part in ("first", "boundary", "last"):
+    for part in ("first", "boundary", "media", "last"):
         for value in VALUES:
             ways(CONFIG, {"protect": {part: value}}, {POLICY: name, BUDGET: 0.5})
 

@@ -226,23 +226,45 @@ class KVEvictionConfig:
         every = self.options.get(EVERY_KEY, 1)
         return self.tokens(max_model_len) + self.policy.window_size + max_in_flight + every - 1
 
-    def tokens(self, prompt_len: int) -> int:
+    def tokens(self, prompt_len: int, num_media: int = 0) -> int:
         """The budget for a request whose prompt has ``prompt_len`` tokens, in tokens per layer.
 
-        At least the policy's least. Where budgets are elastic, what it keeps while memory is ample.
+        At least the policy's least, with ``num_media`` placeholders that stay, unless it is a number. Where budgets are
+        elastic, what it keeps while memory is ample.
         """
         if self.is_elastic:
-            return max(_of_prompt(self._amount(CEILING_KEY, 1.0), prompt_len), self.least_tokens(prompt_len))
+            return max(_of_prompt(self._amount(CEILING_KEY, 1.0), prompt_len), self.least_tokens(prompt_len, num_media))
         assert not isinstance(self.budget, str)
         return (
             self.budget
             if isinstance(self.budget, int)
-            else max(_of_prompt(self.budget, prompt_len), self.policy.least_budget)
+            else max(_of_prompt(self.budget, prompt_len), self.policy.least_with(num_media))
         )
 
-    def least_tokens(self, prompt_len: int) -> int:
+    def least_tokens(self, prompt_len: int, num_media: int = 0) -> int:
         """Where budgets are elastic, what it keeps of its prompt however short memory is; in tokens per layer."""
-        return max(_of_prompt(self._amount(FLOOR_KEY, DEFAULT_FLOOR), prompt_len), self.policy.least_budget)
+        return max(_of_prompt(self._amount(FLOOR_KEY, DEFAULT_FLOOR), prompt_len), self.policy.least_with(num_media))
+
+    def check_media(self, num_media: int, length: int, max_model_len: int) -> None:
+        """Refuses a request whose budget cannot hold what stands for its pictures, where these are protected.
+
+        Args:
+            num_media: how many tokens that are.
+            length: up to which the request may grow, tokens.
+            max_model_len: the longest request, tokens.
+
+        Raises:
+            ValueError: one sentence that names the keys and the fix.
+        """
+        is_bounded = self.max_request_tokens(max_model_len, 0) is not None
+        most = self.tokens(max_model_len) if is_bounded or isinstance(self.budget, int) else length
+        needed = self.policy.least_with(num_media)
+        if self.policy.protect.media and needed > most and self.policy.is_evicted(length, most):
+            other = "" if is_bounded else ", or a fraction of the prompt such as 0.2"
+            raise ValueError(
+                f"{BUDGET_KEY} {self.budget} is too little for the {num_media} tokens of pictures and other media that "
+                f"protect.media keeps: it must be {needed} tokens or more{other}; or set protect.media to false"
+            )
 
     def _amount(self, key: str, default: int | float) -> int | float:
         amount = parse_budget(self.options.get(key, default))

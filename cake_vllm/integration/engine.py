@@ -1,6 +1,9 @@
 """What every process reads off an engine's configuration, and the names that are registered with vLLM."""
 
+from collections.abc import Iterable
+
 from vllm.config import VllmConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 from cake_vllm.config import KVEvictionConfig
 
@@ -40,3 +43,9 @@ def window_cuts(window: int | None, max_model_len: int) -> bool:
     served, in tokens, is full attention.
     """
     return window is not None and window < max_model_len
+
+
+def placeholders(features: Iterable[MultiModalFeatureSpec]) -> tuple[tuple[int, int], ...]:
+    """Half-open ranges of a prompt's positions that stand for its pictures and other media, not what frames them."""
+    ranges = (found for feature in features for found in feature.mm_position.extract_embeds_range())
+    return tuple((first, last + 1) for first, last in ranges)

@@ -9,6 +9,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiKV
 
 from cake_vllm.config import KVEvictionConfig
 
+#: Half-open, of positions in a prompt.
+Ranges = tuple[tuple[int, int], ...]
 #: Block ids by group of evictable layers; one group unless sliding-window layers make vLLM split them.
 Blocks = tuple[tuple[int, ...], ...]
 
@@ -28,6 +30,7 @@ class Grant:
         columns: ``[groups][P]``, all private columns that the request may use from now on. Some may still be blocks of
             its row, which are then rewritten in place.
         tail: ``[groups][n]``, blocks of its row behind what is full at the end of the step.
+        media: placeholders that stay.
     """
 
     epoch: int
@@ -37,6 +40,7 @@ class Grant:
     columns: Blocks
     tail: Blocks
     prompt_len: int | None = None
+    media: Ranges = ()
 
     def num_generated(self, end: int) -> int:
         """Tokens generated since the prompt's end, up to ``end``, that stay; 0 where there is no such end."""

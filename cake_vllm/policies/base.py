@@ -16,6 +16,7 @@ Symbols used in every docstring: ``L`` layers, ``Hq`` query heads, ``Hkv`` KV he
 :attr:`Policy.protected` positions always stay; *candidates* are the ``C`` positions before them.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,8 @@ class LayerInputs:
         gate: of the layer's KV heads if :attr:`Policy.needs_gate`.
         sinks: ``[Hq]``, any float dtype, if the model's softmax runs over one learned logit of each query head beside
             those of the keys; ``None`` if it has none. Weights then add up to less than one.
+        media: ``[Hkv, S]`` bool, placeholders that stay because :attr:`Protect.media` says so, or ``None``; no policy
+            has to look at it.
     """
 
     queries: torch.Tensor
@@ -65,6 +68,7 @@ class LayerInputs:
     valid: torch.Tensor | None = None
     gate: LinearGate | None = None
     sinks: torch.Tensor | None = None
+    media: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,14 @@ class LayerScore:
             different heads of one layer add theirs up before the budget step.
         extra: whatever else the policy wants to see again in :meth:`Policy.rank`.
         valid: see :attr:`LayerInputs.valid`; set by :meth:`Policy.judge`.
+        media: the same, of :attr:`LayerInputs.media`.
     """
 
     indicator: torch.Tensor
     terms: torch.Tensor
     extra: tuple[torch.Tensor, ...] = ()
     valid: torch.Tensor | None = None
+    media: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,10 +100,12 @@ class Protect:
         first: leading positions, such as a chat template's and a system prompt's.
         boundary: share of the budget, in [0, 0.5], for both ends of the prompt: half of it for leading positions
             (:attr:`first` among them), half for the last ones before the window.
+        media: whether what stands for pictures, videos and sounds stays.
     """
 
     first: int = 0
     boundary: float = 0.0
+    media: bool = False
 
     def __post_init__(self) -> None:
         if self.first < 0:
@@ -169,6 +177,12 @@ class Policy(ABC):
         """:attr:`floor`, and what is protected beside it."""
         return self.floor + self.protect.first
 
+    def least_with(self, num_media: int) -> int:
+        """:attr:`least_budget`, in which besides so many placeholders and both ends of the prompt stay."""
+        if not num_media:
+            return self.least_budget
+        return math.ceil((self.least_budget + num_media) / (1 - self.protect.boundary))
+
     def is_evicted(self, prompt_len: int, budget: int) -> bool:
         """Whether a prompt of ``prompt_len`` tokens loses any under ``budget``."""
         return prompt_len > max(budget, self.window_size)
@@ -233,13 +247,16 @@ class Policy(ABC):
 
         Layers divide what protected spans leave, as if these were not there.
         """
-        spans = min(sum(self.protect.spans(budget)), max(int(budget) - self.protected, 0))
+        spans, media = sum(self.protect.spans(budget)), scores[0].media
+        if media is not None:
+            spans += int(media[:, : media.shape[1] - self.protected].sum(dim=1).max())
+        spans = min(spans, max(int(budget) - self.protected, 0))
         counts = [spans + count for count in self.budgets(scores, prompt_len - spans, budget - spans)]
         return [[count] * len(score.indicator) for count, score in zip(counts, scores, strict=True)]
 
     def judge(self, inputs: LayerInputs) -> LayerScore:
         """:meth:`score`, with what is not there below everything that is."""
-        score = self.score(inputs)
+        score = replace(self.score(inputs), media=inputs.media)
         if inputs.valid is None:
             return score
         indicator = _mask(score.indicator, inputs.valid)
@@ -252,20 +269,22 @@ class Policy(ABC):
         ranks = self.rank(score, prompt_len, keep_ratio, counts)
         ranks = ranks if score.valid is None else _mask(ranks, score.valid)
         in_window = max(getattr(self, "window", 0) - self.protected, 0)
-        return self.raise_spans(ranks, score.valid, keep_ratio * prompt_len, in_window)
+        return self.raise_spans(ranks, score, keep_ratio * prompt_len, in_window)
 
     def raise_spans(
-        self, ranks: torch.Tensor, valid: torch.Tensor | None, budget: float, in_window: int = 0
+        self, ranks: torch.Tensor, of: LayerScore | LayerInputs, budget: float, in_window: int = 0
     ) -> torch.Tensor:
         """Ranks with the protected spans above all others.
 
         Args:
             ranks: ``[Hkv, N]``.
-            valid: as in the scores.
+            of: what they are made of: says what is there, and what stands for media.
             budget: mean number of tokens that a head may keep.
             in_window: how many of the ``N``, the last, lie in the window, where that competes too.
         """
-        first, last = self.protect.spans(budget)
+        (first, last), valid = self.protect.spans(budget), of.valid
+        if of.media is not None:
+            ranks = ranks.masked_fill(of.media[:, : ranks.shape[1]], float("inf"))
         if first:
             ranks = ranks.masked_fill(leading(first, ranks, valid), float("inf"))
         if last:

@@ -136,7 +136,7 @@ class Cake(Policy):
         weights = torch.cat(list(attention(inputs, range(num_cached - 1, num_cached))))[:, :, 0, : -self.window]
         pooled = average_pool(weights, self.pool_kernel).mean(dim=1)
         ranks = finite(echoed(pooled, self.echo, None, SINKS + self.pool_kernel // 2))
-        return self.raise_spans(ranks, None, count + self.window)
+        return self.raise_spans(ranks, inputs, count + self.window)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class CriticalAdaKV(CriticalKV):
         count = min(int(budget), prompt_len)
         prefix_len = prompt_len - self.window
         room = self.window - self.protected
-        prefixes = [self.raise_spans(score.indicator[:, :prefix_len], score.valid, budget) for score in scores]
+        prefixes = [self.raise_spans(score.indicator[:, :prefix_len], score, budget) for score in scores]
         heads = [adaptive_head_budgets(prefix, count, self.window, self.alpha) for prefix in prefixes]
         return (torch.stack(heads) + room).tolist()
 

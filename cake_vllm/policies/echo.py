@@ -115,7 +115,7 @@ class Echo(Policy):
         for score in scores:
             prefix_len = score.indicator.shape[1]
             length = prefix_len + self.window
-            theirs = replace(score, indicator=score.extra[0], extra=score.extra[1:3])
+            theirs = replace(score, indicator=score.extra[0], extra=score.extra[1:3], media=None)
             published.append(self._published.ranks(theirs, length, min(1.0, budget / length))[:, :prefix_len])
         rankings = [published, [score.indicator for score in scores]]
         if len(scores[0].extra) > 3:

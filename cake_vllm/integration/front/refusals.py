@@ -90,6 +90,12 @@ MODELS: tuple[Row, ...] = (
 
 #: What else vLLM was set to.
 SETTINGS: tuple[Row, ...] = (
+    # A chunk behind an eviction reads its own pages, by kernels that are not told where pictures lie in these.
+    (
+        lambda of: of.config.is_progressive and of.model.is_mm_prefix_lm,
+        "prefill progressive for {of.model.architectures[0]}, whose pictures are attended to in both directions,",
+        """drop it, or serve no pictures (--limit-mm-per-prompt '{{{{"image": 0}}}}')""",
+    ),
     (
         lambda of: of.vllm.cache_config.cache_dtype not in CACHE_DTYPES,
         "--kv-cache-dtype {of.vllm.cache_config.cache_dtype}",

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from cake_vllm.config import (
@@ -26,7 +27,7 @@ from cake_vllm.config import (
     parse_flag,
     wishes_of,
 )
-from cake_vllm.integration.engine import eviction_config
+from cake_vllm.integration.engine import eviction_config, placeholders
 from cake_vllm.integration.front.refusals import refuse_without_gates
 from cake_vllm.integration.patching import wrap
 from cake_vllm.integration.reports import report
@@ -47,18 +48,51 @@ def install_http() -> None:
 
 def _process_inputs(original: Callable[..., Any], self: InputProcessor, *args: Any, **kwargs: Any) -> Any:
     request = original(self, *args, **kwargs)
+    try:
+        _check(request, self.vllm_config)
+    except VLLMValidationError:
+        # The next request with its pictures has to send them: what this one would have sent never arrives.
+        known = self.renderer.mm_processor_cache
+        if known is not None:
+            for feature in request.mm_features or ():
+                known.invalidate(feature.mm_hash or feature.identifier)
+        raise
+    return request
+
+
+def _check(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     params = request.sampling_params
     if params is not None and (wishes := wishes_of(params.extra_args)):
-        first_report = resolve(wishes, self.vllm_config)
+        first_report = resolve(wishes, vllm_config)
         if first_report is not None and params.n > 1:
             raise VLLMValidationError(f"{REPORT_KEY} is about one choice: set n to 1", parameter="n")
-        others = {key: value for key, value in params.extra_args.items() if key not in wishes}
+        others = {key: value for key, value in (params.extra_args or {}).items() if key not in wishes}
         # A dict of its own: a caller may use the one it gave for several requests. In plain types: vLLM has checked
         # what can be sent, and what cannot would be found out once the request is registered.
         params.extra_args = {**others, **json.loads(as_json(wishes))}
         if first_report is not None:
             params.extra_args[REPORT_KEY] = first_report
-    return request
+    if params is not None and request.mm_features:
+        check_media(request, vllm_config)
+
+
+def check_media(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
+    """Refuses a request whose budget cannot hold what stands for its pictures, where these are protected.
+
+    Raises:
+        VLLMValidationError: one sentence that names the keys and the fix.
+    """
+    server, params = eviction_config(vllm_config), request.sampling_params
+    longest = vllm_config.model_config.max_model_len
+    config = for_request(server, params.extra_args, longest) if server and params else None
+    if config is not None and config.policy.protect.media:
+        assert params is not None
+        num_media = sum(end - start for start, end in placeholders(request.mm_features or ()))
+        length = len(request.prompt_token_ids or ()) + (params.max_tokens or longest)
+        try:
+            config.check_media(num_media, min(length, longest), longest)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
 
 async def _check_model(original: Callable[..., Any], self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:

@@ -51,7 +51,7 @@ class Decoding:
             return None
         # Right after its prompt an eviction may not be reported yet: the next block will do.
         can_cut = not (tracked.num_pending or drafts or end % size or self._terms.ends_with(request, end))
-        budget = config.tokens(request.num_prompt_tokens)
+        budget = config.tokens(request.num_prompt_tokens, tracked.num_media)
         grant = self._grants.grant(tracked, budget, output) if can_cut else None
         return self._grants.observation(tracked, output, grant, is_last=not config.num_rescoring)
 
@@ -97,7 +97,7 @@ class Decoding:
         evicted, beyond those that were traded then.
         """
         size = self._terms.block_size
-        held = -(-config.tokens(tracked.request.num_prompt_tokens) // size)
+        held = -(-config.tokens(tracked.request.num_prompt_tokens, tracked.num_media) // size)
         if tracked.by_head is not None:
             held = self._grants.managers[0].cuts[tracked.name].num_traded
         return held + config.period(size)

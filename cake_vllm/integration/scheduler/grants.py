@@ -139,7 +139,8 @@ class Grants:
             for group in self._exact:
                 group.exact_len[name] = end
         tail = ids(manager.req_to_blocks[name][num_blocks:] for manager in self.managers)
-        grant = Grant(next(self._epochs), budget, divides, tracked.by_head, ids(columns), tail, prompt_len)
+        epoch, by_head = next(self._epochs), tracked.by_head
+        grant = Grant(epoch, budget, divides, by_head, ids(columns), tail, prompt_len, tracked.media)
         tracked.num_pending += 1
         cut = self.managers[0].cuts[name]
         self._pending[grant.epoch] = Pending(

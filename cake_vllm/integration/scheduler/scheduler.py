@@ -194,8 +194,8 @@ class EvictionScheduler:
             prompt_len = end
         if terms.ends_with(request, prompt_len) and (is_last or not config.is_progressive):
             return None
-        budget = config.tokens(prompt_len)
-        least = config.least_tokens(prompt_len) if config.is_elastic else budget
+        budget = config.tokens(prompt_len, tracked.num_media)
+        least = config.least_tokens(prompt_len, tracked.num_media) if config.is_elastic else budget
         is_rescored = config.num_rescoring > 0
         if not (is_rescored or policy.is_evicted(prompt_len, least)):
             return None

@@ -1,12 +1,14 @@
 """The requests that the scheduler half follows, and what holds for all of them."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from vllm.config import SchedulerConfig
 from vllm.v1.request import Request
 
 from cake_vllm.config import KVEvictionConfig
-from cake_vllm.integration.messages import Counts
+from cake_vllm.integration.engine import placeholders
+from cake_vllm.integration.messages import Counts, Ranges
 
 
 @dataclass
@@ -39,11 +41,22 @@ class Tracked:
         """Its id."""
         return self.request.request_id
 
+    @cached_property
+    def media(self) -> Ranges:
+        """Where placeholders are that stay."""
+        is_asked = self.config is not None and self.config.policy.protect.media
+        return placeholders(self.request.mm_features) if is_asked else ()
+
+    @property
+    def num_media(self) -> int:
+        """How many they are."""
+        return sum(end - start for start, end in self.media)
+
     def floor(self, length: int) -> int:
         """What a cut at that length leaves it in any case: its least, and all that it has generated; in tokens."""
         assert self.config is not None
         assert self.prompt_len is not None
-        return self.config.least_tokens(self.prompt_len) + length - self.prompt_len
+        return self.config.least_tokens(self.prompt_len, self.num_media) + length - self.prompt_len
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from cake_vllm.integration.worker.attention import EvictingBackend, EvictingImpl, Rows
 from cake_vllm.kernels import BlockLayout
 
+#: Where rows of a batch, or its queries, attend to a picture in both directions, by backend.
+PICTURES = ("mm_prefix_range_tensor", "mm_prefix_query_range_tensor")
+
 
 class HeadMajorImpl(EvictingImpl):
     """For caches of shape ``[num_blocks, Hkv, B, D + Dv]``, a slot's key and value side by side."""
@@ -24,8 +27,11 @@ class HeadMajorImpl(EvictingImpl):
 
     def with_rows(self, layer: Any, metadata: Any, rows: Rows, table: torch.Tensor, seq_lens: torch.Tensor) -> Any:
         """See the base class."""
+        # Evicted rows hold pictures that were read before: none of their queries looks ahead inside of one.
+        ranges = {name: None for name in PICTURES if hasattr(metadata, name)}
         return replace(
             self.with_lengths(layer, metadata, seq_lens),
+            **ranges,
             block_table=table,
             query_start_loc=rows.query_start_loc,
             num_actual_tokens=rows.num_queries,

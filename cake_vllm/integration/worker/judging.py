@@ -47,6 +47,12 @@ class Judging:
         """A request that finished, was preempted, or is not looked at any more."""
         self.watched.pop(req_id, None)
 
+    def let_go(self, what: Observation) -> None:
+        """A request whose queries are not needed any more; what stays of it while it decodes still is."""
+        watched = self.watched.pop(what.req_id, None)
+        if watched is not None and watched.media and (what.config or self.config).decode != "off":
+            self.watched[what.req_id] = Watched(media=watched.media)
+
     def watch(self, observations: Sequence[Observation], batch: Batch) -> Callable[[int, torch.Tensor], None]:
         """Finds requests in a batch.
 
@@ -91,10 +97,12 @@ class Judging:
         if what.grant is None:
             return
         watched.reads[layer] = reads
+        if what.grant.media:
+            watched.mark(layer, reads, what.end, what.grant.media)
         if what.grant.divides:
             watched.scores[layer] = self._judge(policy, layer, recent, reads, what.grant.budget, watched)
             return
-        chosen = self._rescore(layer, place, query, recent, reads)
+        chosen = self._rescore(layer, place, query, recent, reads, watched.media.get(layer))
         if chosen is not None:
             watched.chosen[layer] = chosen
 
@@ -114,7 +122,13 @@ class Judging:
         return recent[: len(recent) - what.num_drafts]
 
     def _rescore(
-        self, layer: int, place: Batched, query: torch.Tensor, recent: torch.Tensor, reads: Reads
+        self,
+        layer: int,
+        place: Batched,
+        query: torch.Tensor,
+        recent: torch.Tensor,
+        reads: Reads,
+        media: torch.Tensor | None,
     ) -> list[torch.Tensor] | None:
         """What a decoding request keeps in a layer, by head; ``None`` if too few queries are known to tell."""
         what, config, size = place.what, place.what.config or self.config, reads.page_size
@@ -127,18 +141,18 @@ class Judging:
             everything = torch.arange(reads.length, device=reads.table.device)
             return [everything[missing * size :] for missing in reads.missing]
         if config.decode == "cake":
-            inputs = self._inputs(policy, layer, of_layer.restore_queries(place.recent(query, 1)), reads)
+            inputs = self._inputs(policy, layer, of_layer.restore_queries(place.recent(query, 1)), reads, media)
             return list(policy.trim(inputs, targets[0] * size - policy.protected).sort(dim=-1).values)
         if len(recent) < policy.num_queries:
             return None
         counts = [min(pair) * size - policy.protected for pair in zip(num_pages, targets, strict=True)]
-        return policy.rescore(self._inputs(policy, layer, recent, reads), counts)
+        return policy.rescore(self._inputs(policy, layer, recent, reads, media), counts)
 
     def _judge(
         self, policy: Policy, layer: int, queries: torch.Tensor, reads: Reads, budget: int, watched: Watched
     ) -> LayerScore:
         """A prompt's scores in one layer, as its budget is divided."""
-        inputs = self._inputs(policy, layer, queries, reads)
+        inputs = self._inputs(policy, layer, queries, reads, watched.media.get(layer))
         inputs = replace(inputs, budget=budget, notes=watched.notes.get(layer))
         score = policy.judge(inputs)
         if self.on_judged is not None:
@@ -156,9 +170,17 @@ class Judging:
         inputs = self._inputs(None, layer, queries, reads)
         watched.notes[layer] = policy.note(inputs, places, watched.notes.get(layer))
 
-    def _inputs(self, policy: Policy | None, layer: int, queries: torch.Tensor, reads: Reads) -> LayerInputs:
+    def _inputs(
+        self,
+        policy: Policy | None,
+        layer: int,
+        queries: torch.Tensor,
+        reads: Reads,
+        media: torch.Tensor | None = None,
+    ) -> LayerInputs:
         gate = self.gates.of(policy, layer) if policy else None
-        return self.layers.target[layer].inputs(self.layers.grid.cache, reads, queries, policy, gate)
+        inputs = self.layers.target[layer].inputs(self.layers.grid.cache, reads, queries, policy, gate)
+        return replace(inputs, media=media)
 
     def _read(self, layer: int, what: Observation | Cut, watched: Watched) -> Reads:
         return read(self.layers.grid, layer, self.held.get(what.req_id), watched.rows, what.end)
@@ -177,6 +199,8 @@ class Judging:
                 none, scores = self.layers.target[0].no_queries(), []
                 for layer, reads in watched.reads.items():
                     prompt, queries = replace(reads, length=grant.prompt_len), watched.queries.get(layer, none)
+                    if grant.media:
+                        watched.mark(layer, prompt, grant.prompt_len, grant.media)
                     scores.append(self._judge(policy, layer, queries, prompt, budget, watched))
                 watched.remember(scores)
         except Exception as error:
@@ -225,8 +249,9 @@ class Judging:
                 "".join(traceback.format_exception(choice.error)),
             )
         elif is_traded and choice.chosen is not None:
-            for layer, notes in watched.notes.items():
-                watched.notes[layer] = _gather(notes, choice.chosen[layer], choice.reads[layer].full_len)
+            for known in (watched.notes, watched.media):
+                for layer, tokens in known.items():
+                    known[layer] = _gather(tokens, choice.chosen[layer], choice.reads[layer].full_len)
             if watched.worth is not None:
                 for layer, reads in enumerate(choice.reads):
                     cached = reads.paged(choice.num_kept)

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from cake_vllm.integration.messages import Observation
+from cake_vllm.integration.messages import Observation, Ranges
 from cake_vllm.integration.worker.attention import select_rows
 from cake_vllm.integration.worker.dealing import Reads
+from cake_vllm.kernels import to_device
 from cake_vllm.policies import LayerScore, PagedPrompt
 
 
@@ -64,6 +65,7 @@ class Watched:
         length: logical length that these go up to.
         num_rejected: how many of these were computed for drafts that have been rejected since.
         notes: by layer, the policy's notes on its prompt, one for each token that it holds: ``[Hkv, S, ...]``.
+        media: by layer, which of the tokens that it holds are placeholders that stay: ``[Hkv, S]`` bool.
         rows: ``[groups][C]`` slices of its logical row in this step.
         reads: by layer, what it reads, if the request is to be evicted.
         scores: by layer, if the budget is to be divided.
@@ -76,6 +78,7 @@ class Watched:
     length: int = 0
     num_rejected: int = 0
     notes: dict[int, torch.Tensor] = field(default_factory=dict)
+    media: dict[int, torch.Tensor] = field(default_factory=dict)
     rows: list[torch.Tensor] = field(default_factory=list)
     reads: dict[int, Reads] = field(default_factory=dict)
     scores: dict[int, LayerScore] = field(default_factory=dict)
@@ -88,6 +91,19 @@ class Watched:
         self.worth = Worth(scores)
         self.queries.clear()
         self.notes.clear()
+        self.media.clear()
+
+    def mark(self, layer: int, reads: Reads, end: int, media: Ranges) -> None:
+        """Finds placeholders among what a layer reads of a request that is ``end`` tokens long."""
+        known = self.media.get(layer)
+        num_new = reads.length - (0 if known is None else known.shape[1])
+        marks = [False] * num_new
+        for start, stop in media:
+            # What was not there at the last eviction is there whole.
+            first, behind = (min(max(place - end + num_new, 0), num_new) for place in (start, stop))
+            marks[first:behind] = [True] * (behind - first)
+        new = to_device(marks, torch.bool, reads.table.device).expand(len(reads.table), -1)
+        self.media[layer] = new if known is None else torch.cat([known, new], dim=1)
 
 
 @dataclass(frozen=True)

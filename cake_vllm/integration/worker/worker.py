@@ -106,7 +106,7 @@ class EvictionWorker:
             evictions[cut.req_id] = self._evict(cut)
         for what in observations:
             if what.is_last:
-                self.judging.forget(what.req_id)
+                self.judging.let_go(what)
         return EvictionReport({self._stage: evictions}) if evictions else None
 
     def end(self) -> None:
