@@ -177,5 +177,6 @@ class StoredReplay(Replay):
         return State(StoredCache(self.stored))
 
     def _attention(self, module, query, *args, **kwargs):
-        taken = self.stored.take_queries(module.layer_idx, self._state.length, query[0])
+        end = self._state.length + query.shape[2]
+        taken = self.stored.take_queries(module.layer_idx, end, query[0])
         return super()._attention(module, taken[None], *args, **kwargs)

@@ -128,7 +128,7 @@ def test_gates_read_keys_at_positions_in_three_dimensions(start_engine, tmp_path
     key = torch.ones(200, 32)
     turned = module(torch.randint(4000, (3, 200)), key.clone(), key.clone())[1]
     assert layer.rotary == Rotary(32)
-    norms = layer.rotary.parts(turned)[0]
+    (norms,), _ = layer.rotary.parts(turned)
     torch.testing.assert_close(norms, norms[:1].expand_as(norms))
     assert (turned - turned[:1]).abs().amax(dim=0).min() > 0.1
     replay = PicturedReplay(model, gates=gates_of(model))
