@@ -103,6 +103,14 @@ BAD = [
         {"": "cake", "_config": {"min_tokens": 64}},
         "min_tokens has no effect without --kv-eviction-budget auto: drop it",
     ),
+    *(
+        ({"": "snapkv", "_config": {"protect": {"prompt": True}, **options}, **more}, f"does not go with {what}")
+        for options, more, what in (
+            ({}, {}, "decode off: give decode, or drop protect.prompt"),
+            ({"decode": "window", "prefill": "progressive"}, {}, "prefill progressive: drop it"),
+            ({}, {"_budget": "auto"}, "--kv-eviction-budget auto: give a number of tokens"),
+        )
+    ),
     ({"": "cake", "_config": {"every": 0}}, "every 0 is no number of tokens: give a positive whole number"),
     ({"": "cake", "_config": {"every": True}}, "every True is no number of tokens"),
     ({"": "snapkv", "_config": {"every": 64}}, "every has no effect where generated tokens are not evicted: drop it"),

@@ -1,6 +1,7 @@
 """Served tokens against a plain Hugging Face model whose cache is pruned to what the policy chose."""
 
 import pytest
+import torch
 from engine import Engine
 from random_models import gates_of, numbers
 from replay import Replay
@@ -113,6 +114,38 @@ def test_long_output_stays_in_its_budget(tiny, tiny_replay: Replay, name, decode
     assert engine.stats()["trims"] in (num_filled // period, num_filled // period - 1)
     assert most <= budget // 32 + period + 1
     assert engine.is_idle()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("rkv", {}),
+        pytest.param("random", {"decode": "window", "recent": 16}, marks=pytest.mark.full),
+        pytest.param("cake", {}, marks=pytest.mark.full),
+    ],
+)
+def test_a_prompt_that_stays(tiny, tiny_replay: Replay, name, options, is_v2):
+    """The budget is for what is generated, over and over; what is generated short of it is left alone."""
+    budget, every, prompt, is_left = 64, 64, numbers(51, 200), numbers(52, 330)
+    engine: Engine = tiny(
+        kv_eviction=name,
+        kv_eviction_budget=budget,
+        kv_eviction_config={**options, "every": every, "protect": {"prompt": True}},
+        max_num_batched_tokens=256,
+    )
+    engine.stats()
+    num_tokens = 170 if is_v2 else 300
+    names = engine.add(prompt, num_tokens), engine.add(is_left, 60)
+    done = engine.run()
+    served, left = (engine.served_as(name, done[name]) for name in names)
+    assert not left.choices
+    assert engine.stats()["trims"] == len(served.choices) >= (1 if is_v2 else 3)
+    for choice in served.choices:
+        assert all(torch.equal(head[: len(prompt)], torch.arange(len(prompt))) for layer in choice for head in layer)
+    own = {key: value for key, value in options.items() if key != "decode"}
+    policy = create_policy(name, {**own, "protect": {"first": len(prompt)}})
+    decode = options.get("decode", policy.decodes[0])
+    tiny_replay.verify(prompt, served, policy, len(prompt) + budget, block_size=32, decode=decode, every=every)
 
 
 @pytest.mark.slow

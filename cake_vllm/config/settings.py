@@ -7,6 +7,7 @@ that every other process reads what was decided once.
 
 import argparse
 import bisect
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -95,6 +96,7 @@ class KVEvictionConfig:
                 )
         config._check_elastic()
         config._check_every()
+        config._check_prompt()
         if isinstance(config.budget, int) and config.budget <= window + first:
             protected = f" and the {first} protected first ones" if first else ""
             raise ValueError(
@@ -142,6 +144,30 @@ class KVEvictionConfig:
                 f"{flag(CONFIG_KEY)}: {EVERY_KEY} has no effect where generated tokens are not evicted: drop it, or "
                 "give decode"
             )
+
+    def _check_prompt(self) -> None:
+        if not self.policy.protect.prompt:
+            return
+        for is_so, what, fix in (
+            (self.is_elastic, f"{flag(BUDGET_KEY)} {AUTO}", "give a number of tokens for what is generated"),
+            (self.is_progressive, "prefill progressive", "drop it"),
+            (self.decode == "off", "decode off", "give decode"),
+        ):
+            if is_so:
+                raise ValueError(
+                    f"{flag(CONFIG_KEY)}: protect.prompt keeps whole prompts and evicts what is generated, which does "
+                    f"not go with {what}: {fix}, or drop protect.prompt"
+                )
+
+    def beside(self, prompt_len: int) -> "KVEvictionConfig":
+        """The settings of a request whose prompt has ``prompt_len`` tokens: if these are to stay, they are protected
+        and the budget comes beside them.
+        """
+        if not self.policy.protect.prompt:
+            return self
+        protect = {**dataclasses.asdict(self.policy.protect), "first": prompt_len}
+        options = {**self.options, "protect": protect}
+        return KVEvictionConfig(self.policy_name, prompt_len + self.tokens(prompt_len), options)
 
     def settings(self) -> dict[str, Any]:
         """The three keys, such that :meth:`from_settings` gives this object back; JSON types only."""
@@ -207,6 +233,8 @@ class KVEvictionConfig:
 
     def never_evicted_len(self) -> int:
         """Prompts up to this length are kept whole, and nothing asks for their last queries; in tokens."""
+        if self.policy.protect.prompt:
+            return MAX_INT
         least = self._amount(FLOOR_KEY, DEFAULT_FLOOR) if self.is_elastic else self.budget
         if not isinstance(least, int) or self.decode == "window":
             return 0

@@ -101,11 +101,13 @@ class Protect:
         boundary: share of the budget, in [0, 0.5], for both ends of the prompt: half of it for leading positions
             (:attr:`first` among them), half for the last ones before the window.
         media: whether what stands for pictures, videos and sounds stays.
+        prompt: whether the whole prompt stays; the budget then is for what is generated.
     """
 
     first: int = 0
     boundary: float = 0.0
     media: bool = False
+    prompt: bool = False
 
     def __post_init__(self) -> None:
         if self.first < 0:

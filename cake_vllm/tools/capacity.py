@@ -285,6 +285,7 @@ def count(
     """
     from cake_vllm.integration.scheduler.spec import EvictableSpec
 
+    config = config.beside(prompt_len)
     size, policy = vllm_config.cache_config.block_size, config.policy
     prompt, full, end = -(-prompt_len // size), prompt_len // size, -(-(prompt_len + output_len) // size)
     found = {"whole": Requests.in_pool(pool, prompt, end, most)}

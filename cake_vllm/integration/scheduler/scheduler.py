@@ -77,6 +77,7 @@ class EvictionScheduler:
         if request.resumable and config is not None:
             logger.info_once("streaming input sessions are served without eviction: their prompts go on growing")
             config = None
+        config = config and config.beside(request.num_prompt_tokens)
         self._track(Tracked(request, config))
         if config is not None and config is not self.config:
             # Prefix lookup leaves what the engine's settings need to be computed; this one's may need more.
