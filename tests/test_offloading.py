@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 from engine import Engine
 from random_models import numbers
-from tiers import SCARCE, WHOLE, Tier, beside, exact_chunks, inexact, unprotected
+from tiers import SCARCE, WHOLE, Tier, beside, exact_chunks, inexact, protected, unprotected
 from ties import assert_same
+from vllm.v1.request import RequestStatus
 
 from cake_vllm.integration.scheduler.scheduler import EvictionScheduler
 
@@ -25,7 +26,7 @@ def scarce(tiny):
     return tiny(**SCARCE, **beside())
 
 
-@pytest.mark.parametrize("is_protected", [True, False])
+@protected
 def test_given_back_blocks_have_been_stored(scarce, is_protected, monkeypatch):
     """The next prompt is written to the blocks that an evicted one gave back a step before."""
     prompts = [numbers(1, 1000), numbers(2, 1000)]
@@ -41,7 +42,8 @@ def test_given_back_blocks_have_been_stored(scarce, is_protected, monkeypatch):
     assert scarce.stats()["in_place"] == 0
 
 
-@pytest.mark.parametrize("is_protected", [True, False])
+@pytest.mark.interpreted
+@protected
 def test_blocks_that_are_rewritten_in_place_have_been_stored(scarce, is_protected, monkeypatch):
     """The pool can lend no column, and the last chunk's blocks become some."""
     neighbour, prompt = numbers(3, 440), numbers(4, 1000)
@@ -58,7 +60,7 @@ def test_blocks_that_are_rewritten_in_place_have_been_stored(scarce, is_protecte
     assert (inexact(tier.chunks(), exact) == 0) == is_protected
 
 
-@pytest.mark.parametrize("is_protected", [True, False])
+@protected
 def test_columns_were_stored_by_those_who_had_them(scarce, is_protected, monkeypatch):
     """A prompt that stores nothing itself borrows blocks of one that has just finished."""
     before, prompt = numbers(5, 440), numbers(6, 1000)
@@ -74,7 +76,7 @@ def test_columns_were_stored_by_those_who_had_them(scarce, is_protected, monkeyp
     assert (inexact(tier.chunks(), exact) == 0) == is_protected
 
 
-@pytest.mark.parametrize("is_protected", [True, False])
+@protected
 def test_nothing_is_stored_of_a_row_that_was_traded(scarce, is_protected):
     """A lower tier that was emptied asks for all blocks again; those of an evicted request are others' by now."""
     prompts = [numbers(7, 1000), numbers(8, 600)]
@@ -99,7 +101,7 @@ def test_nothing_is_stored_of_a_row_that_was_traded(scarce, is_protected):
 PROGRESSIVE = {**SCARCE, "kv_eviction_config": {"prefill": "progressive", "decode": "window"}}
 
 
-@pytest.mark.parametrize("is_protected", [True, False])
+@protected
 def test_only_what_is_exact_is_stored(tiny, is_protected):
     """Of a progressive prefill the first chunk, of generated tokens those before the first eviction."""
     engine = tiny(**PROGRESSIVE, **beside(offload_prompt_only=False))
@@ -137,7 +139,7 @@ def loads(engine: Engine, monkeypatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("is_protected", [True, False])
+@protected
 def test_a_load_leaves_the_window_to_be_computed(scarce, is_protected, monkeypatch):
     """The whole prompt lies in the lower tier, and is evicted as if it had been computed."""
     prompt = numbers(11, 992)
@@ -186,3 +188,30 @@ def test_a_preempted_request_loads_its_prompt_and_is_evicted_again(scarce, monke
     tier.forget()
     (alone,) = scarce.runs([prompt + so_far], 95 - len(so_far))
     assert_same(replace(run, tokens=run.tokens[len(so_far) :], gaps=run.gaps[len(so_far) :]), alone)
+
+
+def test_aborts_leave_nothing_behind(scarce):
+    """While a prompt is loaded; and when it was evicted, its last blocks not copied yet."""
+    prompt, tier = numbers(16, 1000), Tier(scarce)
+    exact = exact_chunks(scarce, [prompt])
+    for num_steps in (1, 2, 3):
+        name = scarce.add(prompt, 30)
+        for _ in range(num_steps):
+            scarce.step()
+        scarce.abort(name)
+        tier.drain()
+        assert scarce.is_idle()
+        assert inexact(tier.chunks(), exact) == 0
+    assert tier.chunks().keys() == exact.keys()
+    scarce.forget_prefixes()
+    for num_steps in (1, 2, 5):
+        name = scarce.add(prompt, 30)
+        scarce.step()
+        (request,) = scarce.scheduler.requests.values()
+        assert request.status == RequestStatus.WAITING_FOR_REMOTE_KVS or num_steps > 1
+        for _ in range(num_steps - 1):
+            scarce.step()
+        scarce.abort(name)
+        tier.drain()
+        assert scarce.is_idle()
+    assert inexact(tier.chunks(), exact) == 0

@@ -3,9 +3,9 @@
 import random
 
 import pytest
-from engine import Engine
+from engine import Engine, Late
 from random_models import numbers
-from tiers import SCARCE, WHOLE, Tier, beside, exact_chunks, inexact, unprotected
+from tiers import SCARCE, WHOLE, Tier, beside, exact_chunks, inexact, protected, unprotected
 from ties import assert_same
 from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import BlockStored
@@ -80,7 +80,7 @@ def test_a_server_evicts_what_another_one_computed(tiny, tmp_path):
 ELASTIC = {**SCARCE, "kv_eviction_budget": "auto", "kv_eviction_config": {"min_tokens": 64}}
 
 
-@pytest.mark.parametrize("is_protected", [True, False])
+@protected
 def test_a_cut_waits_for_stores(tiny, is_protected, monkeypatch):
     """A prompt that has just ended is cut for the next one, which is written where its last chunk was."""
     engine = tiny(**ELASTIC, **beside())
@@ -107,7 +107,7 @@ class Untold:
         return (lambda: None) if name == "admitted" else getattr(self.half, name)
 
 
-@pytest.mark.parametrize("is_told", [True, False])
+@pytest.mark.parametrize("is_told", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_who_waits_for_a_load_is_not_short_of_memory(tiny, is_told, monkeypatch):
     """Two requests want the same blocks of the lower tier; the second one waits for the first one's copy."""
     engine = tiny(**ELASTIC, **beside())
@@ -130,17 +130,22 @@ def test_who_waits_for_a_load_is_not_short_of_memory(tiny, is_told, monkeypatch)
     assert (engine.stats().get("cuts", 0) == 0) == is_told
 
 
-@pytest.mark.parametrize("settings", ["fixed", pytest.param("elastic", marks=pytest.mark.full)])
-def test_random_load_over_a_small_tier(tiny, settings, is_v2):
+@pytest.mark.parametrize(
+    "settings", ["fixed", *(pytest.param(name, marks=pytest.mark.full) for name in ("late", "elastic"))]
+)
+def test_random_load_over_a_small_tier(tiny, settings, is_v2, monkeypatch):
     """Requests come, are preempted and aborted at any moment: the tier is exact, and nothing is lost in either."""
     dice = random.Random(7)
     shared = [numbers(40 + index, 1000) for index in range(4)]
     prompts = [dice.choice(shared)[: dice.randint(40, 1000)] + numbers(50 + index, 150) for index in range(12)]
-    scarce = {"fixed": SCARCE, "elastic": ELASTIC}[settings]
+    scarce = ELASTIC if settings == "elastic" else SCARCE
     # Two blocks a chunk, of which a load may want one.
     truth = exact_chunks(tiny(**SCARCE, **beside(blocks_per_chunk=2)), prompts)
     engine = tiny(**scarce, **beside(blocks_per_chunk=2, cpu_bytes_to_use=40 << 16))
     assert len(truth) > Tier(engine).half.manager._num_chunks > 10
+    late = Late(engine.scheduler.connector.scheduler, monkeypatch) if settings == "late" else None
+    if late:
+        monkeypatch.setattr(engine, "_check_halves", lambda: None)
     tier, alive = Tier(engine), []
     for _ in range(20 if is_v2 else 45):
         whole = WHOLE if dice.random() < 0.3 else {}
@@ -149,8 +154,12 @@ def test_random_load_over_a_small_tier(tiny, settings, is_v2):
             engine.step()
         if dice.random() < 0.2:
             engine.abort(alive.pop(dice.randrange(len(alive))))
-    engine.run()
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.step()
     tier.drain()
+    if late:
+        late.deliver()
+    assert engine.is_idle()
     assert inexact(tier.chunks(), truth) == 0
     stats = engine.stats()
     assert stats["requests"] + stats["cuts"] > 10

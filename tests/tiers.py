@@ -32,6 +32,8 @@ from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
 from cake_vllm.integration.beside import KVEvictionBesideConnector
 
+#: A test runs as things are; and, with ``--all``, with what it is about taken away, and sees it.
+protected = pytest.mark.parametrize("is_protected", [True, pytest.param(False, marks=pytest.mark.full)])
 #: A request that is not evicted.
 WHOLE = {"extra_args": {"kv_eviction": "none"}}
 #: Blocks are scarce: of a prompt of 1,000 tokens there are 32, and 5 columns for what is kept of it.
