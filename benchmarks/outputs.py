@@ -1,0 +1,217 @@
+"""What eviction of generated tokens costs in what comes after them: a model is made to go on with given tokens.
+
+One engine serves all rows: each request asks for its method, and for whether its prompt stays. The budget is for what
+is generated; where the prompt does not stay it is in the budget, which is larger by its length. What is too much goes
+every ``--every`` tokens. Columns:
+
+    kept        tokens of a layer behind the last eviction, in the mean of all outputs
+
+    agreement   the full cache's own greedy output: share of tokens that are still the likeliest, and mean loss
+    fact        a number stated once in the output, asked for ``gap`` tokens later: whether all its digits are the
+                likeliest, and the mean probability of its tokens
+    copy        40 tokens of the prompt behind 12 of them, asked for at the end of the output
+
+    python benchmarks/outputs.py MODEL --out benchmarks/results/outputs.json
+"""
+
+import argparse
+import math
+import random
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cells import Row
+from common import write
+from forcing import KEY
+from tasks import COPY_ASKED, COPY_GIVEN, Texts
+from tqdm import tqdm
+
+ROWS = (
+    "full",
+    "rkv",
+    "random+recent=32",
+    "streamingllm",
+    "snapkv",
+    "cake",
+    "layer-defensivekv",
+    "echo",
+    "lagkv",
+    "keydiff",
+)
+FACT = "\nThe secret number is {}."
+
+
+@dataclass(frozen=True)
+class Output:
+    """A prompt, what is generated behind it, and which of that is looked at.
+
+    Attributes:
+        task: its column.
+        prompt: token ids.
+        forced: token ids.
+        asked: how many of these, the last.
+    """
+
+    task: str
+    prompt: list[int]
+    forced: list[int]
+    asked: int
+
+
+def facts(texts: Texts, args: argparse.Namespace) -> Iterator[Output]:
+    """A fact in the output, and the same asked for later."""
+    for gap in args.gaps:
+        for index in range(args.samples):
+            dice = random.Random(f"{args.seed} fact {gap} {index}")
+            fact = FACT.format(dice.randrange(10_000, 100_000))
+            told, given = texts.encode(fact), texts.encode(FACT.partition("{}")[0].rstrip())
+            before, between = texts.prose(100, dice), texts.prose(gap, dice)
+            # Without the full stop.
+            asked = len(told) - len(given) - 1
+            yield Output(f"fact {gap}", texts.prose(args.prompt, dice), [*before, *told, *between, *told[:-1]], asked)
+
+
+def copies(texts: Texts, args: argparse.Namespace) -> Iterator[Output]:
+    """A piece of the prompt, repeated behind a long output."""
+    for index in range(args.samples):
+        dice = random.Random(f"{args.seed} copy {index}")
+        prompt = texts.prose(args.prompt, dice)
+        start = dice.randrange(len(prompt) - COPY_GIVEN - COPY_ASKED)
+        piece = prompt[start : start + COPY_GIVEN + COPY_ASKED]
+        yield Output("copy", prompt, [*texts.prose(max(args.gaps), dice), *piece], COPY_ASKED)
+
+
+class Engine:
+    """vLLM in this process.
+
+    Args:
+        args: of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        from cake_vllm import LLM
+
+        longest = args.prompt + max(args.length, max(args.gaps) + 250)
+        self.llm = LLM(
+            args.model,
+            dtype=args.dtype,
+            max_model_len=longest,
+            max_num_seqs=args.concurrency,
+            enforce_eager=True,
+            block_size=args.block_size,
+            kv_cache_memory_bytes=args.kv_cache_gib * 2**30,
+            logits_processors=["forcing:Forced"],
+            kv_eviction="snapkv",
+            kv_eviction_budget=args.budget,
+            kv_eviction_config={"decode": "window", "every": args.every},
+        )
+        self.args = args
+
+    def go_on(self, row: Row, stays: bool, output: Output) -> tuple[list[int], Any, dict[str, Any]]:
+        """A request as vLLM takes it: prompt and parameters; the latter name what it asks for."""
+        from vllm import SamplingParams
+
+        own: dict[str, Any] = {"kv_eviction": "none", "kv_eviction_report": True}
+        if row.policy != "full":
+            budget = self.args.budget + (0 if stays else len(output.prompt))
+            config = {**row.knobs, "protect": {"prompt": stays}}
+            own |= {"kv_eviction": row.name, "kv_eviction_budget": budget, "kv_eviction_config": config}
+        forced = {KEY: output.forced} if output.forced else {}
+        params = SamplingParams(
+            temperature=0,
+            # The last token is never evicted for: one more.
+            max_tokens=(len(output.forced) or self.args.length) + 1,
+            ignore_eos=True,
+            logprobs=1,
+            detokenize=False,
+            extra_args={**own, **forced},
+        )
+        return output.prompt, params, own
+
+    def answers(self, requests: list[tuple[Row, bool, Output]]) -> list[Any]:
+        """What vLLM returns for requests, which run as far as there is room."""
+        given = [self.go_on(*request) for request in requests]
+        prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in given]
+        found = self.llm.generate(prompts, [params for _, params, _ in given], use_tqdm=tqdm)
+        return list(found)
+
+
+def scores(output: Output, request: Any) -> dict[str, float]:
+    """Of the tokens that are looked at, and how many a layer keeps."""
+    answer = request.outputs[0]
+    kept = (request.kv_transfer_params or {}).get("kv_eviction", {}).get("kept_tokens")
+    held = np.concatenate([np.ravel(layer) for layer in kept]).mean() if kept else len(output.prompt + output.forced)
+    if list(answer.token_ids[: len(output.forced)]) != output.forced:
+        raise RuntimeError("the engine forced no tokens")
+    last = slice(len(output.forced) - output.asked, len(output.forced))
+    steps = zip(answer.logprobs[last], output.forced[last], strict=True)
+    chosen = [(step[token].logprob, max(found.logprob for found in step.values())) for step, token in steps]
+    likeliest = [own >= best for own, best in chosen]
+    loss = -statistics.mean(own for own, _ in chosen)
+    main = float(all(likeliest)) if output.task.startswith("fact") else statistics.mean(likeliest)
+    return {"likeliest": main, "loss": loss, "probability": math.exp(-loss), "kept": float(held)}
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--policies", nargs="+", default=list(ROWS))
+    parser.add_argument("--budget", type=int, default=256, help="for what is generated, tokens (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=64, help="tokens between evictions (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=200, help="tokens (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=1000, help="of greedy outputs, tokens (default: %(default)s)")
+    parser.add_argument("--gaps", type=int, nargs="+", default=[400, 1000], help="tokens (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=4, help="of each (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--block-size", type=int, default=32, help="tokens (default: %(default)s)")
+    parser.add_argument("--concurrency", type=int, default=16, help="requests at once")
+    parser.add_argument("--kv-cache-gib", type=int, default=2)
+    parser.add_argument("--data", type=Path, help="a folder of unpacked packages; default: the installed ones")
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
+    args = parser.parse_args()
+    engine = Engine(args)
+    texts = Texts(engine.llm.get_tokenizer(), args.data)
+    outputs = [*facts(texts, args), *copies(texts, args)]
+    full = Row("full")
+    prompts = [
+        texts.prose(args.prompt, random.Random(f"{args.seed} agreement {index}")) for index in range(args.samples)
+    ]
+    own = engine.answers([(full, False, Output("agreement", prompt, [], 0)) for prompt in prompts])
+    for prompt, answer in zip(prompts, own, strict=True):
+        forced = list(answer.outputs[0].token_ids[: args.length])
+        outputs.append(Output("agreement", prompt, forced, len(forced)))
+
+    rows = [(Row(policy, str(args.budget)), stays) for policy in args.policies for stays in (True, False)]
+    rows = [(row, stays) for row, stays in rows if row.policy != "full" or not stays]
+    requests = [(row, stays, output) for output in outputs for row, stays in rows]
+    found: dict[tuple[str, bool, str], list[dict[str, float]]] = defaultdict(list)
+    for (row, stays, output), answer in zip(requests, engine.answers(requests), strict=True):
+        found[row.policy, stays, output.task].append(scores(output, answer))
+    tasks = list(dict.fromkeys(output.task for output in outputs))
+    print("\n| method | prompt | kept | " + " | ".join(tasks) + " |")
+    print("|---|---|---|" + "---|" * len(tasks))
+    table = []
+    for row, stays in rows:
+        cells, kept = [], []
+        for task in tasks:
+            of_task = found[row.policy, stays, task]
+            means = {name: round(statistics.mean(each[name] for each in of_task), 3) for name in of_task[0]}
+            beside = "loss" if task == "agreement" else "probability"
+            cells.append(f"{means['likeliest']:.2f} ({means[beside]:.2f})")
+            kept.append(means["kept"])
+            table.append({"policy": row.policy, "prompt stays": stays, "task": task, **means, "n": len(of_task)})
+        where = "" if row.policy == "full" else "stays" if stays else "in the budget"
+        print(f"| `{row.policy}` | {where} | {statistics.mean(kept):.0f} | " + " | ".join(cells) + " |")
+    names = ("block_size", "budget", "every", "prompt", "length", "gaps", "samples", "seed", "dtype")
+    write(args.out, {"settings": {name: getattr(args, name) for name in names}, "figures": table})
+
+
+if __name__ == "__main__":
+    main()
