@@ -177,6 +177,9 @@ def test_values_that_are_not_as_long_as_keys(start_engine, tmp_path, flash, same
     )
     layers = engine.vllm_config.compilation_config.static_forward_context.values()
     assert {type(layer.impl) for layer in layers} == {EvictingFlashUnequalImpl}
+    # Of full attention: windows have twice the KV heads, and half the tokens in a block.
+    size = engine.connector.worker.layers.grid.page_size * engine.connector.worker.layers.grid.per_block
+    assert size == 32
     replay = Replay(model)
     requests = [(numbers(190, 420), "cake"), (numbers(191, 333), "layer-defensivekv"), (numbers(192, 60), "cake")]
     for batch in [requests] if chunk is None else [[request] for request in requests]:
@@ -185,7 +188,6 @@ def test_values_that_are_not_as_long_as_keys(start_engine, tmp_path, flash, same
         for (prompt, policy), name in zip(batch, names, strict=True):
             served = engine.served_as(name, done[name])
             assert bool(served.choices) == (len(prompt) > budget)
-            size = engine.vllm_config.cache_config.block_size
             ways = {"page_size": 16, "decode": "window", "chunk": chunk}
             replay.verify(prompt, served, create_policy(policy, {}), budget, size, **ways)
     engine.shutdown()
