@@ -147,7 +147,7 @@ def test_random_load_over_a_small_tier(tiny, settings, is_v2, monkeypatch):
     if late:
         monkeypatch.setattr(engine, "_check_halves", lambda: None)
     tier, alive = Tier(engine), []
-    for _ in range(20 if is_v2 else 45):
+    for _ in range(15 if is_v2 else 30):
         whole = WHOLE if dice.random() < 0.3 else {}
         alive.append(engine.add(dice.choice(prompts)[:1100], dice.randint(1, 60), **whole))
         for _ in range(dice.randrange(6)):
