@@ -9,7 +9,7 @@ they compute: each of their queries is a sequence of one token, which any of the
 import importlib
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -155,23 +155,10 @@ class EvictingLatentImpl(RedirectedImpl):
         return found
 
 
-def _forward_impl(
-    original: Callable[..., torch.Tensor],
-    layer: Any,
-    q: torch.Tensor,
-    k_c_normed: torch.Tensor,
-    k_pe: torch.Tensor,
-    kv_cache: torch.Tensor,
-    attn_metadata: Any,
-    **kwargs: Any,
-) -> torch.Tensor:
-    def stock(*args: Any, **more: Any) -> torch.Tensor:
-        return original(layer, *args, **more)
-
-    forward = layer.impl.forward_layer if isinstance(layer.impl, EvictingLatentImpl) else None
-    if forward is None:
-        return stock(q, k_c_normed, k_pe, kv_cache, attn_metadata, **kwargs)
-    return forward(stock, q, k_c_normed, k_pe, kv_cache, attn_metadata, **kwargs)
+def _forward_impl(original: Callable[..., torch.Tensor], layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if not isinstance(layer.impl, EvictingLatentImpl):
+        return original(layer, *args, **kwargs)
+    return layer.impl.forward_layer(partial(original, layer), *args, **kwargs)
 
 
 def of_queries(rows: Rows, table: torch.Tensor, seq_lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
