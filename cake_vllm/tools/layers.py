@@ -36,8 +36,8 @@ def built_specs(engine_args: Any, vllm_config: Any) -> dict[str, Any]:
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
             raise ValueError(
-                f"there is no plan for {engine_args.model} on this machine: vLLM sizes its blocks by states that its "
-                f"layers keep, and cannot build these here ({reason}): run it where the model is served"
+                f"there is no plan for {engine_args.model} on this machine: vLLM sizes its blocks by what its layers "
+                f"keep, and cannot build these here ({reason}): run it where the model is served"
             ) from error
         vllm_config.compilation_config.static_forward_context = alone.compilation_config.static_forward_context
         current_platform.update_block_size_for_backend(vllm_config)
