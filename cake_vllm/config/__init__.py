@@ -1,7 +1,6 @@
 """The settings, parsed once: what a server is set to, and what a request may ask of it. Imports no vLLM."""
 
-from cake_vllm.config.requests import REPORT_KEY, REQUEST_KEYS, as_json, for_request, parse_flag
-from cake_vllm.config.settings import (
+from cake_vllm.config.keys import (
     AUTO,
     BUDGET_KEY,
     CONFIG_KEY,
@@ -11,7 +10,6 @@ from cake_vllm.config.settings import (
     POLICY_KEY,
     WITH_GATES,
     WITHOUT_GATES,
-    KVEvictionConfig,
     argument,
     check_keys,
     flag,
@@ -19,6 +17,8 @@ from cake_vllm.config.settings import (
     parse_options,
     wishes_of,
 )
+from cake_vllm.config.requests import REPORT_KEY, REQUEST_KEYS, as_json, for_request, parse_flag
+from cake_vllm.config.settings import KVEvictionConfig
 
 __all__ = [
     "AUTO",

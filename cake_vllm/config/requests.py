@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from cake_vllm.config.settings import (
+from cake_vllm.config.keys import (
     AUTO,
     BUDGET_KEY,
     CEILING_KEY,
@@ -16,11 +16,10 @@ from cake_vllm.config.settings import (
     OFF,
     POLICY_KEY,
     TAUS,
-    KVEvictionConfig,
     flag,
-    has_presets,
     parse_options,
 )
+from cake_vllm.config.settings import KVEvictionConfig, has_presets
 from cake_vllm.policies import knobs, policy_class, policy_names
 from cake_vllm.policies.parsing import shown, written
 

@@ -5,42 +5,40 @@ three names. The front-end process validates them and writes them back with the 
 that every other process reads what was decided once.
 """
 
-import argparse
 import bisect
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
+from cake_vllm.config.checks import refuse
+from cake_vllm.config.keys import (
+    AUTO,
+    BUDGET_KEY,
+    CEILING_KEY,
+    CONFIG_KEY,
+    DEFAULT_BUDGET,
+    DEFAULT_FLOOR,
+    EVERY_KEY,
+    FLOOR_KEY,
+    KEYS,
+    OFF,
+    POLICY_KEY,
+    PREFILLS,
+    TAUS,
+    WITH_GATES,
+    WITHOUT_GATES,
+    check_keys,
+    flag,
+    parse_budget,
+    parse_options,
+)
 from cake_vllm.policies import Policy, create_policy, knobs, policy_class, policy_names
 from cake_vllm.policies.cake import PRESETS
-from cake_vllm.policies.parsing import MAX_INT, shown, written
-
-POLICY_KEY = "kv_eviction"
-BUDGET_KEY = "kv_eviction_budget"
-CONFIG_KEY = "kv_eviction_config"
-KEYS = (POLICY_KEY, BUDGET_KEY, CONFIG_KEY)
-#: The knobs that a preset sets.
-TAUS = ("tau1", "tau2")
-
-OFF = "none"
-#: A method and a budget that are ours to choose.
-AUTO = "auto"
-#: The method that is chosen, where a model has gates and where it has none: what answered best when the question came
-#: after the eviction, and no worse when it was in the window (``benchmarks/README.md``).
-WITH_GATES, WITHOUT_GATES = "gate", "echo"
-DEFAULT_BUDGET = 1024
-#: Options of the budget ``auto``: what a layer keeps of a request however short memory is, and however ample.
-FLOOR_KEY, CEILING_KEY = "min_tokens", "max_tokens"
-DEFAULT_FLOOR = 256
-#: Tokens that a request generates between two evictions of what it generates.
-EVERY_KEY = "every"
-#: Ways to compute a prompt, the default first: whole and then evicted, or evicted after every chunk.
-PREFILLS = ("exact", "progressive")
+from cake_vllm.policies.parsing import MAX_INT, shown
 
 
 @dataclass(frozen=True)
@@ -87,77 +85,8 @@ class KVEvictionConfig:
             known = ", ".join((OFF, AUTO, *policy_names()))
             raise ValueError(f"{flag(POLICY_KEY)} {shown(name)} is unknown: choose {known}")
         config = cls(str(name), parse_budget(DEFAULT_BUDGET if budget is None else budget), parse_options(options))
-        window, first = config.policy.window_size, config.policy.protect.first
-        for option, choices in (("decode", config.policy.decodes), ("prefill", PREFILLS)):
-            if config.options.get(option, choices[0]) not in choices:
-                raise ValueError(
-                    f"{flag(CONFIG_KEY)}: {option} {shown(config.options[option])} is unknown to {name}: "
-                    f"choose {', '.join(choices)}"
-                )
-        config._check_elastic()
-        config._check_every()
-        config._check_prompt()
-        if isinstance(config.budget, int) and config.budget <= window + first:
-            protected = f" and the {first} protected first ones" if first else ""
-            raise ValueError(
-                f"{flag(BUDGET_KEY)} {config.budget} leaves nothing beside the window of {window} tokens{protected}: "
-                f"give more than {window + first}, or a fraction of the prompt such as 0.2"
-            )
-        if isinstance(config.budget, int) and config.budget < config.policy.least_budget:
-            raise ValueError(
-                f"{flag(BUDGET_KEY)} {config.budget} is too little for {name}, which keeps no window: "
-                f"give {config.policy.least_budget} or more, or a fraction of the prompt such as 0.2"
-            )
+        refuse(config)
         return config
-
-    def _check_elastic(self) -> None:
-        for key in (FLOOR_KEY, CEILING_KEY):
-            if key not in self.options:
-                continue
-            if not self.is_elastic:
-                raise ValueError(f"{flag(CONFIG_KEY)}: {key} has no effect without {flag(BUDGET_KEY)} auto: drop it")
-            try:
-                is_auto = parse_budget(self.options[key]) == AUTO
-            except ValueError:
-                is_auto = True
-            if is_auto:
-                raise ValueError(
-                    f"{flag(CONFIG_KEY)}: {key} {shown(self.options[key])} is not an amount: give a positive whole "
-                    f"number of tokens up to {MAX_INT}, or a fraction of the prompt above 0 and up to 1.0"
-                )
-        for option, only in (("decode", "off"), ("prefill", "exact")):
-            if self.is_elastic and self.options.get(option, only) != only:
-                raise ValueError(
-                    f"{flag(CONFIG_KEY)}: {option} {self.options[option]} needs a budget that is known beforehand: "
-                    f"drop it, or give {flag(BUDGET_KEY)} a number"
-                )
-
-    def _check_every(self) -> None:
-        every = self.options.get(EVERY_KEY, 1)
-        if isinstance(every, bool) or not isinstance(every, int) or not 1 <= every <= MAX_INT:
-            raise ValueError(
-                f"{flag(CONFIG_KEY)}: {EVERY_KEY} {shown(every)} is no number of tokens: give a positive whole number "
-                f"up to {MAX_INT}"
-            )
-        if EVERY_KEY in self.options and self.decode == "off":
-            raise ValueError(
-                f"{flag(CONFIG_KEY)}: {EVERY_KEY} has no effect where generated tokens are not evicted: drop it, or "
-                "give decode"
-            )
-
-    def _check_prompt(self) -> None:
-        if not self.policy.protect.prompt:
-            return
-        for is_so, what, fix in (
-            (self.is_elastic, f"{flag(BUDGET_KEY)} {AUTO}", "give a number of tokens for what is generated"),
-            (self.is_progressive, "prefill progressive", "drop it"),
-            (self.decode == "off", "decode off", "give decode"),
-        ):
-            if is_so:
-                raise ValueError(
-                    f"{flag(CONFIG_KEY)}: protect.prompt keeps whole prompts and evicts what is generated, which does "
-                    f"not go with {what}: {fix}, or drop protect.prompt"
-                )
 
     def beside(self, prompt_len: int) -> "KVEvictionConfig":
         """The settings of a request whose prompt has ``prompt_len`` tokens: if these are to stay, they are protected
@@ -323,91 +252,6 @@ def _of_prompt(amount: int | float, prompt_len: int) -> int:
 def has_presets(name: str) -> bool:
     """Whether CAKE's table of taus is for policy ``name``."""
     return set(TAUS) <= set(knobs(name))
-
-
-def flag(key: str) -> str:
-    """The command line flag of a key."""
-    return "--" + key.replace("_", "-")
-
-
-def parse_budget(value: Any) -> int | float | str:
-    """Reads a budget: ``"1024"`` or 1024 are tokens, ``"0.2"`` or 0.2 a fraction of the prompt, ``"auto"`` is itself.
-
-    Raises:
-        ValueError: one sentence that names the flag and the fix.
-    """
-    refusal = ValueError(
-        f"{flag(BUDGET_KEY)} {shown(value)} is not a budget: give a positive whole number of tokens up to {MAX_INT}, "
-        "a fraction of the prompt above 0 and up to 1.0, or auto"
-    )
-    if value == AUTO:
-        return AUTO
-    if isinstance(value, str):
-        try:
-            value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)
-        except ValueError:
-            raise refusal from None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise refusal
-    # Numpy's numbers are Python's own, too, but no message carries them.
-    if isinstance(value, int) and 0 < value <= MAX_INT:
-        return int(value)
-    if isinstance(value, float) and 0 < value <= 1:
-        return float(value)
-    raise refusal
-
-
-def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """``parse`` as a type of ``argparse``, which tells its users what a ``ValueError`` says."""
-
-    def typed(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return typed
-
-
-def wishes_of(asked: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What in a mapping that others have keys in, too, is meant for this plugin, misspelt keys included."""
-    return {key: value for key, value in (asked or {}).items() if _plain(key).startswith("kvevict")}
-
-
-def _plain(key: Any) -> str:
-    return str(key).replace("-", "").replace("_", "").lower()
-
-
-def check_keys(asked: Mapping[str, Any], known: Sequence[str], who: str) -> None:
-    """Refuses keys of ours that nobody reads.
-
-    Raises:
-        ValueError: one sentence that names the key and the known ones.
-    """
-    for key in wishes_of(asked):
-        if key not in known:
-            raise ValueError(f"{written(key)} is unknown: {who} may give {', '.join(known)}")
-
-
-def parse_options(value: Any, name: str = flag(CONFIG_KEY)) -> dict[str, Any]:
-    """Reads the policy's knobs: a mapping, or the JSON text of one; ``name`` is what messages call it.
-
-    Raises:
-        ValueError: one sentence that names the flag and the fix.
-    """
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            # Not only what is malformed: also thousands of digits, or of lists in each other.
-            raise ValueError(
-                f"{name} is not valid JSON ({error}): give an object such as '{{\"gamma\": 200}}'"
-            ) from None
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{name} must be a JSON object such as '{{\"gamma\": 200}}', not {shown(value)}")
-    return dict(value)
 
 
 def model_family(model: Any) -> str | None:

@@ -1,0 +1,104 @@
+"""What settings are refused that can be read: options that do not go together, and budgets that leave nothing."""
+
+from typing import TYPE_CHECKING
+
+from cake_vllm.config.keys import (
+    AUTO,
+    BUDGET_KEY,
+    CEILING_KEY,
+    CONFIG_KEY,
+    EVERY_KEY,
+    FLOOR_KEY,
+    PREFILLS,
+    flag,
+    parse_budget,
+)
+from cake_vllm.policies.parsing import MAX_INT, shown
+
+if TYPE_CHECKING:
+    from cake_vllm.config.settings import KVEvictionConfig
+
+
+def refuse(config: "KVEvictionConfig") -> None:
+    """Checks settings.
+
+    Raises:
+        ValueError: one sentence that names the flag and the fix.
+    """
+    for option, choices in (("decode", config.policy.decodes), ("prefill", PREFILLS)):
+        if config.options.get(option, choices[0]) not in choices:
+            raise ValueError(
+                f"{flag(CONFIG_KEY)}: {option} {shown(config.options[option])} is unknown to {config.policy_name}: "
+                f"choose {', '.join(choices)}"
+            )
+    _refuse_elastic(config)
+    _refuse_every(config)
+    _refuse_prompt(config)
+    _refuse_budget(config)
+
+
+def _refuse_elastic(config: "KVEvictionConfig") -> None:
+    for key in (FLOOR_KEY, CEILING_KEY):
+        if key not in config.options:
+            continue
+        if not config.is_elastic:
+            raise ValueError(f"{flag(CONFIG_KEY)}: {key} has no effect without {flag(BUDGET_KEY)} auto: drop it")
+        try:
+            is_auto = parse_budget(config.options[key]) == AUTO
+        except ValueError:
+            is_auto = True
+        if is_auto:
+            raise ValueError(
+                f"{flag(CONFIG_KEY)}: {key} {shown(config.options[key])} is not an amount: give a positive whole "
+                f"number of tokens up to {MAX_INT}, or a fraction of the prompt above 0 and up to 1.0"
+            )
+    for option, only in (("decode", "off"), ("prefill", "exact")):
+        if config.is_elastic and config.options.get(option, only) != only:
+            raise ValueError(
+                f"{flag(CONFIG_KEY)}: {option} {config.options[option]} needs a budget that is known beforehand: "
+                f"drop it, or give {flag(BUDGET_KEY)} a number"
+            )
+
+
+def _refuse_every(config: "KVEvictionConfig") -> None:
+    every = config.options.get(EVERY_KEY, 1)
+    if isinstance(every, bool) or not isinstance(every, int) or not 1 <= every <= MAX_INT:
+        raise ValueError(
+            f"{flag(CONFIG_KEY)}: {EVERY_KEY} {shown(every)} is no number of tokens: give a positive whole number "
+            f"up to {MAX_INT}"
+        )
+    if EVERY_KEY in config.options and config.decode == "off":
+        raise ValueError(
+            f"{flag(CONFIG_KEY)}: {EVERY_KEY} has no effect where generated tokens are not evicted: drop it, or "
+            "give decode"
+        )
+
+
+def _refuse_prompt(config: "KVEvictionConfig") -> None:
+    if not config.policy.protect.prompt:
+        return
+    for is_so, what, fix in (
+        (config.is_elastic, f"{flag(BUDGET_KEY)} {AUTO}", "give a number of tokens for what is generated"),
+        (config.is_progressive, "prefill progressive", "drop it"),
+        (config.decode == "off", "decode off", "give decode"),
+    ):
+        if is_so:
+            raise ValueError(
+                f"{flag(CONFIG_KEY)}: protect.prompt keeps whole prompts and evicts what is generated, which does "
+                f"not go with {what}: {fix}, or drop protect.prompt"
+            )
+
+
+def _refuse_budget(config: "KVEvictionConfig") -> None:
+    window, first = config.policy.window_size, config.policy.protect.first
+    if isinstance(config.budget, int) and config.budget <= window + first:
+        protected = f" and the {first} protected first ones" if first else ""
+        raise ValueError(
+            f"{flag(BUDGET_KEY)} {config.budget} leaves nothing beside the window of {window} tokens{protected}: "
+            f"give more than {window + first}, or a fraction of the prompt such as 0.2"
+        )
+    if isinstance(config.budget, int) and config.budget < config.policy.least_budget:
+        raise ValueError(
+            f"{flag(BUDGET_KEY)} {config.budget} is too little for {config.policy_name}, which keeps no window: "
+            f"give {config.policy.least_budget} or more, or a fraction of the prompt such as 0.2"
+        )
