@@ -1,6 +1,6 @@
 """What settings are refused that can be read: options that do not go together, and budgets that leave nothing."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from cake_vllm.config.keys import (
     AUTO,
@@ -15,12 +15,12 @@ from cake_vllm.config.keys import (
 )
 from cake_vllm.policies.parsing import MAX_INT, shown
 
-if TYPE_CHECKING:
-    from cake_vllm.config.settings import KVEvictionConfig
 
-
-def refuse(config: "KVEvictionConfig") -> None:
+def refuse(config: Any) -> None:
     """Checks settings.
+
+    Args:
+        config: a ``KVEvictionConfig``.
 
     Raises:
         ValueError: one sentence that names the flag and the fix.
@@ -37,7 +37,7 @@ def refuse(config: "KVEvictionConfig") -> None:
     _refuse_budget(config)
 
 
-def _refuse_elastic(config: "KVEvictionConfig") -> None:
+def _refuse_elastic(config: Any) -> None:
     for key in (FLOOR_KEY, CEILING_KEY):
         if key not in config.options:
             continue
@@ -60,7 +60,7 @@ def _refuse_elastic(config: "KVEvictionConfig") -> None:
             )
 
 
-def _refuse_every(config: "KVEvictionConfig") -> None:
+def _refuse_every(config: Any) -> None:
     every = config.options.get(EVERY_KEY, 1)
     if isinstance(every, bool) or not isinstance(every, int) or not 1 <= every <= MAX_INT:
         raise ValueError(
@@ -74,7 +74,7 @@ def _refuse_every(config: "KVEvictionConfig") -> None:
         )
 
 
-def _refuse_prompt(config: "KVEvictionConfig") -> None:
+def _refuse_prompt(config: Any) -> None:
     if not config.policy.protect.prompt:
         return
     for is_so, what, fix in (
@@ -89,7 +89,7 @@ def _refuse_prompt(config: "KVEvictionConfig") -> None:
             )
 
 
-def _refuse_budget(config: "KVEvictionConfig") -> None:
+def _refuse_budget(config: Any) -> None:
     window, first = config.policy.window_size, config.policy.protect.first
     if isinstance(config.budget, int) and config.budget <= window + first:
         protected = f" and the {first} protected first ones" if first else ""
