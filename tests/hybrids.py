@@ -24,6 +24,12 @@ class Hybrid(NamedTuple):
 
 
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 32, "hidden_size": 128}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
 UNCACHED = {"enable_prefix_caching": False}
 HYBRIDS = {
     # Of one head: of more, vLLM's kernel for positions takes a head for a token on CPUs.
@@ -67,27 +73,30 @@ HYBRIDS = {
         2,
         UNCACHED,
     ),
-    # In blocks of hundreds of tokens.
-    "qwen3-next": Hybrid(
-        "qwen3_next",
-        "Qwen3NextForCausalLM",
-        {
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "num_hidden_layers": 4,
-            "linear_num_key_heads": 1,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-            "shared_expert_intermediate_size": 64,
-        },
-        2,
-        # Chunks that end with a block, in a batch as well.
-        {"dtype": "bfloat16", "max_num_batched_tokens": 4096},
-        is_replayed=False,
-    ),
+    **{
+        # In blocks of hundreds of tokens.
+        name: Hybrid(
+            model_type,
+            architecture,
+            {
+                "layer_types": ["linear_attention", "full_attention"] * 2,
+                "num_hidden_layers": 4,
+                "linear_num_key_heads": 1,
+                "linear_num_value_heads": 2,
+                "linear_key_head_dim": 128,
+                "linear_value_head_dim": 128,
+                **experts,
+            },
+            2,
+            # Chunks that end with a block, in a batch as well.
+            {"dtype": "bfloat16", "max_num_batched_tokens": 4096},
+            is_replayed=False,
+        )
+        for name, model_type, architecture, experts in (
+            ("qwen3-next", "qwen3_next", "Qwen3NextForCausalLM", EXPERTS),
+            ("qwen3.5", "qwen3_5_text", "Qwen3_5ForCausalLM", {}),
+        )
+    },
 }
 
 

@@ -51,7 +51,7 @@ def away(run: Run) -> Run:
     return Run(run.tokens, run.gaps, [], {})
 
 
-CASES = [pytest.param(name, marks=[pytest.mark.full] if name == "falcon-h1" else []) for name in HYBRIDS]
+CASES = [pytest.param(name, marks=[pytest.mark.full] if name in ("falcon-h1", "qwen3.5") else []) for name in HYBRIDS]
 
 
 @pytest.mark.parametrize("hybrid", CASES, indirect=True)
