@@ -11,7 +11,7 @@ import torch
 from elsewhere import replayed_elsewhere, same_elsewhere
 from flashinfer_elsewhere import Gpu, ReferenceFlashInferBackend, flashinfer, flashinfer_in_torch
 from random_models import numbers, save_random_kind, save_random_model
-from test_graphs import rehearse
+from test_graphs import rehearse_elsewhere
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends import fa_utils, flash_attn
 from vllm.v1.attention.selector import AttentionSelectorConfig
@@ -71,7 +71,7 @@ def test_flashinfer_by_reference(start_engine, tiny_model, is_v2, gpu, name, pre
 def test_a_replayed_step_is_the_eager_one(start_engine, tiny_model, is_v2, gpu, name):
     capability, has_trtllm, _ = KERNELS[gpu]
     with flashinfer_in_torch(capability, has_trtllm):
-        rehearse(start_engine, ReferenceFlashInferBackend, tiny_model, is_v2, name)
+        rehearse_elsewhere(start_engine, ReferenceFlashInferBackend, tiny_model, is_v2, name)
 
 
 @pytest.mark.engine
