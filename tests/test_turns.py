@@ -162,7 +162,7 @@ def test_random_load_over_a_small_tier(tiny, settings, is_v2, monkeypatch):
     assert engine.is_idle()
     assert inexact(tier.chunks(), truth) == 0
     stats = engine.stats()
-    assert stats["requests"] + stats["cuts"] > (2 if is_v2 else 5)
+    assert stats["requests"] + stats["cuts"] >= (2 if is_v2 else 6)
     assert not stats["failures"]
     preempted = sum(metric.value for metric in engine.llm.get_metrics() if metric.name == "vllm:num_preemptions")
     print(f"{preempted} preempted, {stats}")
