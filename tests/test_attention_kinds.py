@@ -29,8 +29,12 @@ def model(request, tmp_path_factory) -> str:
 def test_by_layer_and_by_head_as_replayed(start_engine, model):
     """Both kinds of owners and a request that keeps everything, in one batch; generated tokens are evicted by layer."""
     engine: Engine = start_engine(model, **SETTINGS)
-    lengths, policies = (420, 333, 60), ("cake", "layer-defensivekv", "cake")
-    prompts = [numbers(length, length) for length in lengths]
+    verify_batch(engine, Replay(model), ("cake", "layer-defensivekv", "cake"), block_size=32)
+
+
+def verify_batch(engine: Engine, replay: Replay, policies: tuple[str, ...], block_size: int) -> None:
+    """Three prompts by a method each, in one batch, are as replayed; the last is too short to be evicted."""
+    prompts = [numbers(length, length) for length in (420, 333, 60)]
     requests = [
         engine.add(prompt, 40, extra_args={"kv_eviction": policy}, logprobs=2, detokenize=False)
         for prompt, policy in zip(prompts, policies, strict=True)
@@ -38,11 +42,10 @@ def test_by_layer_and_by_head_as_replayed(start_engine, model):
     engine.stats()
     done = engine.run()
     assert engine.stats()["requests"] == 2
-    replay = Replay(model)
     for prompt, request, policy in zip(prompts, requests, policies, strict=True):
         served = engine.served_as(request, done[request])
         assert bool(served.choices) == (len(prompt) > BUDGET)
-        replay.verify(prompt, served, create_policy(policy, {}), BUDGET, block_size=32)
+        replay.verify(prompt, served, create_policy(policy, {}), BUDGET, block_size=block_size)
         # Closer than tokens tell.
         assert engine.run_of(request).gaps == pytest.approx(replay.gaps, rel=1e-2, abs=1e-3)
 

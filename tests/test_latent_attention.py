@@ -8,6 +8,7 @@ from elsewhere import in_place_of
 from engine import Engine
 from random_models import gates_of, let_last_layer_draft, numbers, save_random_gates, save_random_latent
 from replay import Replay
+from test_attention_kinds import BUDGET, verify_batch
 from test_drafts import NGRAM
 from test_graphs import rehearse
 from ties import assert_same
@@ -23,7 +24,6 @@ from cake_vllm.policies.entries import Rotary
 
 pytestmark = pytest.mark.engine
 
-BUDGET = 100
 SETTINGS = {
     "kv_eviction": "cake",
     "kv_eviction_budget": BUDGET,
@@ -90,20 +90,7 @@ def model(tmp_path_factory) -> str:
 def test_as_replayed(start_engine, model, policies):
     """By layer, and methods whose heads compete, which have one here, in a batch with a request that keeps all."""
     engine: Engine = start_engine(model, **SETTINGS)
-    prompts = [numbers(length, length) for length in (420, 333, 60)]
-    requests = [
-        engine.add(prompt, 40, extra_args={"kv_eviction": policy}, logprobs=2, detokenize=False)
-        for prompt, policy in zip(prompts, policies, strict=True)
-    ]
-    engine.stats()
-    done = engine.run()
-    assert engine.stats()["requests"] == 2
-    replay = LatentReplay(model, gates=gates_of(model))
-    for prompt, request, policy in zip(prompts, requests, policies, strict=True):
-        served = engine.served_as(request, done[request])
-        assert bool(served.choices) == (len(prompt) > BUDGET)
-        replay.verify(prompt, served, create_policy(policy, {}), BUDGET, block_size=16)
-        assert engine.run_of(request).gaps == pytest.approx(replay.gaps, rel=1e-2, abs=1e-3)
+    verify_batch(engine, LatentReplay(model, gates=gates_of(model)), policies, block_size=16)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from engine import Engine
 from random_models import numbers
-from tiers import SCARCE, WHOLE, Tier, beside, exact_chunks, inexact, protected, unprotected
+from tiers import SCARCE, WHOLE, Tier, assert_stored, beside, exact_chunks, inexact, protected, unprotected
 from ties import assert_same
 from vllm.v1.request import RequestStatus
 
@@ -36,9 +36,7 @@ def test_given_back_blocks_have_been_stored(scarce, is_protected, monkeypatch):
     for prompt in prompts:
         scarce.add(prompt, 30)
     scarce.run()
-    tier.drain()
-    assert tier.chunks().keys() == exact.keys()
-    assert (inexact(tier.chunks(), exact) == 0) == is_protected
+    assert_stored(tier, exact, is_protected)
     assert scarce.stats()["in_place"] == 0
 
 
@@ -54,10 +52,8 @@ def test_blocks_that_are_rewritten_in_place_have_been_stored(scarce, is_protecte
         unprotected(monkeypatch)
     scarce.add(prompt, 5)
     scarce.run()
-    tier.drain()
     assert scarce.stats()["in_place"] == 1
-    assert tier.chunks().keys() == exact.keys()
-    assert (inexact(tier.chunks(), exact) == 0) == is_protected
+    assert_stored(tier, exact, is_protected)
 
 
 @protected
@@ -70,10 +66,8 @@ def test_columns_were_stored_by_those_who_had_them(scarce, is_protected, monkeyp
     scarce.add(before, 1)
     scarce.add(prompt, 10, **UNSTORED)
     scarce.run()
-    tier.drain()
     assert scarce.stats()["requests"] == 1
-    assert tier.chunks().keys() == exact.keys()
-    assert (inexact(tier.chunks(), exact) == 0) == is_protected
+    assert_stored(tier, exact, is_protected)
 
 
 @protected

@@ -242,6 +242,13 @@ def inexact(chunks: dict[bytes, Chunk], exact: dict[bytes, Chunk]) -> int:
     )
 
 
+def assert_stored(tier: "Tier", exact: dict[bytes, Chunk], is_exact: bool) -> None:
+    """Once all is copied, every chunk is there, and is what it is called if it is to be."""
+    tier.drain()
+    assert tier.chunks().keys() == exact.keys()
+    assert (inexact(tier.chunks(), exact) == 0) == is_exact
+
+
 def unprotected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores are not waited for."""
     monkeypatch.setattr(KVEvictionBesideConnector, "_in_the_way", lambda *_: iter(()))

@@ -116,9 +116,9 @@ def _merge_wishes(server: KVEvictionConfig, wishes: Mapping[str, Any]) -> dict[s
     elif name in policy_names() and not server.is_elastic:
         options = {"prefill": server.prefill}
         if server.decode in policy_class(name).decodes:
-            options |= {"decode": server.decode} | {
-                key: server.options[key] for key in (EVERY_KEY,) if key in server.options
-            }
+            options["decode"] = server.decode
+            if EVERY_KEY in server.options:
+                options[EVERY_KEY] = server.options[EVERY_KEY]
     else:
         options = {}
     if elastic:

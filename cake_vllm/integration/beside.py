@@ -107,7 +107,7 @@ class KVEvictionBesideConnector(MultiConnector):
         """Evicts what the step finished, once nobody reads the blocks that are rewritten or given back."""
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, MultiKVConnectorMetadata)
-        if jobs := set(self._in_the_way(dict(_grants(metadata)))):
+        if jobs := set(self._in_the_way(_grants(metadata))):
             # What it does before blocks of a preempted request are written to.
             self._theirs.handle_preemptions(OffloadingConnectorMetadata({}, {}, jobs))
         reports: Any = super().build_connector_worker_meta()

@@ -6,7 +6,7 @@ A row goes when what it names is served. What only the layers of a model know is
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import KVTransferConfig, ModelConfig, VllmConfig
 
 from cake_vllm.config import BUDGET_KEY, CONFIG_KEY, POLICY_KEY, KVEvictionConfig, flag
 from cake_vllm.integration.engine import BACKENDS, CONNECTOR, window_cuts
@@ -48,9 +48,7 @@ class Engine(NamedTuple):
 ARGUMENTS: tuple[Row, ...] = (
     (
         lambda of: (
-            (asked := of.kv_transfer_config) is not None
-            and (asked.kv_connector not in (CONNECTOR, *COMPANIONS) or asked.kv_connector_module_path is not None)
-            and of.kv_offloading_size is None
+            of.kv_transfer_config is not None and of.kv_offloading_size is None and _never_ran(of.kv_transfer_config)
         ),
         "kv-transfer-config of {of.kv_transfer_config.kv_connector}, which was never run beside it,",
         OTHER_CONNECTOR,
@@ -132,10 +130,7 @@ SETTINGS: tuple[Row, ...] = (
 #: Another KV connector beside ours, as vLLM has configured it.
 BESIDE_ANOTHER: tuple[Row, ...] = (
     (
-        lambda of: (
-            (theirs := of.vllm.kv_transfer_config).kv_connector not in COMPANIONS
-            or theirs.kv_connector_module_path is not None
-        ),
+        lambda of: _never_ran(of.vllm.kv_transfer_config),
         "the KV connector {of.vllm.kv_transfer_config.kv_connector}, which was never run beside it,",
         OTHER_CONNECTOR,
     ),
@@ -265,6 +260,11 @@ def _refuse(rows: Iterable[Row], form: str, of: Any) -> None:
     for is_met, what, fix in rows:
         if is_met(of):
             raise ValueError(f"{flag(POLICY_KEY)} {form.format(what)}: {fix}".format(of=of))
+
+
+def _never_ran(asked: KVTransferConfig) -> bool:
+    """Whether a KV connector was never run beside ours, or is somebody's own under the name of one that was."""
+    return asked.kv_connector not in (CONNECTOR, *COMPANIONS) or asked.kv_connector_module_path is not None
 
 
 def _has_windows(model: ModelConfig) -> bool:

@@ -97,7 +97,8 @@ class Decoding:
         evicted, beyond those that were traded then.
         """
         size = self._terms.block_size
-        held = -(-config.tokens(tracked.request.num_prompt_tokens, tracked.num_media) // size)
         if tracked.by_head is not None:
             held = self._grants.managers[0].cuts[tracked.name].num_traded
+        else:
+            held = -(-config.tokens(tracked.request.num_prompt_tokens, tracked.num_media) // size)
         return held + config.period(size)

@@ -128,6 +128,14 @@ class Rows:
     num_queries: int
     longest: int
 
+    @cached_property
+    def queries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[n]`` int64 each: the sequence of every query, and how many queries of it come behind; for all layers."""
+        starts, device = self.query_start_loc, self.query_start_loc.device
+        sequence = torch.arange(len(starts) - 1, device=device)
+        sequence = sequence.repeat_interleave(starts[1:] - starts[:-1], output_size=self.num_queries)
+        return sequence, starts[1:][sequence] - 1 - torch.arange(self.num_queries, device=device)
+
     def of_one_head(self, num_heads: int) -> "Rows":
         """The same for one of so many KV heads: what they have in common, which is all but tables and lengths."""
         starts = self.query_start_loc[::num_heads] // num_heads
@@ -189,20 +197,25 @@ class RedirectedImpl(AttentionImplBase):
     sinks: torch.Tensor | None
 
     def __init__(self, *args: Any, **kwargs: Any):
-        given: dict[str, Any] = dict(zip(_IMPL_ARGUMENTS, args, strict=False)) | kwargs
+        asked: dict[str, Any] = dict(zip(_IMPL_ARGUMENTS, args, strict=False)) | kwargs
+        given = dict(asked)
         vllm_config = get_current_vllm_config_or_none()
         if vllm_config and not window_cuts(given.get("sliding_window"), vllm_config.model_config.max_model_len):
             given["sliding_window"] = None
         super().__init__(**given)
         self.is_draft, self.work_of_pass = is_drafting(), None
         self.is_reader = given.get("kv_sharing_target_layer_name") is not None
-        checks = [
+        for is_so, what in self.refused(asked):
+            if is_so:
+                raise ValueError(f"--kv-eviction cannot evict from models with {what}: serve this one without the flag")
+
+    @staticmethod
+    def refused(given: dict[str, Any]) -> list[tuple[bool, str]]:
+        """Whether a layer, by the arguments it was given, has what cannot be evicted from, and what that is."""
+        return [
             (given.get("alibi_slopes") is not None, "ALiBi, whose bias depends on where a key lies"),
             (given.get("attn_type", AttentionType.DECODER) != AttentionType.DECODER, "encoder attention"),
         ]
-        for refused, what in checks:
-            if refused:
-                raise ValueError(f"--kv-eviction cannot evict from models with {what}: serve this one without the flag")
 
     def work_of(self, metadata: Any) -> StepWork | None:
         """A step's work in this layer, if there is any beside the stock call."""

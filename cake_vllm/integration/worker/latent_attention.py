@@ -19,7 +19,7 @@ from vllm.model_executor.layers.attention.mla_attention import MLACommonDecodeMe
 
 from cake_vllm.integration.engine import LATENT_BACKENDS
 from cake_vllm.integration.patching import wrap
-from cake_vllm.integration.worker.attention import EvictingBackend, RedirectedImpl, Rows, StepWork
+from cake_vllm.integration.worker.attention import EvictingBackend, RedirectedImpl, StepWork
 from cake_vllm.kernels import BlockLayout
 
 #: What kernels compute ahead from lengths, or keep beside them; without it they do so when they are called.
@@ -46,15 +46,16 @@ class EvictingLatentImpl(RedirectedImpl):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if kwargs.get("sliding_window") is not None:
-            raise ValueError(
-                "--kv-eviction cannot evict from models with latent attention with a sliding window: serve this one "
-                "without the flag"
-            )
         vllm_config = get_current_vllm_config_or_none()
         # For which kernels have set memory aside.
         self._most_rows = vllm_config.scheduler_config.max_num_seqs if vllm_config else 1
         wrap(MLAAttention, "forward_impl", _forward_impl)
+
+    @staticmethod
+    def refused(given: dict[str, Any]) -> list[tuple[bool, str]]:
+        """See the base class."""
+        has_window = given.get("sliding_window") is not None
+        return [*RedirectedImpl.refused(given), (has_window, "latent attention with a sliding window")]
 
     def forward_layer(
         self,
@@ -88,13 +89,20 @@ class EvictingLatentImpl(RedirectedImpl):
             stock(query, latents, turned, kv_cache, ours, output=output, **kwargs)
         if step is not None:
             if step.redirected:
-                self._attend(step, lambda *given: stock(given[0], latents, turned, *given[1:]), query, metadata, output)
+                self._attend(step, stock, query, latents, turned, metadata, output)
             if step.observe is not None:
                 step.observe(self.layer_index, query)
         return output
 
     def _attend(
-        self, step: StepWork, attend: Callable[..., Any], query: torch.Tensor, metadata: Any, output: torch.Tensor
+        self,
+        step: StepWork,
+        stock: Callable[..., torch.Tensor],
+        query: torch.Tensor,
+        latents: torch.Tensor,
+        turned: torch.Tensor,
+        metadata: Any,
+        output: torch.Tensor,
     ) -> None:
         place = None if step.index is None else step.index[0]
         asked = query if place is None else query[place]
@@ -102,12 +110,16 @@ class EvictingLatentImpl(RedirectedImpl):
         pages, end = step.grid.pages.squeeze(1), 0
         for rows in step.redirected:
             start, end = end, end + rows.num_queries
-            table, seq_lens = of_queries(rows, rows.tables[self.layer_index], rows.lengths[self.layer_index])
+            table, seq_lens = rows.tables[self.layer_index], rows.lengths[self.layer_index]
+            if rows.longest > 1:
+                # A sequence for each query, which sees what lies before the next.
+                sequence, behind = rows.queries
+                table, seq_lens = table[sequence], (seq_lens[sequence] - behind).to(seq_lens.dtype)
             for first in range(0, rows.num_queries, self._most_rows):
                 part = slice(first, min(first + self._most_rows, rows.num_queries))
                 there = slice(start + part.start, start + part.stop)
                 own = self.with_queries(metadata, table[part], seq_lens[part])
-                attend(asked[there], pages, own, chosen[there])
+                stock(asked[there], latents, turned, pages, own, chosen[there])
         if place is not None:
             output[place] = chosen
         elif step.is_here is not None:
@@ -159,17 +171,6 @@ def _forward_impl(original: Callable[..., torch.Tensor], layer: Any, *args: Any,
     if not isinstance(layer.impl, EvictingLatentImpl):
         return original(layer, *args, **kwargs)
     return layer.impl.forward_layer(partial(original, layer), *args, **kwargs)
-
-
-def of_queries(rows: Rows, table: torch.Tensor, seq_lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[n, C]`` tables and ``[n]`` lengths of a row's queries, each of which sees what lies before the next."""
-    if rows.longest == 1:
-        return table, seq_lens
-    starts, device = rows.query_start_loc, seq_lens.device
-    row = torch.arange(len(seq_lens), device=device)
-    row = row.repeat_interleave(starts[1:] - starts[:-1], output_size=rows.num_queries)
-    behind = starts[1:][row] - 1 - torch.arange(rows.num_queries, device=device)
-    return table[row], (seq_lens[row] - behind).to(seq_lens.dtype)
 
 
 class DescribedBatch:
