@@ -3,8 +3,12 @@
 Requests arrive at random (Poisson) at multiples of the rate that the stock server can carry, which is measured first by
 sending everything at once. Prompts are pieces of real text of mixed length; a third of them asks for a hidden number,
 a third for the continuation of a passage that stands earlier in the text, and the last third for nothing that has an
-answer. ``good/s``: requests per second whose first token and whose time per token keep the limits. ``copy``: share of
-the passage's continuation before the first error. ``needle``: share of numbers found.
+answer. ``good/s``: requests per second whose first token and whose time per token keep the limits, multiples of what
+stock takes for one request at a time. ``copy``: share of the passage's continuation before the first error.
+``needle``: share of numbers found. Figures are medians over seeds, with the least and the most.
+
+Beside stock itself stands what an operator tries first: fewer requests at once, an 8-bit cache in the same memory and,
+on a GPU, KV offloading.
 
     python benchmarks/overload.py MODEL --out benchmarks/results/overload.json
 """
@@ -22,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "deploy"))
 
-from common import bench_serve, custom_dataset, speeches, write
+from common import bench_serve, custom_dataset, gpu_name, speeches, write
 from demo import samples, server
 
 QUESTION = (
@@ -30,10 +34,12 @@ QUESTION = (
 )
 QUESTION += "harbour mentioned in the text is"
 GIVEN, ASKED = 12, 24
-SERIES = ("vllm:num_preemptions_total", "vllm:kv_eviction_cuts_total", "vllm:kv_eviction_requests_total")
+COLUMNS = ("good/s", "within limits", "TTFT p50 s", "TTFT p99 s", "TPOT p50 s", "tokens/s", "preemptions", "cuts")
+COLUMNS += ("copy", "needle")
+SERIES = ("vllm:num_preemptions_total", "vllm:kv_eviction_cuts_total")
 
 
-def make_requests(tokenizer: Any, args: argparse.Namespace, seed: int) -> list[dict[str, str]]:
+def make_requests(tokenizer: Any, args: argparse.Namespace, seed: int | str) -> list[dict[str, str]]:
     """Prompts with their task and what to expect; other pieces of text for every seed."""
     dice = random.Random(seed)
     ids = list(itertools.chain.from_iterable(tokenizer(text)["input_ids"] for text in speeches()[:20]))
@@ -73,25 +79,29 @@ def counters(url: str) -> dict[str, float]:
     return found
 
 
-def load(url: str, requests: list[dict[str, str]], rate: float, args: argparse.Namespace) -> dict[str, Any]:
-    """Sends the requests at ``rate`` per second, and returns the figures of the run."""
-    before = counters(url)
+def send(url: str, requests: list[dict[str, str]], args: argparse.Namespace, *options: str) -> dict[str, Any]:
+    """What vLLM's client saw: ``ttfts``, ``tpots``, the texts, and more; in seconds."""
     with tempfile.TemporaryDirectory() as folder:
         dataset = custom_dataset((request["prompt"] for request in requests), Path(folder), args.output_len)
-        sent = ("--num-prompts", str(len(requests)), "--request-rate", str(rate))
-        client = bench_serve(url, args.model, dataset, *sent, "--save-detailed")
+        sent = ("--num-prompts", str(len(requests)), "--save-detailed", *options)
+        client = bench_serve(url, args.model, dataset, *sent)
+    return {**client, "ttfts": np.array(client["ttfts"]), "tpots": np.array([np.mean(itls) for itls in client["itls"]])}
+
+
+def load(
+    url: str, requests: list[dict[str, str]], rate: float, limits: dict[str, float], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Sends the requests at ``rate`` per second, and returns the figures of the run."""
+    before = counters(url)
+    client = send(url, requests, args, "--request-rate", str(rate))
     counted = {series: value - before[series] for series, value in counters(url).items()}
-    ttft, tpot = np.array(client["ttfts"]), np.array([float(np.mean(itls)) for itls in client["itls"]])
-    is_good = (ttft <= args.ttft) & (tpot <= args.tpot)
+    ttft, tpot = client["ttfts"], client["tpots"]
+    is_good = (ttft <= limits["ttft"]) & (tpot <= limits["tpot"])
     tasks: dict[str, list[float]] = {"copy": [], "needle": []}
     for request, answer in zip(requests, client["generated_texts"], strict=True):
         if request["expected"]:
             tasks[request["task"]].append(score(request, answer))
     return {
-        "rate": rate,
-        "completed": client["completed"],
-        "seconds": client["duration"],
-        "requests/s": client["completed"] / client["duration"],
         "good/s": float(is_good.sum()) / client["duration"],
         "within limits": float(is_good.mean()),
         "TTFT p50 s": float(np.percentile(ttft, 50)),
@@ -102,8 +112,59 @@ def load(url: str, requests: list[dict[str, str]], rate: float, args: argparse.N
         "preemptions": counted["vllm:num_preemptions_total"],
         "cuts": counted["vllm:kv_eviction_cuts_total"],
         **{task: float(np.mean(scores)) for task, scores in tasks.items()},
-        "raw": {"ttft": ttft.round(3).tolist(), "tpot": tpot.round(4).tolist(), **tasks},
+        "raw": {"seconds": client["duration"], "ttft": ttft.round(3).tolist(), "tpot": tpot.round(4).tolist(), **tasks},
     }
+
+
+def unloaded(url: str, requests: list[dict[str, str]], args: argparse.Namespace) -> dict[str, float]:
+    """What a request takes alone: medians of the first token and of the time per token, seconds."""
+    client = send(url, requests, args, "--max-concurrency", "1")
+    return {"ttft": float(np.median(client["ttfts"])), "tpot": float(np.median(client["tpots"]))}
+
+
+def summary(runs: list[dict[str, Any]], key: str) -> tuple[float, float, float]:
+    """Median, least and most of a figure over the runs of one load."""
+    values = [run[key] for run in runs]
+    return float(np.median(values)), min(values), max(values)
+
+
+def servers_of(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The servers by name: flags of each, its pool among them, in the same memory."""
+    longest = args.lengths[1] + args.output_len + 200
+    common = [
+        "--block-size",
+        "32",
+        "--enforce-eager",
+        "--max-model-len",
+        str(longest),
+        "--max-num-batched-tokens",
+        "512",
+    ]
+    blocks = args.pool_tokens // 32
+    plain, half = (["--num-gpu-blocks-override", str(count + 1)] for count in (blocks, 2 * blocks))
+    eight = [*half, "--kv-cache-dtype", "fp8"]
+    policy = ["--kv-eviction", args.policy, "--kv-eviction-budget"]
+    elastic = [*policy, "auto", "--kv-eviction-config", json.dumps({"min_tokens": args.floor})]
+    servers = {
+        "stock": plain,
+        # Admits only what it can carry to its end.
+        "stock, cautious": [
+            *plain,
+            "--max-num-seqs",
+            str(max(args.pool_tokens // (sum(args.lengths) // 2 + args.output_len), 1)),
+        ],
+        "stock, 8 bits": eight,
+        "10%": [*plain, *policy, "0.1"],
+        "20%": [*plain, *policy, "0.2"],
+        "auto": [*plain, *elastic],
+        "auto, 8 bits": [*eight, *elastic],
+    }
+    if "gpu" in gpu_name():
+        # vLLM's copies to the host's memory need one.
+        offloading = ["--kv-offloading-size", str(args.offloading)]
+        for name in ("stock", "stock, 8 bits", "auto"):
+            servers[f"{name}, offloading"] = [*servers[name], *offloading]
+    return {name: [*common, *flags] for name, flags in servers.items() if not args.servers or name in args.servers}
 
 
 def draw(results: dict[str, Any], file: Path) -> None:
@@ -117,7 +178,9 @@ def draw(results: dict[str, Any], file: Path) -> None:
     figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 3.6), layout="constrained")
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for name, runs in results["servers"].items():
-            axis.plot([float(load) for load in runs], [run[key] for run in runs.values()], marker="o", label=name)
+            figures = np.array([summary(of_load, key) for of_load in runs.values()])
+            loads, distances = [float(load) for load in runs], np.abs(figures[:, 1:] - figures[:, :1]).T
+            axis.errorbar(loads, figures[:, 0], yerr=distances, marker="o", capsize=2, label=name)
         axis.set(title=title, xlabel="load, multiples of what stock carries", ylim=(0, None))
         axis.grid(alpha=0.3)
     axes[0].legend()
@@ -135,8 +198,12 @@ def main() -> None:
     parser.add_argument("--pool-tokens", type=int, default=6000, help="tokens that the pool holds")
     parser.add_argument("--policy", default="layer-defensivekv")
     parser.add_argument("--floor", type=float, default=0.1, help="of the elastic budget, a share of the prompt")
-    parser.add_argument("--ttft", type=float, default=10.0, help="limit of the first token, seconds")
-    parser.add_argument("--tpot", type=float, default=0.3, help="limit of the time per token, seconds")
+    parser.add_argument("--ttft", type=float, default=10.0, help="limit of the first token, multiples of stock's alone")
+    parser.add_argument(
+        "--tpot", type=float, default=5.0, help="limit of the time per token, multiples of stock's alone"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each load, each of other prompts")
+    parser.add_argument("--offloading", type=float, default=16, help="where a GPU is: GiB of the host's memory")
     parser.add_argument("--servers", nargs="+", help="some of them only")
     parser.add_argument("--out", type=Path, help="where to write the JSON, and a PNG beside it")
     args = parser.parse_args()
@@ -144,52 +211,29 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    longest = args.lengths[1] + args.output_len + 200
-    common = [
-        "--block-size",
-        "32",
-        "--enforce-eager",
-        "--max-model-len",
-        str(longest),
-        "--max-num-batched-tokens",
-        "512",
-    ]
-    common += ["--num-gpu-blocks-override", str(args.pool_tokens // 32 + 1)]
-    policy = ["--kv-eviction", args.policy, "--kv-eviction-budget"]
-    servers = {
-        "stock": [],
-        # Admits only what it can carry to its end.
-        "stock, cautious": [
-            "--max-num-seqs",
-            str(max(args.pool_tokens // (sum(args.lengths) // 2 + args.output_len), 1)),
-        ],
-        "10%": [*policy, "0.1"],
-        "20%": [*policy, "0.2"],
-        "auto": [*policy, "auto", "--kv-eviction-config", json.dumps({"min_tokens": args.floor})],
-    }
-    results: dict[str, Any] = {"limits": {"ttft": args.ttft, "tpot": args.tpot}, "servers": {}}
-    for name, flags in servers.items():
-        if args.servers and name not in args.servers:
-            continue
-        with server(args.model, *common, *flags) as url:
-            load(url, make_requests(tokenizer, args, 99)[:3], float("inf"), args)
-            if "capacity" not in results:
-                results["capacity"] = load(url, make_requests(tokenizer, args, 0), float("inf"), args)["requests/s"]
+    results: dict[str, Any] = {"servers": {}}
+    for name, flags in servers_of(args).items():
+        with server(args.model, *flags) as url:
+            send(url, make_requests(tokenizer, args, 99)[:3], args)
+            if "limits" not in results:
+                results["alone"] = unloaded(url, make_requests(tokenizer, args, 98)[:9], args)
+                results["limits"] = {key: getattr(args, key) * alone for key, alone in results["alone"].items()}
+                client = send(url, make_requests(tokenizer, args, 0), args)
+                results["capacity"] = client["completed"] / client["duration"]
             runs = results["servers"][name] = {}
-            for seed, times in enumerate(args.loads, start=1):
-                # Fresh prompts for each load: none is in the prefix cache.
-                runs[str(times)] = load(url, make_requests(tokenizer, args, seed), times * results["capacity"], args)
-                figures = {key: value for key, value in runs[str(times)].items() if key != "raw"}
-                print(name, times, json.dumps({key: round(value, 3) for key, value in figures.items()}), flush=True)
-    columns = ("good/s", "within limits", "TTFT p50 s", "TTFT p99 s", "TPOT p50 s", "tokens/s", "preemptions", "cuts")
-    print(
-        "\n| server | load | " + " | ".join((*columns, "copy", "needle")) + " |\n" + "|---" * (len(columns) + 4) + "|"
-    )
+            for times in args.loads:
+                # Fresh prompts for each run: none is in the prefix cache.
+                seeds = [f"{times} {seed}" for seed in range(args.seeds)]
+                rate = times * results["capacity"]
+                runs[str(times)] = [
+                    load(url, make_requests(tokenizer, args, seed), rate, results["limits"], args) for seed in seeds
+                ]
+                print(name, times, {key: summary(runs[str(times)], key) for key in COLUMNS}, flush=True)
+    print("\n| server | load | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 2) + "|")
     for name, runs in results["servers"].items():
-        for times, run in runs.items():
-            print(
-                f"| {name} | {times} | " + " | ".join(f"{run[key]:,.2f}" for key in (*columns, "copy", "needle")) + " |"
-            )
+        for times, of_load in runs.items():
+            cells = ("{:,.2f} [{:,.2f}, {:,.2f}]".format(*summary(of_load, key)) for key in COLUMNS)
+            print(f"| {name} | {times} | " + " | ".join(cells) + " |")
     write(args.out, results)
     if args.out:
         draw(results, args.out.with_suffix(".png"))
