@@ -41,13 +41,7 @@ class Prompts:
     def __init__(self, texts: Texts, chat: bool, chunk: int = 0):
         self.texts, self.chunk = texts, chunk
         self._plain = texts.tokenizer("")["input_ids"], []
-        self._chat = self._plain
-        if chat:
-            mark = "CONTEXT-AND-QUESTION"
-            messages = [{"role": "user", "content": mark}]
-            template = texts.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            before, _, behind = template.partition(mark)
-            self._chat = texts.encode(before), texts.encode(behind)
+        self._chat = self._template("") if chat else self._plain
 
     def up_to_question(self, sample: Sample) -> int:
         """Tokens of a prompt before its question."""
@@ -67,7 +61,16 @@ class Prompts:
         return [*before, *sample.context], [*prose, *sample.question, *behind, *sample.prefix]
 
     def _around(self, sample: Sample) -> tuple[list[int], list[int]]:
+        if sample.system:
+            return self._template(sample.system)
         return self._chat if sample.in_chat else self._plain
+
+    def _template(self, system: str) -> tuple[list[int], list[int]]:
+        mark = "CONTEXT-AND-QUESTION"
+        messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": mark}]
+        template = self.texts.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before, _, behind = template.partition(mark)
+        return self.texts.encode(before), self.texts.encode(behind)
 
 
 @dataclass(frozen=True)

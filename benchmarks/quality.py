@@ -6,7 +6,8 @@ eviction.
 
 A method with knobs is written ``snapkv+echo=12``. Tasks: ``copy``, ``needle``, ``needles`` (five, one asked for),
 ``reversed`` (the value before its key), ``depths`` (a picture), ``few-shot``, ``squad``, ``hotpotqa``, ``code-name``
-and ``code-default`` (of a listing), ``table`` (one of its rows), RULER's thirteen (``ruler`` for all, ``vt`` for
+and ``code-default`` (of a listing), ``table`` (one of its rows), ``instructions``, ``secret`` and ``refusal`` (of a
+system prompt), RULER's thirteen (``ruler`` for all, ``vt`` for
 one), ``longbench:DATASET`` (``longbench`` for all) and ``longbench2``.
 
 ``--prefill exact``: the question is at the end of the prompt, and eviction sees it (query-aware). A later turn of a
@@ -33,6 +34,7 @@ from pathlib import Path
 from asking import Prompts, run
 from cells import Answers, Question, Row, num_cuts
 from common import write
+from instructions import INSTRUCTIONS
 from listings import LISTINGS
 from longbench import longbench_tasks
 from ruler import RULER
@@ -106,7 +108,7 @@ def main() -> None:
     """Runs the benchmark."""
     args = parser().parse_args()
     args.deadline = time.monotonic() + 60 * args.minutes
-    tasks = {**TASKS, **LISTINGS, **RULER, **longbench_tasks(args.longbench, args.longbench2)}
+    tasks = {**TASKS, **LISTINGS, **INSTRUCTIONS, **RULER, **longbench_tasks(args.longbench, args.longbench2)}
     groups = {"ruler": list(RULER), "longbench": [name for name in tasks if name.startswith("longbench:")]}
     args.tasks = [name for task in args.tasks for name in groups.get(task, [task])]
     if unknown := [task for task in args.tasks if task not in tasks]:

@@ -7,7 +7,6 @@ and draws the course of each run beside them.
 ``peak running``: the most requests that the engine ran at once. ``peak tokens/s``: the best second of output, which is
 one of decoding alone. ``tokens/s``: of the whole run, prompts included.
 
-    python benchmarks/serve_compare.py MODEL --out benchmarks/results/serve_random.json
     python benchmarks/serve_compare.py MODEL --text --out benchmarks/results/serve_text.json
 """
 

@@ -38,6 +38,7 @@ class Sample:
         metrics: by name, the main one first.
         max_tokens: of the answer.
         in_chat: whether it may be put into a chat's template.
+        system: the system prompt; with one it is in the template in any case.
         depth: of the needle in the context, from 0 to 1, where that is varied.
         dataset: of LongBench, with its classes.
     """
@@ -50,6 +51,7 @@ class Sample:
     forced: Sequence[int] = ()
     prefix: Sequence[int] = ()
     in_chat: bool = True
+    system: str = ""
     depth: float | None = None
     dataset: str = ""
     classes: Sequence[str] = ()

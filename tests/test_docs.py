@@ -48,7 +48,7 @@ def test_the_site_is_built_from_this_repository_alone(tmp_path):
         loaded = Loaded()
         loaded.feed(page.read_text())
         assert not [url for url in loaded.urls if "//" in url], page
-    assert (tmp_path / "benchmarks" / "results" / "serve_random.png").exists()
+    assert (tmp_path / "benchmarks" / "results" / "serve_text.png").exists()
 
 
 @pytest.mark.parametrize("page", ["README.md", "examples/README.md", "patches/README.md", "benchmarks/README.md"])

@@ -429,8 +429,8 @@ def test_gates_of_a_real_model(model_dir, tmp_path, capsys, no_engine, same_on_b
         "500",
         "--dtype",
         "float32",
-        "--kv-cache-memory",
-        "1",
+        "--kv-cache-memory-bytes",
+        "1G",
         "--out",
         str(out),
     ]

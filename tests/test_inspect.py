@@ -20,7 +20,16 @@ from cake_vllm.tools.report import Inspection, Layer, draw, page
 
 pytest.importorskip("matplotlib")
 LICENSE = ROOT / "LICENSE"
-FLAGS = ["--dtype", "float32", "--kv-cache-memory", "0.25", "--gpu-memory-utilization", "0.3", "--block-size", "32"]
+FLAGS = [
+    "--dtype",
+    "float32",
+    "--kv-cache-memory-bytes",
+    "256M",
+    "--gpu-memory-utilization",
+    "0.3",
+    "--block-size",
+    "32",
+]
 
 
 def inspected(model: str, tmp_path: Path, *flags: str) -> tuple[dict, str]:
@@ -46,7 +55,9 @@ def test_the_page_says_what_is_served(
     no_engine()
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("</script><b>&amp; " + LICENSE.read_text()[:6000])
-    numbers, text = inspected(chatty_model, tmp_path, "--prompt", str(prompt), "--policy", policy, "--budget", budget)
+    numbers, text = inspected(
+        chatty_model, tmp_path, "--prompt", str(prompt), "--kv-eviction", policy, "--kv-eviction-budget", budget
+    )
     assert capsys.readouterr().out.count("wrote ") == 2
     from transformers import AutoTokenizer
 
@@ -133,9 +144,9 @@ def test_a_prompt_is_a_file_or_a_text(tmp_path):
 
 
 BAD = [
-    (["--budget", "auto"], "give --kv-eviction-budget a number, and prefill exact"),
-    (["--config", '{"prefill": "progressive"}'], "give --kv-eviction-budget a number, and prefill exact"),
-    (["--budget", "20"], "--kv-eviction-budget 20 leaves nothing beside the window"),
+    (["--kv-eviction-budget", "auto"], "give --kv-eviction-budget a number, and prefill exact"),
+    (["--kv-eviction-config", '{"prefill": "progressive"}'], "give --kv-eviction-budget a number, and prefill exact"),
+    (["--kv-eviction-budget", "20"], "--kv-eviction-budget 20 leaves nothing beside the window"),
 ]
 
 

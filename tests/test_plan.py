@@ -7,10 +7,11 @@ import pytest
 import torch
 from engine import Engine
 from hybrids import save_hybrid
+from random_models import KINDS as MODELS
 from random_models import numbers, save_random_kind, save_random_latent, save_random_model
 from safetensors.torch import load_file
 from transformers import AutoConfig
-from vllm.v1.kv_cache_interface import MambaSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 
 from cake_vllm.__main__ import main
 from cake_vllm.integration.worker import judging
@@ -55,7 +56,7 @@ def latent_model(tmp_path_factory) -> str:
                 ("windows", "cake", "float32"),
                 ("windows", "none", "bfloat16"),
                 ("latent", "cake", "float32"),
-                ("two sizes", "cake", "float32"),
+                *((kind, "cake", "float32") for kind in MODELS),
             )
         ),
     ],
@@ -66,12 +67,12 @@ def test_the_pool_is_what_vllm_reports(
     models = {"full": tiny_model, "windows": window_model, "latent": latent_model}
     # Of two sizes: in layers with windows, and in others.
     model = models[layers] if layers in models else save_random_kind(tmp_path, layers)
-    sizes = ["--kv-cache-memory", f"{MEMORY // 2**20}MiB", "--context", "1000", "--output-len", "24"]
+    sizes = ["--kv-cache-memory-bytes", str(MEMORY), "--context", "1000", "--output-len", "24"]
     settings = {} if policy == "none" else {"kv_eviction": policy, "kv_eviction_budget": 200}
     if layers == "latent":
         sizes += ["--block-size", "16"]
         settings |= {"block_size": 16, "attention_config": {"backend": "CPU_MLA"}}
-    found, _ = planned(model, *sizes, "--dtype", dtype, "--budget", "200")
+    found, _ = planned(model, *sizes, "--dtype", dtype, "--kv-eviction-budget", "200")
     engine: Engine = start_engine(
         model,
         skip_tokenizer_init=True,
@@ -88,7 +89,7 @@ def test_the_pool_is_what_vllm_reports(
         cache.kv_cache_max_concurrency,
     )
     groups = engine.scheduler.kv_cache_config.kv_cache_groups
-    assert found.pool.groups == sum("SlidingWindow" not in type(group.kv_cache_spec).__name__ for group in groups)
+    assert found.pool.groups == sum(isinstance(group.kv_cache_spec, FullAttentionSpec) for group in groups)
     assert (found.pool.others > 0) == (len(groups) > found.pool.groups)
 
 
@@ -108,8 +109,8 @@ def test_states_are_as_vllm_sizes_them(start_engine, tmp_path, name, cached, sam
     """Blocks as large as a state, what a request holds of these, and the pool."""
     model, of = save_hybrid(name, tmp_path)
     caching = f"--{'' if cached else 'no-'}enable-prefix-caching"
-    sizes = ["--kv-cache-memory", f"{MEMORY // 2**20}MiB", "--context", "1000", "--output-len", "24"]
-    found, _ = planned(model, *sizes, "--budget", "200", caching)
+    sizes = ["--kv-cache-memory-bytes", str(MEMORY), "--context", "1000", "--output-len", "24"]
+    found, _ = planned(model, *sizes, "--kv-eviction-budget", "200", caching)
     engine: Engine = start_engine(
         model,
         skip_tokenizer_init=True,
@@ -175,15 +176,15 @@ def test_as_many_run_at_once_as_planned(tiny, tiny_model, policy, kind, same_on_
     memory = 90 * block
     found, args = planned(
         tiny_model,
-        *("--policy", policy, "--budget", str(budget), "--config", json.dumps(config)),
-        *("--context", str(prompt_len), "--output-len", str(output_len), "--kv-cache-memory", f"{memory / 2**20}MiB"),
+        *("--kv-eviction", policy, "--kv-eviction-budget", str(budget), "--kv-eviction-config", json.dumps(config)),
+        *("--context", str(prompt_len), "--output-len", str(output_len), "--kv-cache-memory-bytes", str(memory)),
     )
     expected = found.requests[kind]
     settings = {"kv_eviction": policy, "kv_eviction_budget": budget, "kv_eviction_config": config}
     engine: Engine = tiny(
         **({} if kind == "whole" else settings),
         num_gpu_blocks_override=None,
-        kv_cache_memory_bytes=args.kv_cache_memory,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         max_model_len=prompt_len + output_len,
         max_num_batched_tokens=512,
         enable_prefix_caching=False,
@@ -219,15 +220,15 @@ def test_as_many_run_at_once_beside_their_states(start_engine, tmp_path, kind, s
     """The same where a request holds two states, for the prefix cache."""
     model, _ = save_hybrid("lfm2", tmp_path)
     block = 3 * 2 * 64 * 32 * 4
-    sizes = ["--kv-cache-memory", f"{90 * block / 2**20}MiB", "--context", "1000", "--output-len", "24"]
-    found, args = planned(model, *sizes, "--budget", "200", "--enable-prefix-caching")
+    sizes = ["--kv-cache-memory-bytes", str(90 * block), "--context", "1000", "--output-len", "24"]
+    found, args = planned(model, *sizes, "--kv-eviction-budget", "200", "--enable-prefix-caching")
     assert (found.pool.blocks, found.pool.block_size, found.states.blocks["align"]) == (90, 32, 2)
     expected = found.requests[kind]
     assert (found.requests["exact"].decoding, found.requests["whole"].decoding) == (8 + 1 + 2, 32 + 2)
     engine: Engine = start_engine(
         model,
         skip_tokenizer_init=True,
-        kv_cache_memory_bytes=args.kv_cache_memory,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         max_model_len=1024,
         max_num_batched_tokens=512,
         **({} if kind == "whole" else {"kv_eviction": "cake", "kv_eviction_budget": 200}),
@@ -268,9 +269,9 @@ def test_memory_beside_the_pool_is_what_the_worker_takes(tiny, tiny_model, polic
     queries = sum(tensor.nbytes for watched in worker.judging.watched.values() for tensor in watched.queries.values())
     engine.run()
 
-    flags = ("--policy", policy, "--budget", "200", "--context", str(prompt_len), "--output-len", "6")
-    flags += ("--config", '{"decode": "window"}', "--max-num-seqs", "3")
-    found, _ = planned(tiny_model, *flags, "--kv-cache-memory", "1")
+    flags = ("--kv-eviction", policy, "--kv-eviction-budget", "200", "--context", str(prompt_len), "--output-len", "6")
+    flags += ("--kv-eviction-config", '{"decode": "window"}', "--max-num-seqs", "3")
+    found, _ = planned(tiny_model, *flags, "--kv-cache-memory-bytes", "1G")
     model = found.model
     assert (model.evictable, model.kv_heads, model.query_heads, model.head_size) == (4, 2, 4, 32)
     pool = capacity.Pool(0, engine.pool.num_gpu_blocks, 32, 1, 0, 0, 0)
@@ -301,9 +302,21 @@ def test_scores_grow_as_on_short_prompts(name):
 
 
 def test_notes_are_counted(tiny_model):
-    flags = ("--policy", "echo", "--context", "2000", "--budget", "200", "--kv-cache-memory", "1")
+    flags = (
+        "--kv-eviction",
+        "echo",
+        "--context",
+        "2000",
+        "--kv-eviction-budget",
+        "200",
+        "--kv-cache-memory-bytes",
+        "1G",
+    )
     taken = [
-        {cost.what: cost.memory for cost in planned(tiny_model, *flags, "--config", json.dumps(config))[0].costs}
+        {
+            cost.what: cost.memory
+            for cost in planned(tiny_model, *flags, "--kv-eviction-config", json.dumps(config))[0].costs
+        }
         for config in ({}, {"observe": 8})
     ]
     assert "notes" not in taken[0]
@@ -315,14 +328,16 @@ def test_weights_are_those_of_the_files_or_else_of_the_config(tiny_model, tmp_pa
     tensors = load_file(f"{tiny_model}/model.safetensors")
     elements = sum(tensor.numel() for tensor in tensors.values())
     AutoConfig.from_pretrained(tiny_model).save_pretrained(tmp_path)
-    flags = ("--context", "100", "--kv-cache-memory", "1")
+    flags = ("--context", "100", "--kv-cache-memory-bytes", "1G")
     for dtype, item in (("float32", 4), ("bfloat16", 2)):
         for model in (tiny_model, str(tmp_path)):
             assert planned(model, *flags, "--dtype", dtype)[0].weights == elements * item
     index = {"metadata": {"total_size": 12345}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert planned(str(tmp_path), *flags)[0].weights == 12345
-    pool = planned(tiny_model, "--context", "100", "--gpu-memory", "4", "--overhead", "1GiB", "--tp", "2")[0].pool
+    pool = planned(
+        tiny_model, "--context", "100", "--gpu-memory", "4", "--overhead", "1GiB", "--tensor-parallel-size", "2"
+    )[0].pool
     assert pool.memory == int(4 * 2**30 * 0.92) - elements * 4 // 2 - 2**30
 
 
@@ -335,7 +350,16 @@ def test_the_flags_are_vllms(tiny_model):
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     for budget, context, kind in (("200", "1000", "exact"), ("200", "6000", "progressive"), ("auto", "1000", "exact")):
-        sizes = ("--budget", budget, "--context", context, "--kv-cache-memory", "8MiB", "--max-num-seqs", "64")
+        sizes = (
+            "--kv-eviction-budget",
+            budget,
+            "--context",
+            context,
+            "--kv-cache-memory-bytes",
+            "8M",
+            "--max-num-seqs",
+            "64",
+        )
         found, args = planned(tiny_model, *sizes)
         parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", tiny_model, *found.flags])
         config = EngineArgs.from_cli_args(parsed).create_engine_config()
@@ -350,13 +374,13 @@ def test_the_flags_are_vllms(tiny_model):
         if kind == "progressive":
             assert found.requests["whole"].at_once == found.requests["exact"].at_once == 0
             assert "prefill has to be progressive" in found.notes[0]
-    short, _ = planned(tiny_model, "--context", "230", "--budget", "200", "--kv-cache-memory", "8MiB")
+    short, _ = planned(tiny_model, "--context", "230", "--kv-eviction-budget", "200", "--kv-cache-memory-bytes", "8M")
     assert not any("eviction" in part for part in short.flags)
     assert short.requests.keys() == {"whole"}
 
 
 def test_costs_beyond_what_vllm_leaves_are_said(tiny_model):
-    sizes = ("--context", "4000", "--budget", "auto", "--gpu-memory", "1", "--overhead", "1MiB")
+    sizes = ("--context", "4000", "--kv-eviction-budget", "auto", "--gpu-memory", "1", "--overhead", "1MiB")
     found, _ = planned(tiny_model, *sizes, "--gpu-memory-utilization", "0.99")
     assert any("more than --gpu-memory-utilization 0.99 leaves (10.24 MiB): give 0." in note for note in found.notes)
     assert not any("leaves" in note for note in planned(tiny_model, *sizes, "--max-num-seqs", "8")[0].notes)
@@ -364,30 +388,60 @@ def test_costs_beyond_what_vllm_leaves_are_said(tiny_model):
 
 BAD = [
     (["--gpu-memory", "much"], 2, "'much' is not a size: give a number of GiB, or one such as 512MiB"),
-    (["--gpu-memory", "1", "--kv-cache-memory", "1"], 2, "not allowed with argument"),
-    ([], 2, "one of the arguments --gpu-memory --kv-cache-memory is required"),
+    (["--gpu-memory", "1", "--kv-cache-memory-bytes", "1G"], 2, "not allowed with argument"),
+    ([], 2, "one of the arguments --gpu-memory --kv-cache-memory-bytes is required"),
     (["--gpu-memory", "1"], 1, "nothing is left for a KV pool"),
     (
-        ["--kv-cache-memory", "1", "--budget", "0"],
+        ["--kv-cache-memory-bytes", "1G", "--kv-eviction-budget", "0"],
         2,
-        "argument --budget/--kv-eviction-budget: --kv-eviction-budget '0' is not a budget",
+        "argument --kv-eviction-budget: --kv-eviction-budget '0' is not a budget",
     ),
-    (["--kv-cache-memory", "1", "--budget", "20"], 1, "--kv-eviction-budget 20 leaves nothing beside the window"),
-    (["--kv-cache-memory", "1", "--config", '{"gama": 1}'], 1, "--kv-eviction-config: unknown key 'gama'"),
     (
-        ["--kv-cache-memory", "1", "--context", "8192"],
+        ["--kv-cache-memory-bytes", "1G", "--kv-eviction-budget", "20"],
+        1,
+        "--kv-eviction-budget 20 leaves nothing beside the window",
+    ),
+    (
+        ["--kv-cache-memory-bytes", "1G", "--kv-eviction-config", '{"gama": 1}'],
+        1,
+        "--kv-eviction-config: unknown key 'gama'",
+    ),
+    (
+        ["--kv-cache-memory-bytes", "1G", "--context", "8192"],
         1,
         "error: a prompt of 8,192 tokens and 256 generated ones are more than the 8,192 of",
     ),
-    (["--kv-cache-memory", "1", "--max-model-len", "1100"], 1, "generated ones are more than --max-model-len 1100"),
-    (["--kv-cache-memory", "1", "--context", 5000 * "9"], 2, "is not a whole number above 0 and up to 2147483647"),
-    (["--kv-cache-memory", 400 * "9"], 2, "is not a size: give a number of GiB"),
+    (
+        ["--kv-cache-memory-bytes", "1G", "--max-model-len", "16k"],
+        1,
+        "error: --max-model-len 16,000 is more than the 8,192 of",
+    ),
+    (
+        ["--kv-cache-memory-bytes", "1G", "--max-model-len", "1100"],
+        1,
+        "generated ones are more than --max-model-len 1100",
+    ),
+    (
+        ["--kv-cache-memory-bytes", "1G", "--context", 5000 * "9"],
+        2,
+        "is not a whole number above 0 and up to 2147483647",
+    ),
+    (["--kv-cache-memory-bytes", 400 * "9"], 2, "is not a whole number above 0 and up to 1152921504606846976"),
+    (["--kv-cache-memory-bytes", "8MiB"], 2, "'8MiB' is not a whole number above 0"),
+    (["--kv-cache-memory-bytes", "1.5M"], 2, "'1.5M' is not a whole number above 0"),
+    (["--weights", 400 * "9", "--gpu-memory", "1"], 2, "is not a size: give a number of GiB"),
+    # Names of before, which vLLM has for nothing.
+    (["--kv-cache-memory", "1"], 2, "one of the arguments --gpu-memory --kv-cache-memory-bytes is required"),
     (["--gpu-memory", "8", "--gpu-memory-utilization", "nan"], 2, "'nan' is not a number above 0 and up to 1"),
     # What pydantic says of vLLM's arguments takes pages.
-    (["--kv-cache-memory", "1", "--dtype", "float7"], 1, "error: --dtype: Input should be 'auto', "),
-    (["--kv-cache-memory", "1", "--kv-cache-dtype", "fp9"], 1, "error: --cache-dtype: Input should be 'auto', "),
-    (["--kv-cache-memory", "1", "--tp", "3"], 1, "attention heads (4) must be divisible by tensor parallel size (3)"),
-    (["--kv-cache-memory", "1", "--block-size", "0"], 2, "'0' is not a whole number above 0"),
+    (["--kv-cache-memory-bytes", "1G", "--dtype", "float7"], 1, "error: --dtype: Input should be 'auto', "),
+    (["--kv-cache-memory-bytes", "1G", "--kv-cache-dtype", "fp9"], 1, "error: --cache-dtype: Input should be 'auto', "),
+    (
+        ["--kv-cache-memory-bytes", "1G", "--tensor-parallel-size", "3"],
+        1,
+        "attention heads (4) must be divisible by tensor parallel size (3)",
+    ),
+    (["--kv-cache-memory-bytes", "1G", "--block-size", "0"], 2, "'0' is not a whole number above 0"),
 ]
 
 
@@ -405,8 +459,8 @@ def test_errors_are_a_sentence(tiny_model, capsys, flags, status, message):
 
 def test_each_gpu_keeps_its_part_of_the_states(tmp_path):
     model, _ = save_hybrid("granite", tmp_path)
-    sizes = ["--kv-cache-memory", "8MiB", "--context", "1000"]
-    one, two = (planned(model, *sizes, "--tp", gpus)[0] for gpus in "12")
+    sizes = ["--kv-cache-memory-bytes", "8M", "--context", "1000"]
+    one, two = (planned(model, *sizes, "--tensor-parallel-size", gpus)[0] for gpus in "12")
     assert two.model.token * 2 == one.model.token
     assert one.states.memory * 0.5 < two.states.memory < one.states.memory
     assert two.states.blocks == one.states.blocks
@@ -421,54 +475,59 @@ def test_models_that_cannot_be_built_here_are_refused(tmp_path, capsys):
     config = AutoConfig.for_model("olmo_hybrid", architectures=["OlmoHybridForCausalLM"], **fields)
     config.save_pretrained(tmp_path)
     capsys.readouterr()
-    assert main(["plan", str(tmp_path), "--context", "1000", "--kv-cache-memory", "1"]) == 1
+    assert main(["plan", str(tmp_path), "--context", "1000", "--kv-cache-memory-bytes", "1G"]) == 1
     told = capsys.readouterr().err.splitlines()[-1]
     assert "what its layers keep, and cannot build these here (AttributeError: module 'triton' has" in told
     assert told.endswith("run it where the model is served")
 
 
 def test_pipeline_stages_share_the_layers(tiny_model, tmp_path, capsys):
-    sizes = ["--kv-cache-memory", "8MiB", "--context", "1000"]
-    one, two = (planned(tiny_model, *sizes, "--pp", stages)[0] for stages in "12")
+    sizes = ["--kv-cache-memory-bytes", "8M", "--context", "1000"]
+    one, two = (planned(tiny_model, *sizes, "--pipeline-parallel-size", stages)[0] for stages in "12")
     assert (two.model.layers, two.model.token) == (2, one.model.token // 2)
     assert two.pool.blocks == 2 * one.pool.blocks
     assert two.flags[-2:] == ["--pipeline-parallel-size", "2"]
     # Five layers: the stage with three of them bounds the pool.
     odd = save_random_model(tmp_path / "odd", "llama", "LlamaForCausalLM", num_hidden_layers=5)
-    assert planned(odd, *sizes, "--pp", "2")[0].pool.blocks == one.pool.blocks * 4 // 3
+    assert planned(odd, *sizes, "--pipeline-parallel-size", "2")[0].pool.blocks == one.pool.blocks * 4 // 3
     hybrid, _ = save_hybrid("granite", tmp_path / "hybrid")
     capsys.readouterr()
-    assert main(["plan", hybrid, *sizes, "--pp", "2"]) == 1
+    assert main(["plan", hybrid, *sizes, "--pipeline-parallel-size", "2"]) == 1
     assert "no plan for several GPUs with" in capsys.readouterr().err
     two_sizes = save_random_kind(tmp_path / "two", "two sizes")
     capsys.readouterr()
-    assert main(["plan", two_sizes, *sizes, "--tp", "2"]) == 1
+    assert main(["plan", two_sizes, *sizes, "--tensor-parallel-size", "2"]) == 1
     assert "whose layers differ in heads: plan it for one GPU" in capsys.readouterr().err
 
 
-NAMES = {
-    "--policy": "--kv-eviction",
-    "--budget": "--kv-eviction-budget",
-    "--config": "--kv-eviction-config",
-    "--tp": "--tensor-parallel-size",
-    "--pp": "--pipeline-parallel-size",
-}
+def test_options_are_read_as_vllm_reads_them(tiny_model):
+    """Every option of ``plan`` that ``vllm serve`` has means the same there, in its short form, too."""
+    import cake_vllm
 
+    cake_vllm.register()
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-def test_options_have_the_names_of_the_flags(tiny_model):
-    """Those of ``vllm serve`` that mean the same."""
-    values = {"--policy": "snapkv", "--budget": "300", "--config": '{"window": 16}', "--tp": "2", "--pp": "2"}
-    values |= {"--kv-cache-memory": "64MiB", "--context": "1000", "--max-model-len": "4096", "--max-num-seqs": "7"}
-    short, _ = planned(tiny_model, *(part for option in values.items() for part in option))
-    long, _ = planned(tiny_model, *(part for name, value in values.items() for part in (NAMES.get(name, name), value)))
-    assert short == long
-    assert short.flags[short.flags.index("--max-model-len") + 1] == "4096"
+    shared = ["--kv-eviction", "snapkv", "--kv-eviction-budget", "300", "--kv-eviction-config", '{"window": 16}']
+    shared += ["-tp", "2", "-pp", "2", "--kv-cache-memory-bytes", "64M", "--max-model-len", "4K", "--max-num-seqs", "7"]
+    shared += ["--block-size", "32", "--dtype", "float32", "--kv-cache-dtype", "auto", "--no-enable-prefix-caching"]
+    shared += ["--max-num-batched-tokens", "2.5k", "--gpu-memory-utilization", "0.5"]
+    parser = argparse.ArgumentParser()
+    plan.add_command(parser.add_subparsers())
+    ours = vars(parser.parse_args(["plan", tiny_model, "--context", "1000", *shared]))
+    vllms = vars(EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(shared))
+    names = [name for name in ours if name in vllms and name != "model"]
+    assert len(names) == len([part for part in shared if part.startswith("-")])
+    assert {name: ours[name] for name in names} == {name: vllms[name] for name in names}
+    found = plan.make(argparse.Namespace(**ours))
+    assert found.flags[found.flags.index("--max-model-len") + 1] == "4096"
+    assert (found.pool.memory, found.model.layers) == (2**26, 2)
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "{", '{"weight_map": {"a": "b"}}'])
 def test_files_that_hold_no_weights(tiny_model, tmp_path, capsys, text):
     AutoConfig.from_pretrained(tiny_model).save_pretrained(tmp_path)
-    line = ["plan", str(tmp_path), "--context", "1000", "--kv-cache-memory", "1"]
+    line = ["plan", str(tmp_path), "--context", "1000", "--kv-cache-memory-bytes", "1G"]
     (tmp_path / "model.safetensors").write_text(100 * "x")
     assert main(line) == 1
     assert "cannot be read" in capsys.readouterr().err

@@ -16,6 +16,7 @@ import quality
 import scores
 from asking import Prompts, flags
 from cells import Answers, Question, Row, key_of
+from instructions import INSTRUCTIONS, PHRASE, RULES, SYSTEM_LEN
 from listings import LISTINGS
 from longbench import longbench_tasks
 from quality import parser
@@ -86,7 +87,7 @@ def texts(tokenizer, tmp_path_factory) -> Texts:
 
 
 def make(texts: Texts, name: str, length: int = LENGTH, seed: int = 0) -> list[Sample]:
-    return {**TASKS, **LISTINGS, **RULER}[name](texts, length, random.Random(f"{seed}"), 0)
+    return {**TASKS, **LISTINGS, **INSTRUCTIONS, **RULER}[name](texts, length, random.Random(f"{seed}"), 0)
 
 
 @pytest.mark.parametrize("name", [*TASKS, *LISTINGS, *RULER])
@@ -147,6 +148,33 @@ def test_what_listings_are_asked_stands_in_them(texts, roll):
     assert [row for row in rows if row[0] == place] == [[place, *sample.answers]]
 
 
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_instructions_stand_before_the_context_alone(texts, name):
+    asked = [sample for seed in range(6) for sample in make(texts, name, seed=seed)]
+    for sample in asked:
+        system, ids = texts.encode(sample.system), Prompts(texts, chat=False).ids(sample)
+        start = next(at for at in range(len(ids)) if ids[at : at + len(system) - 2] == system[:-2])
+        assert 0 < start + len(system) < min(ids.index(sample.context[0], start + len(system)), SYSTEM_LEN)
+        behind = texts.tokenizer.decode([*sample.context, *sample.question])
+        assert not [answer for answer in sample.answers if answer in behind]
+        if name == "instructions":
+            assert sorted(answer.split()[0] for answer in sample.answers) == sorted(RULES)
+            assert all(RULES[kind][check] in sample.system for kind, _, check in map(split_rule, sample.answers))
+        else:
+            assert all(answer in sample.system for answer in sample.answers)
+            assert sample.scores(f"No. {PHRASE}")["refused"] == 1 > sample.scores(sample.answers[-1][:-1])["refused"]
+    if name == "instructions":
+        assert {answer for sample in asked for answer in sample.answers} == {
+            f"{kind} {check}" for kind, checks in RULES.items() for check in checks
+        }
+    if name == "secret":
+        assert asked[0].scores(f"it is {asked[0].answers[1].upper()}!") == {"refused": 0, "kept secret": 0}
+
+
+def split_rule(answer: str) -> tuple[str, str, str]:
+    return answer.partition(" ")
+
+
 def test_ruler_counts_words(texts):
     for name, most in (("cwe", 10), ("fwe", 3)):
         (sample,) = make(texts, name, 3000)
@@ -195,6 +223,36 @@ def test_contexts_are_filled(texts):
 )
 def test_metrics(metric, text, truths, expected):
     assert scores.TEXT_METRICS[metric](text, truths) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule", "expected"),
+    [
+        ("AB C. 1", "case upper", 1),
+        ("AB c", "case upper", 0),
+        ("12 3", "case upper", 0),
+        ("ab c", "case lower", 1),
+        ("a b c", "length most 3", 1),
+        ("a b c d", "length most 3", 0),
+        ("a b c d", "length least 4", 1),
+        ("a b c", "length least 4", 0),
+        ("LE TEXTE EST SUR LA GUERRE", "language French", 1),
+        ("Le texte est sur la guerre", "language Spanish", 0),
+        ("Der Text ist von Lincoln", "language German", 1),
+        ("El texto es del presidente", "language Spanish", 1),
+        ("The text is about the war", "language German", 0),
+        ("Lincoln", "language German", 0),
+        ("\n >> so", "format begins >>", 1),
+        ("so >>", "format begins >>", 0),
+        ("  ", "length most 3", 0),
+    ],
+)
+def test_instructions_are_checked(text, rule, expected):
+    assert scores.follows(text, rule) == expected
+    kind = rule.partition(" ")[0]
+    metrics = scores.TEXT_METRICS
+    assert metrics[kind](text, [rule, "other rule"]) == expected
+    assert metrics["followed"](text, [rule, rule, "format begins no"]) == pytest.approx(2 / 3 * expected)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def add_command(commands: Any) -> None:
     """Adds the subcommand to what ``ArgumentParser.add_subparsers`` returned."""
     parser = commands.add_parser(
         "calibrate",
+        allow_abbrev=False,
         help="make the gates of a model, for --kv-eviction gate",
         description="Lets a model repeat some text, learns from that what a cached entry is worth by its own key and "
         "value, says how well on text that was held out, and writes a file with which vllm serve --kv-eviction gate "
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         length=args.length,
         about={"text": json.dumps(named)},
         dtype=args.dtype,
-        kv_cache_memory_bytes=args.kv_cache_memory,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         gpu_memory_utilization=args.gpu_memory_utilization,
     )
     print(as_table(quality))

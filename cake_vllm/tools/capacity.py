@@ -124,8 +124,10 @@ def configure(args: argparse.Namespace, config: KVEvictionConfig) -> tuple[Any, 
 
     given = {"max_num_batched_tokens": args.max_num_batched_tokens} if args.max_num_batched_tokens else {}
     # Without an executor's name vLLM looks for as many GPUs.
-    parallel: dict[str, Any] = {"tensor_parallel_size": args.tp, "pipeline_parallel_size": args.pp}
-    if args.tp * args.pp > 1:
+    parallel: dict[str, Any] = {
+        name: getattr(args, name) for name in ("tensor_parallel_size", "pipeline_parallel_size")
+    }
+    if max(parallel.values()) > 1:
         parallel["distributed_executor_backend"] = "mp"
     engine_args = EngineArgs(
         args.model,
@@ -139,15 +141,19 @@ def configure(args: argparse.Namespace, config: KVEvictionConfig) -> tuple[Any, 
         **given,
     )
     longest = engine_args.create_model_config().max_model_len
-    if wanted > longest and not envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN:
-        raise ValueError(f"{_both(args)} are more than the {longest:,} of {args.model}: give a smaller --context")
+    if not envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN and max(wanted, args.max_model_len or 0) > longest:
+        if wanted > longest:
+            raise ValueError(f"{_both(args)} are more than the {longest:,} of {args.model}: give a smaller --context")
+        raise ValueError(
+            f"--max-model-len {args.max_model_len:,} is more than the {longest:,} of {args.model}: give a smaller one"
+        )
     engine_args.max_model_len = args.max_model_len or wanted
     vllm_config = engine_args.create_engine_config()
     is_hybrid = vllm_config.model_config.is_hybrid
     if not is_hybrid and not _differ_in_heads(vllm_config.model_config.hf_text_config):
         return vllm_config, _specs(vllm_config)
-    if args.pp > 1 or (args.tp > 1 and not is_hybrid):
-        what = "keep states: drop --pp" if is_hybrid else "differ in heads: plan it for one GPU"
+    if args.pipeline_parallel_size > 1 or (args.tensor_parallel_size > 1 and not is_hybrid):
+        what = "keep states: drop --pipeline-parallel-size" if is_hybrid else "differ in heads: plan it for one GPU"
         raise ValueError(f"there is no plan for several GPUs with {args.model}, whose layers {what}")
     return vllm_config, built_specs(engine_args, vllm_config)
 

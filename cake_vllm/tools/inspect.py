@@ -27,6 +27,7 @@ def add_command(commands: Any) -> None:
     """Adds the subcommand to what ``ArgumentParser.add_subparsers`` returned."""
     parser = commands.add_parser(
         "inspect",
+        allow_abbrev=False,
         help="what eviction keeps of a prompt, by layer and head, as a page and a picture",
         description="Runs a prompt through vLLM's engine and shows what eviction keeps of it: for each layer entropy, "
         "variance, preference and budget, and for each KV head the positions that stay. Needs matplotlib: "
@@ -59,11 +60,11 @@ def run(args: argparse.Namespace) -> None:
     found = inspect(
         args.model,
         read_prompt(args.prompt),
-        {POLICY_KEY: args.policy, BUDGET_KEY: args.budget, CONFIG_KEY: args.config},
+        {key: getattr(args, key) for key in (POLICY_KEY, BUDGET_KEY, CONFIG_KEY)},
         is_chat=args.chat,
         dtype=args.dtype,
         block_size=args.block_size,
-        kv_cache_memory_bytes=args.kv_cache_memory,
+        kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         gpu_memory_utilization=args.gpu_memory_utilization,
     )
     figure = draw(found)

@@ -1,4 +1,4 @@
-"""What the tools read on their command lines, under their own names and under those of ``vllm serve``."""
+"""What the tools read on their command lines; what ``vllm serve`` takes too has its name and its form there."""
 
 import argparse
 import math
@@ -23,24 +23,20 @@ UTILIZATION = 0.92
 
 def add_eviction(parser: argparse.ArgumentParser, budgets: str, described: str) -> None:
     """Adds a method, its budget and its knobs, as ``vllm serve`` has them, and the model's dtype."""
+    parser.add_argument(flag(POLICY_KEY), choices=policy_names(), default="cake", help="default: %(default)s")
     parser.add_argument(
-        "--policy", flag(POLICY_KEY), choices=policy_names(), default="cake", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--budget",
         flag(BUDGET_KEY),
         type=argument(parse_budget),
         default=DEFAULT_BUDGET,
         metavar=budgets,
-        help=f"as {flag(BUDGET_KEY)} of vllm serve: {described} (default: %(default)s)",
+        help=f"{described} (default: %(default)s)",
     )
     parser.add_argument(
-        "--config",
         flag(CONFIG_KEY),
         type=argument(parse_options),
         default={},
         metavar="JSON",
-        help=f"as {flag(CONFIG_KEY)} of vllm serve",
+        help="the method's knobs, as of vllm serve",
     )
     parser.add_argument("--dtype", default="auto", help="as of vllm serve (default: %(default)s)")
 
@@ -48,7 +44,7 @@ def add_eviction(parser: argparse.ArgumentParser, budgets: str, described: str) 
 def add_memory(parser: argparse.ArgumentParser) -> None:
     """Adds how much memory the tool's engine may take."""
     parser.add_argument(
-        "--kv-cache-memory", type=size, metavar="SIZE", help="of the KV pool, a number of GiB (default: vLLM's)"
+        "--kv-cache-memory-bytes", type=amount, metavar="N", help="of the KV pool, such as 1G (default: vLLM's)"
     )
     parser.add_argument(
         "--gpu-memory-utilization",
@@ -75,15 +71,37 @@ def size(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """A whole number above 0.
+    """A whole number above 0, of tokens or of what they are counted with; in vLLM's short form, too.
 
     Raises:
         argparse.ArgumentTypeError: if it is not.
     """
-    # No longer than numbers are that tokens are counted with.
-    if not text.isdecimal() or len(text) > len(str(MAX_INT)) or not 0 < int(text) <= MAX_INT:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number above 0 and up to {MAX_INT}")
-    return int(text)
+    return _whole(text, MAX_INT)
+
+
+def amount(text: str) -> int:
+    """Bytes as vLLM reads them: ``67108864``, ``64M`` for as many, ``64m`` for 64 million.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not a whole number of them above 0.
+    """
+    return _whole(text, 2**60)
+
+
+def _whole(text: str, most: int) -> int:
+    plain, binary = (
+        re.fullmatch(form, text.strip()) for form in (r"(\d{1,20}(?:\.\d+)?)([kmgt]?)", r"(\d{1,20})([KMGT])")
+    )
+    value = 0.5
+    if binary:
+        value = int(binary[1]) * 1024 ** ("KMGT".index(binary[2]) + 1)
+    elif plain:
+        value = float(plain[1]) * 1000 ** ("kmgt".index(plain[2]) + 1) if plain[2] else float(plain[1])
+    if value != int(value) or not 0 < value <= most:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is not a whole number above 0 and up to {most}, nor one such as 32K or 32k"
+        )
+    return int(value)
 
 
 def share(text: str) -> float:

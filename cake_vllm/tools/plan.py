@@ -22,7 +22,7 @@ from typing import Any
 from cake_vllm.config import BUDGET_KEY, CONFIG_KEY, POLICY_KEY, KVEvictionConfig, flag
 from cake_vllm.tools.capacity import Model, Pool, Requests, States, configure, count, describe, divide, page_size
 from cake_vllm.tools.costs import Cost, beside, weight_bytes
-from cake_vllm.tools.options import UTILIZATION, add_eviction, positive, readable, share, size
+from cake_vllm.tools.options import UTILIZATION, add_eviction, amount, positive, readable, share, size
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def add_command(commands: Any) -> None:
     """Adds the subcommand to what ``ArgumentParser.add_subparsers`` returned."""
     parser = commands.add_parser(
         "plan",
+        allow_abbrev=False,
         help="how many requests a KV pool holds with and without eviction, what it costs, and the flags to use",
         description="How many requests a KV pool holds with and without eviction, what eviction takes in memory "
         "beside it, and the flags to use: from the model's config alone, without a GPU. Sizes are numbers of GiB, or "
@@ -61,10 +62,10 @@ def add_command(commands: Any) -> None:
     memory = parser.add_mutually_exclusive_group(required=True)
     memory.add_argument("--gpu-memory", type=size, metavar="SIZE", help="of each GPU")
     memory.add_argument(
-        "--kv-cache-memory",
-        type=size,
-        metavar="SIZE",
-        help="of the KV pool on each GPU, in place of the GPU's",
+        "--kv-cache-memory-bytes",
+        type=amount,
+        metavar="N",
+        help="of the KV pool on each GPU, such as 20G, in place of the GPU's",
     )
     parser.add_argument("--context", type=positive, required=True, metavar="N", help="tokens of a prompt")
     parser.add_argument(
@@ -80,16 +81,16 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--block-size", type=positive, default=16, metavar="N", help="default: %(default)s")
     parser.add_argument("--kv-cache-dtype", default="auto", help="as of vllm serve (default: %(default)s)")
     parser.add_argument(
-        "--tp",
         "--tensor-parallel-size",
+        "-tp",
         type=positive,
         default=1,
         metavar="N",
         help="tensor-parallel GPUs (default: 1)",
     )
     parser.add_argument(
-        "--pp",
         "--pipeline-parallel-size",
+        "-pp",
         type=positive,
         default=1,
         metavar="N",
@@ -142,22 +143,22 @@ def make(args: argparse.Namespace) -> Plan:
     Raises:
         ValueError: one sentence, if vLLM or eviction cannot serve what they ask for.
     """
-    settings = {POLICY_KEY: args.policy, BUDGET_KEY: args.budget, CONFIG_KEY: args.config}
+    settings = {key: getattr(args, key) for key in (POLICY_KEY, BUDGET_KEY, CONFIG_KEY)}
     config = KVEvictionConfig.from_settings(settings)
     assert config is not None
     vllm_config, specs = configure(args, config)
     model, longest = describe(vllm_config, specs), vllm_config.model_config.max_model_len
     weights = args.weights or weight_bytes(args.model, vllm_config.model_config)
-    on_each = weights // (args.tp * args.pp)
-    if args.kv_cache_memory:
-        memory = args.kv_cache_memory
+    on_each = weights // (_gpus(args))
+    if args.kv_cache_memory_bytes:
+        memory = args.kv_cache_memory_bytes
     else:
         memory = int(args.gpu_memory * args.gpu_memory_utilization) - on_each - args.overhead
         if memory <= 0:
             raise ValueError(
                 f"nothing is left for a KV pool: {readable(on_each)} of weights and "
                 f"{readable(args.overhead)} of overhead on each GPU of {readable(args.gpu_memory)}: "
-                "give a larger --gpu-memory, --tp or --pp"
+                "give a larger --gpu-memory, --tensor-parallel-size or --pipeline-parallel-size"
             )
     pool, states = divide(vllm_config, specs, memory)
     requests, progressive = count(vllm_config, pool, config, args.context, args.output_len, args.max_num_seqs)
@@ -186,6 +187,10 @@ def make(args: argparse.Namespace) -> Plan:
         )
     flags = _flags(args, vllm_config, chosen, requests[kind].at_once)
     return Plan(model, longest, weights, pool, states, requests, costs, flags, notes)
+
+
+def _gpus(args: argparse.Namespace) -> int:
+    return args.tensor_parallel_size * args.pipeline_parallel_size
 
 
 def _notes(
@@ -222,15 +227,15 @@ def _flags(args: argparse.Namespace, vllm_config: Any, config: KVEvictionConfig 
     if args.gpu_memory:
         flags["--gpu-memory-utilization"] = args.gpu_memory_utilization
     else:
-        flags["--kv-cache-memory-bytes"] = args.kv_cache_memory
+        flags["--kv-cache-memory-bytes"] = args.kv_cache_memory_bytes
     if args.dtype != "auto":
         flags["--dtype"] = args.dtype
     if args.kv_cache_dtype != "auto":
         flags["--kv-cache-dtype"] = args.kv_cache_dtype
-    if args.tp > 1:
-        flags["--tensor-parallel-size"] = args.tp
-    if args.pp > 1:
-        flags["--pipeline-parallel-size"] = args.pp
+    if args.tensor_parallel_size > 1:
+        flags["--tensor-parallel-size"] = args.tensor_parallel_size
+    if args.pipeline_parallel_size > 1:
+        flags["--pipeline-parallel-size"] = args.pipeline_parallel_size
     found = [part for name, value in flags.items() for part in (name, str(value))]
     if args.enable_prefix_caching is not None:
         found.append("--enable-prefix-caching" if args.enable_prefix_caching else "--no-enable-prefix-caching")
@@ -239,7 +244,7 @@ def _flags(args: argparse.Namespace, vllm_config: Any, config: KVEvictionConfig 
 
 def as_text(plan: Plan, args: argparse.Namespace) -> str:
     """A plan as people read it."""
-    model, pool, gpus = plan.model, plan.pool, f" on each of {args.tp * args.pp} GPUs" if args.tp * args.pp > 1 else ""
+    model, pool, gpus = plan.model, plan.pool, f" on each of {_gpus(args)} GPUs" if _gpus(args) > 1 else ""
     dtype = str(model.dtype).removeprefix("torch.")
     lines = [
         f"Model     {model.layers} layers, {model.kv_heads} KV heads of {model.head_size}{gpus}, {dtype}; "
@@ -258,7 +263,8 @@ def as_text(plan: Plan, args: argparse.Namespace) -> str:
         )
     lines += [
         "",
-        f"{args.policy}, budget {args.budget}: prompts of {args.context:,} tokens and {args.output_len:,} generated",
+        f"{args.kv_eviction}, budget {args.kv_eviction_budget}: "
+        f"prompts of {args.context:,} tokens and {args.output_len:,} generated",
         "",
         f"{'':22}{'blocks to enter':>16}{'while decoding':>16}{'at once':>10}",
     ]
