@@ -155,8 +155,8 @@ def serve(
     worker = engine.connector.worker
     assert all(name.startswith(short) for name in [*worker.moving.held, *worker.judging.watched])
 
-    # Alone again. What progressive prefill, an elastic budget or a postponed eviction give depends on the load.
-    if worker.judging.config.is_progressive or settings["kv_eviction_budget"] == "auto" or stats["postponed"]:
+    # Alone again. What progressive prefill or an elastic budget give depends on the load.
+    if worker.judging.config.is_progressive or settings["kv_eviction_budget"] == "auto":
         return
     together = {name: engine.run_of(name) for name in done}
     for name in dice.sample(sorted(done), num_solo):

@@ -63,7 +63,7 @@ def test_shared_pages_are_not_rewritten_in_place(tiny):
     tight.run()
     stats = tight.stats()
     assert stats["in_place"] >= 1
-    assert stats["postponed"] == stats["failures"] == 0
+    assert stats["failures"] == 0
     assert tight.num_cached(names[1]) == 640
     # What was overwritten cannot be hit: a repetition gives the same again.
     again = [tight.runs([prompt], 20)[0] for prompt in prompts]
@@ -72,15 +72,46 @@ def test_shared_pages_are_not_rewritten_in_place(tiny):
     assert tight.is_idle()
 
 
-def test_eviction_waits_where_there_is_nothing_to_write_to(tiny):
-    """Both prompts consist of shared pages, and the pool is empty: they are served with more than their budget."""
+def test_a_request_waits_where_another_eviction_could_not_write(tiny):
+    """There is room for both prompts as they share their pages, but not for what is kept of either beside these."""
     prefix = numbers(3, 640)
     prompts = [prefix + numbers(4, 60), prefix + numbers(5, 60)]
     settings = {**PREFIX_CACHED, "kv_eviction_budget": 500, "max_model_len": 760}
+    roomy: Engine = tiny(**settings)
+    expected = [roomy.runs([prompt], 20)[0] for prompt in prompts]
     engine: Engine = tiny(**settings, num_gpu_blocks_override=24 + 4 + 1)
     engine.stats()
-    assert [len(tokens) for tokens in engine.generate(prompts, 20)] == [20, 20]
-    assert engine.stats()["postponed"] > 0
+    names = [engine.add(prompt, 20) for prompt in prompts]
+    for _ in range(3):
+        engine.step()
+    assert engine.num_running == 1
+    engine.run()
+    # Alone, a request shares nothing: its own blocks are rewritten.
+    stats = engine.stats()
+    assert stats["requests"] == stats["in_place"] == 2
+    for name, reference in zip(names, expected, strict=True):
+        assert_same(engine.run_of(name), reference)
+    assert engine.is_idle()
+
+
+def test_a_running_request_is_preempted_for_an_eviction_that_could_not_write(tiny):
+    """Two requests on one prompt outgrow their budget by their output, and all that is left are three blocks."""
+    settings = {**PREFIX_CACHED, "kv_eviction_budget": 256, "max_model_len": 420}
+    prompt = numbers(6, 250)
+    roomy: Engine = tiny(**settings)
+    (expected,) = roomy.runs([prompt], 60)
+    # Seven that they share, and two of each at the end of the ninth.
+    engine: Engine = tiny(**settings, num_gpu_blocks_override=7 + 2 + 2 + 3 + 1)
+    names = [engine.add(prompt, 60) for _ in range(2)]
+    engine.step()
+    first, second = engine.scheduler.requests.values()
+    while not second.num_preemptions:
+        engine.step()
+    # The first one is evicted in the step that ends its ninth block.
+    assert first.num_computed_tokens == 9 * 32
+    assert not first.num_preemptions
+    engine.run()
+    assert_same(engine.run_of(names[0]), expected)
     assert engine.is_idle()
 
 

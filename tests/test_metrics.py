@@ -18,7 +18,6 @@ COUNTED = (
     "cut_blocks",
     "preemptions_avoided",
     "in_place",
-    "postponed",
     "failures",
 )
 #: Layers kept 120 and 200 tokens of a prompt of 467 in pages of 32: with its last 19 tokens 115 and 179 were chosen.

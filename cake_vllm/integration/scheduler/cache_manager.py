@@ -18,6 +18,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.request import Request
 
 from cake_vllm.integration.patching import wrap
+from cake_vllm.integration.scheduler.promises import Promise, Promises, num_shared
 
 
 class ExactPrefixManager(SingleTypeKVCacheManager):
@@ -79,12 +80,21 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
 
     Attributes:
         cuts: by request that was evicted, what it has beside its row.
+        promises: columns for evictions at the end of the step that vLLM is putting together.
+        evicts_after: given a request's id and the first and the last token of a chunk, half-open: how many columns the
+            eviction takes that comes after it, beside those that the request has, and how long the request is then.
+            No columns if there is none.
     """
 
     def __init__(self, kv_cache_spec: Any, **kwargs):
         kwargs["max_admission_blocks_per_request"] = kv_cache_spec.max_request_blocks
         super().__init__(kv_cache_spec, **kwargs)
         self.cuts: dict[str, Owned] = {}
+        self.promises = Promises(self.block_pool.get_new_blocks)
+        self.evicts_after: Callable[[str, int, int], tuple[int, int]] = lambda *_: (0, 0)
+        # Of the request that vLLM is about to give blocks to: columns, the blocks of its row that are its own, and what
+        # it hits.
+        self._asked: tuple[int, slice, Sequence[KVCacheBlock]] = (0, slice(0), ())
 
     @classmethod
     def find_longest_cache_hit(
@@ -108,6 +118,46 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
             block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
         )
 
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """See the base class; with what evictions at the end of the step have to find free."""
+        num_blocks = super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
+        )
+        missing, end = self.evicts_after(request_id, total_computed_tokens, num_tokens_main_model)
+        own = slice(0)
+        if missing:
+            cut = self.cuts.get(request_id) or Owned()
+            # What it hits will be read once more than it is now.
+            shared = max(num_shared(self.req_to_blocks.get(request_id, ())), num_shared(new_computed_blocks, 0))
+            own = slice(max(shared, cut.num_traded), end // self.block_size)
+        self._asked = missing, own, new_computed_blocks
+        return num_blocks + self.promises.num_short(missing, own.stop - (own.start or 0), new_computed_blocks)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """See the base class; called with what was asked for last, once there is room for it."""
+        (missing, own, hits), self._asked = self._asked, (0, slice(0), ())
+        new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        if missing or hits:
+            self.promises.make(request_id, Promise(missing, self.req_to_blocks[request_id][own]), hits)
+        return new
+
     def trade(self, request_id: str, num_blocks: int, columns: Sequence[KVCacheBlock]) -> list[KVCacheBlock]:
         """Private columns for the row's first ``num_blocks`` blocks.
 
@@ -130,6 +180,8 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """See the base class; freed from its end, the list gives up the private columns first."""
         row, cut = super().pop_blocks_for_free(request_id), self.cuts.pop(request_id, None)
+        if promise := self.promises.take(request_id):
+            row = row + promise.lent
         return row if cut is None else [block for block in row if not block.is_null] + cut.columns
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
@@ -193,11 +245,6 @@ def _get_computed_blocks(
         return original(self, request, *args, **kwargs)
     finally:
         request.block_hashes = hashes
-
-
-def num_shared(row: Sequence[KVCacheBlock]) -> int:
-    """How many leading blocks of a row other requests may read too."""
-    return next((index for index in range(len(row), 0, -1) if row[index - 1].ref_cnt > 1), 0)
 
 
 def check_integrity(manager: KVCacheManager) -> None:

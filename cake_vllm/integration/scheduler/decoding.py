@@ -38,6 +38,26 @@ class Decoding:
             del self._due_at[name]
             yield self._observe(tracked, output)
 
+    def next_due(self, name: str) -> Tracked | None:
+        """A request, if it is to be looked at in the step that is planned next."""
+        return self._due.get(self._step + 1, {}).get(name)
+
+    def budget(self, tracked: Tracked, end: int, drafts: int) -> int | None:
+        """The budget to which a request goes back after a step; ``None`` if it gives nothing back.
+
+        Args:
+            tracked: it decodes.
+            end: its logical length after the step.
+            drafts: tokens behind ``end`` that are computed in the step.
+        """
+        config, size = tracked.config, self._terms.block_size
+        # Right after its prompt an eviction may not be reported yet: the next block will do.
+        if config is None or tracked.failed or tracked.num_pending or drafts or end % size:
+            return None
+        if end // size < self._due_blocks(tracked, config) or self._terms.ends_with(tracked.request, end):
+            return None
+        return config.tokens(tracked.request.num_prompt_tokens, tracked.num_media)
+
     def _observe(self, tracked: Tracked, output: SchedulerOutput) -> Observation | None:
         request, config, size = tracked.request, tracked.config, self._terms.block_size
         if config is None or tracked.failed:
@@ -49,10 +69,8 @@ class Decoding:
         self.follow(tracked, end)
         if -(end + drafts) % size >= config.num_watched or -(-end // size) < self._due_blocks(tracked, config):
             return None
-        # Right after its prompt an eviction may not be reported yet: the next block will do.
-        can_cut = not (tracked.num_pending or drafts or end % size or self._terms.ends_with(request, end))
-        budget = config.tokens(request.num_prompt_tokens, tracked.num_media)
-        grant = self._grants.grant(tracked, budget, output) if can_cut else None
+        budget = self.budget(tracked, end, drafts)
+        grant = None if budget is None else self._grants.grant(tracked, budget, output)
         return self._grants.observation(tracked, output, grant, is_last=not config.num_rescoring)
 
     def follow(self, tracked: Tracked, end: int) -> None:

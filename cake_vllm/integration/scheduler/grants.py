@@ -16,9 +16,9 @@ from cake_vllm.integration.scheduler.cache_manager import (
     ExactPrefixManager,
     Owned,
     keep_states_exact,
-    num_shared,
 )
 from cake_vllm.integration.scheduler.drafts import end_of, num_drafts
+from cake_vllm.integration.scheduler.promises import Promise, num_shared
 from cake_vllm.integration.scheduler.tracked import Terms, Tracked
 from cake_vllm.kernels import budget_for, columns_for
 
@@ -121,12 +121,13 @@ class Grants:
             given: blocks that it then frees.
 
         Returns:
-            ``None`` if nothing would be freed, or if neither the pool nor the request has blocks to write to.
+            ``None`` if nothing would be freed or, of a cut, if neither the pool nor the request has blocks to write to.
         """
         assert tracked.config is not None
         name, end, divides = tracked.name, end_of(tracked.request, output), is_prompt_end is not None
         num_blocks = end // self._terms.block_size
-        found = self._columns(tracked, num_blocks, budget, divides, output)
+        missing = self.num_missing(tracked, end, budget, divides)
+        found = None if missing is None else self._columns(tracked, num_blocks, missing, output, prompt_len is not None)
         if found is None:
             return None
         columns, num_lent, in_place = found
@@ -148,45 +149,68 @@ class Grants:
         )
         return grant
 
+    def num_missing(self, tracked: Tracked, end: int, budget: int, divides: bool) -> int | None:
+        """How many private columns an eviction takes in each group beside those that the request has.
+
+        Args:
+            tracked: the request.
+            end: its length after the step, tokens.
+            budget: mean tokens per layer.
+            divides: see :class:`Grant`.
+
+        Returns:
+            ``None`` if the eviction would free nothing.
+        """
+        if self._under_way(tracked):
+            # What it leaves is not known yet.
+            return 0
+        size, cut = self._terms.block_size, self.managers[0].cuts.get(tracked.name) or Owned()
+        num_held = len(cut.columns)
+        needed = columns_for(budget, size, self._terms.page_size) if divides else num_held or -(-budget // size)
+        return None if not num_held and needed >= end // size else max(needed - num_held, 0)
+
+    def _under_way(self, tracked: Tracked) -> Pending | None:
+        """The last eviction of a request that is not reported yet."""
+        if not tracked.num_pending:
+            return None
+        return next(other for other in reversed(self._pending.values()) if other.tracked is tracked)
+
     def _columns(
-        self, tracked: Tracked, num_blocks: int, budget: int, divides: bool, output: SchedulerOutput
+        self, tracked: Tracked, num_blocks: int, missing: int, output: SchedulerOutput, is_cut: bool
     ) -> tuple[list[list[KVCacheBlock]], int, bool] | None:
         """The private columns of an eviction: those that the request has, new ones, or blocks of its own row.
 
         Returns:
-            By group, as many for each; how many come from the pool, and whether some are blocks of the row.
+            By group, as many for each; how many come from the pool, and whether some are blocks of the row. ``None`` if
+            there are too few for a cut; others were promised theirs.
         """
-        name, size = tracked.name, self._terms.block_size
-        pending = [other for other in self._pending.values() if other.tracked is tracked]
-        if pending:
-            # What an eviction under way leaves is not known yet.
-            return pending[-1].columns, 0, False
+        name = tracked.name
+        if pending := self._under_way(tracked):
+            return pending.columns, 0, False
         cuts = [manager.cuts.get(name) or Owned() for manager in self.managers]
-        num_held = len(cuts[0].columns)
-        needed = columns_for(budget, size, self._terms.page_size) if divides else num_held or -(-budget // size)
-        if not num_held and needed >= num_blocks:
-            return None
-        missing = max(needed - num_held, 0)
-        own: list[list[KVCacheBlock]] = [[] for _ in cuts]
-        if missing * len(cuts) + (missing and self._next_blocks(output)) > self._pool.get_num_free_blocks():
-            for blocks, manager, cut in zip(own, self.managers, cuts, strict=True):
-                row = manager.req_to_blocks[name][:num_blocks]
-                # The last of them: the beginning of a prefix can be hit as long as nobody else needs its blocks.
-                blocks += row[max(num_shared(row), cut.num_traded) :][-missing:]
-        counts = [missing - len(blocks) for blocks in own]
-        if sum(counts) > self._pool.get_num_free_blocks():
-            self.stats.data["postponed"] += 1
+        promises = [
+            manager.promises.take(name) or _unpromised(manager.req_to_blocks[name][:num_blocks], cut, missing)
+            for manager, cut in zip(self.managers, cuts, strict=True)
+        ]
+        rests = [missing - len(promise.lent) for promise in promises]
+        own: list[list[KVCacheBlock]] = [[] for _ in promises]
+        if any(rests) and sum(rests) + self._next_blocks(output) > self._pool.get_num_free_blocks():
+            # The last of them: the beginning of a prefix can be hit as long as nobody else needs its blocks.
+            own = [promise.own[-rest:] if rest else [] for promise, rest in zip(promises, rests, strict=True)]
+        counts = [rest - len(blocks) for rest, blocks in zip(rests, own, strict=True)]
+        if is_cut and sum(counts) > self._pool.get_num_free_blocks():
             return None
         # Nobody may hit what is about to be overwritten.
         self._pool.evict_blocks({block.block_id for blocks in own for block in blocks})
-        lent = iter(self._pool.get_new_blocks(sum(counts)))
+        more = iter(self._pool.get_new_blocks(sum(counts)))
         columns = []
-        for manager, cut, blocks, count in zip(self.managers, cuts, own, counts, strict=True):
-            new = list(itertools.islice(lent, count))
+        for manager, cut, promise, blocks, count in zip(self.managers, cuts, promises, own, counts, strict=True):
+            new = [*promise.lent, *itertools.islice(more, count)]
             columns.append([*cut.columns, *blocks, *new])
             cut.columns = cut.columns + new
             manager.cuts[name] = cut
-        return columns, sum(counts), any(own)
+        num_lent = sum(counts) + sum(len(promise.lent) for promise in promises)
+        return columns, num_lent, any(own)
 
     def _next_blocks(self, output: SchedulerOutput) -> int:
         """Blocks that must be left, under asynchronous scheduling what this step's requests may take for the next."""
@@ -203,6 +227,11 @@ class Grants:
         """Blocks that cuts under way will free, of requests whose blocks were not freed since."""
         held = self.managers[0].cuts
         return sum(of.given for of in self._pending.values() if of.cut is held.get(of.tracked.name))
+
+    def give_back(self) -> None:
+        """No more evictions in this step but cuts."""
+        for manager in self.managers:
+            self._pool.free_blocks(manager.promises.take_rest())
 
     def settle(self, name: str, eviction: Eviction) -> Tracked | None:
         """Frees what a request gave up by the worker's report; of one that left meanwhile there is nothing to free.
@@ -258,6 +287,11 @@ class Grants:
         """A request starts again: nothing of it is under way any more."""
         self.release(tracked)
         self._pending = {epoch: of for epoch, of in self._pending.items() if of.tracked is not tracked}
+
+
+def _unpromised(row: list[KVCacheBlock], cut: Owned, missing: int) -> Promise:
+    """What a cut may write to, whose place is not known before the step is planned."""
+    return Promise(missing, row[max(num_shared(row), cut.num_traded) :])
 
 
 def ids(rows: Iterable[Iterable[KVCacheBlock]]) -> Blocks:

@@ -68,6 +68,8 @@ class EvictionScheduler:
         self._grants = Grants(self._terms, manager, self._groups, self._tracked)
         self._decoding = Decoding(self._terms, self._grants)
         self._pressure = Pressure(self._terms, manager, self._grants, self._tracked)
+        for of_group in self._grants.managers:
+            of_group.evicts_after = self._evicts_after
         #: vLLM is about to admit a request, and has done so: see :class:`Pressure`.
         self.asked, self.admitted = self._pressure.asked, self._pressure.admitted
 
@@ -103,6 +105,7 @@ class EvictionScheduler:
         redirected = self._grants.redirected(output.num_scheduled_tokens)
         grown = self._grants.grown(output) if redirected else {}
         observations = (*self._observe_prompts(output), *self._decoding.observe(output))
+        self._grants.give_back()
         return StepPlan(
             released=tuple(output.finished_req_ids | preempted),
             observations=tuple(filter(None, observations)),
@@ -181,32 +184,58 @@ class EvictionScheduler:
             if name not in self._prefilling and tracked.config.decode != "off":
                 self._decoding.follow(tracked, end_of(tracked.request, output))
 
+    def _evicts_after(self, name: str, start: int, end: int) -> tuple[int, int]:
+        """Answers :class:`EvictingManager` while vLLM schedules a chunk, of which drafts are a part."""
+        if tracked := self._prefilling.get(name):
+            end = min(end, tracked.request.num_tokens)
+            budget = self._prompt_budget(tracked, start, end)
+        elif tracked := self._decoding.next_due(name):
+            num_tokens = tracked.request.num_tokens + tracked.request.num_output_placeholders
+            num_drafts = max(end - num_tokens, 0)
+            end -= num_drafts
+            budget = self._decoding.budget(tracked, end, num_drafts)
+        else:
+            return 0, end
+        if tracked is None or budget is None:
+            return 0, end
+        return self._grants.num_missing(tracked, end, budget, name in self._prefilling) or 0, end
+
+    def _prompt_budget(self, tracked: Tracked, start: int, end: int) -> int | None:
+        """The budget under which a prompt is evicted after the chunk ``[start, end)``; ``None`` if it is not."""
+        config, request = tracked.config, tracked.request
+        assert config is not None
+        prompt_len = request.num_tokens
+        is_last = end >= prompt_len
+        if self._terms.ends_with(request, prompt_len) if is_last else not config.is_progressive:
+            return None
+        budget = config.tokens(prompt_len, tracked.num_media)
+        first = start if tracked.first_computed is None else tracked.first_computed
+        # Without the whole window the scores would be others: served in full.
+        is_whole = end - first >= config.policy.num_queries
+        return budget if is_whole and config.policy.is_evicted(end, budget) else None
+
     def _observe_prompt(
         self, tracked: Tracked, config: KVEvictionConfig, output: SchedulerOutput
     ) -> Observation | None:
         request, policy, terms = tracked.request, config.policy, self._terms
-        end = end_of(request, output)
+        start, end = request.num_computed_tokens, end_of(request, output)
         if tracked.first_computed is None:
-            tracked.first_computed = request.num_computed_tokens
+            tracked.first_computed = start
         prompt_len = request.num_tokens
         is_last = end >= prompt_len
         if is_last:
             del self._prefilling[tracked.name]
-            prompt_len = end
         if terms.ends_with(request, prompt_len) and (is_last or not config.is_progressive):
             return None
-        budget = config.tokens(prompt_len, tracked.num_media)
-        least = config.least_tokens(prompt_len, tracked.num_media) if config.is_elastic else budget
+        budget = self._prompt_budget(tracked, start, end)
+        least = config.least_tokens if config.is_elastic else config.tokens
         is_rescored = config.num_rescoring > 0
-        if not (is_rescored or policy.is_evicted(prompt_len, least)):
+        if not (is_rescored or policy.is_evicted(prompt_len, least(prompt_len, tracked.num_media))):
             return None
-        # Without the whole window the scores would be others: served in full.
-        is_whole = end - tracked.first_computed >= policy.num_queries
-        grant = None
-        if is_whole and (is_last or config.is_progressive) and policy.is_evicted(end, budget):
-            grant = self._grants.grant(tracked, budget, output, is_prompt_end=is_last)
+        grant = None if budget is None else self._grants.grant(tracked, budget, output, is_prompt_end=is_last)
         # Verified a step late, drafts leave open how long a request is.
         is_late = terms.num_drafts > 0 and terms.limits.async_scheduling
+        is_whole = end - tracked.first_computed >= policy.num_queries
         is_cuttable = config.is_elastic and is_whole and not is_late
         if is_last and is_cuttable:
             self._pressure.follow(tracked, end)
