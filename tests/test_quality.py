@@ -251,10 +251,10 @@ def test_published_figures_stand_beside_ours(capsys):
 def test_leaderboard_runs(chatty_model, texts, tmp_path):
     """Both settings in small, all thirteen tasks."""
     command = ["benchmarks/leaderboard.py", chatty_model, "--out", str(tmp_path / "a.json"), "--data", str(texts.data)]
-    command += ["--samples", "1", "--lengths", "300", "--max-tokens", "4", "--policies", "full", "snapkv"]
+    command += ["--samples", "1", "--lengths", "1000", "--max-tokens", "4", "--policies", "full", "snapkv"]
     command += ["--budgets", "0.5", "--dtype", "float32", "--block-size", "32", "--server-args=--enforce-eager"]
     command += ["--text", str(tmp_path / "prose.txt")]
-    (tmp_path / "prose.txt").write_text(" ".join(WORDS) * 500)
+    (tmp_path / "prose.txt").write_text((" ".join(WORDS) + ". ") * 500)
     ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER")
     env = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run(
