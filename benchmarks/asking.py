@@ -163,7 +163,7 @@ def flags(mode: str, rows: Sequence[Row], chunk: int, longest: int, args: argpar
         densest = min((row for row in evicting if row.observe), key=lambda row: row.observe, default=None)
         config: dict[str, Any] = {"observe": densest.observe} if densest else {}
         first = densest or evicting[0]
-        config |= {"min_tokens": MIN_TOKENS} if num_cuts(mode) else {"prefill": mode, "decode": "off"}
+        config |= {"min_tokens": MIN_TOKENS} if num_cuts(mode) else {"prefill": mode, "decode": args.decode}
         found += ["--kv-eviction", first.name, "--kv-eviction-budget", "auto" if num_cuts(mode) else first.budget]
         found += ["--kv-eviction-config", json.dumps(config)]
     return [*found, *shlex.split(args.server_args)]
@@ -202,7 +202,8 @@ def run(
         return
     if prompts.chunk == 0 and mode == "progressive":
         prompts.chunk = args.chunk or max(prompts.up_to_question(question.sample) for question in questions)
-    longest = max(len(prompts.ids(question.sample)) + question.sample.max_tokens for question in questions)
+    samples = [question.sample for question in questions]
+    longest = max(len(prompts.ids(of)) + (len(of.forced) or min(of.max_tokens, args.max_tokens)) for of in samples)
     longest += FILLER if num_cuts(mode) else 0
     of_server = flags(mode, rows, prompts.chunk, longest, args)
     with (

@@ -7,7 +7,7 @@ eviction.
 A method with knobs is written ``snapkv+echo=12``. Tasks: ``copy``, ``needle``, ``needles`` (five, one asked for),
 ``reversed`` (the value before its key), ``depths`` (a picture), ``few-shot``, ``squad``, ``hotpotqa``, ``code-name``
 and ``code-default`` (of a listing), ``table`` (one of its rows), ``instructions``, ``secret`` and ``refusal`` (of a
-system prompt), RULER's thirteen (``ruler`` for all, ``vt`` for
+system prompt), ``aa-lcr``, ``math500`` and ``aime`` (``exams.py``), RULER's thirteen (``ruler`` for all, ``vt`` for
 one), ``longbench:DATASET`` (``longbench`` for all) and ``longbench2``.
 
 ``--prefill exact``: the question is at the end of the prompt, and eviction sees it (query-aware). A later turn of a
@@ -29,11 +29,14 @@ import importlib.util
 import random
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from asking import Prompts, run
 from cells import Answers, Question, Row, num_cuts
 from common import write
+from exams import EXAMS
 from instructions import INSTRUCTIONS
 from listings import LISTINGS
 from longbench import longbench_tasks
@@ -80,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
         "--prefill", nargs="+", default=["exact"], type=way_of_prefill, metavar="{exact,progressive,auto-N}"
     )
     parser.add_argument("--chunk", type=int, default=0, help="of progressive prefill, tokens (default: the context)")
+    parser.add_argument("--decode", default="off", help="how generated tokens are evicted (default: not)")
     parser.add_argument("--chat", action="store_true", help="prompts in the chat's template, where the task allows it")
     parser.add_argument("--max-tokens", type=int, default=512, help="no answer longer than that")
     parser.add_argument("--concurrency", type=int, default=2, help="requests at once")
@@ -104,11 +108,11 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Runs the benchmark."""
-    args = parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the benchmark; returns what it wrote."""
+    args = parser().parse_args(argv)
     args.deadline = time.monotonic() + 60 * args.minutes
-    tasks = {**TASKS, **LISTINGS, **INSTRUCTIONS, **RULER, **longbench_tasks(args.longbench, args.longbench2)}
+    tasks = {**TASKS, **LISTINGS, **INSTRUCTIONS, **EXAMS, **RULER, **longbench_tasks(args.longbench, args.longbench2)}
     groups = {"ruler": list(RULER), "longbench": [name for name in tasks if name.startswith("longbench:")]}
     args.tasks = [name for task in args.tasks for name in groups.get(task, [task])]
     if unknown := [task for task in args.tasks if task not in tasks]:
@@ -117,7 +121,7 @@ def main() -> None:
         # What fits in the pool has to be known.
         args.block_size = 32
     rows = [Row(policy, budget) for policy in args.policies for budget in ([""] if policy == "full" else args.budgets)]
-    names = ("seed", "chat", "chunk", "max_tokens", "dtype", "block_size")
+    names = ("seed", "chat", "chunk", "decode", "max_tokens", "dtype", "block_size")
     settings = {"model": Path(args.model).resolve().name, "text": args.text and args.text.name}
     settings |= {name: getattr(args, name) for name in names}
     answers = Answers(args.out and args.out.with_suffix(".jsonl"), settings)
@@ -140,12 +144,14 @@ def main() -> None:
     own, *others = args.compare
     comparison = compare(table, own, others, args.budgets)
     show_comparison(comparison, own, others)
-    write(args.out, {"settings": settings, "figures": table, "comparison": comparison})
+    found = {"settings": settings, "figures": table, "comparison": comparison}
+    write(args.out, found)
     if args.out and importlib.util.find_spec("matplotlib") is None:
         print("\nno pictures: matplotlib is not installed")
     elif args.out:
         draw(table, rows, args.out)
         draw_depths(answers.records, rows, args.out)
+    return found
 
 
 if __name__ == "__main__":

@@ -145,6 +145,42 @@ def of_kind(kind: str) -> Callable[[str, Sequence[str]], float]:
     return share
 
 
+def boxed(text: str, truth: str) -> float:
+    """Whether the last ``\\boxed{}`` of a text, or else its last number, is the truth as TeX or as a number."""
+    found, start = "", text.rfind("\\boxed{")
+    if start >= 0:
+        depth = 0
+        for place in range(start + len("\\boxed"), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if depth == 0:
+                found = text[start + len("\\boxed{") : place]
+                break
+    elif numbers := re.findall(r"-?\d[\d,]*(?:\.\d+)?", text):
+        found = numbers[-1]
+    return float(bool(found) and _plain(found) == _plain(truth))
+
+
+def _plain(formula: str) -> str | float:
+    """A formula without what does not change it."""
+    for mark in (r"\left", r"\right", r"\!", r"\,", r"\;", r"\ ", r"\$", r"\%", "$", "%", "^\\circ", r"^{\circ}", " "):
+        formula = formula.replace(mark, "")
+    formula = (
+        re.sub(r"\\(?:text|mathrm|mbox|textbf)\{([^{}]*)\}", r"\1", formula)
+        .replace("dfrac", "frac")
+        .replace("tfrac", "frac")
+    )
+    formula = re.sub(r"\\frac(\w)(\w)", r"\\frac{\1}{\2}", formula).rstrip(".")
+    plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", formula)
+    fraction = re.fullmatch(r"(-?)\\frac\{(\d+)\}\{(\d+)\}|(-?)(\d+)/(\d+)", plain)
+    if fraction:
+        sign, over, under = [part for part in fraction.groups() if part is not None]
+        return (-1 if sign else 1) * int(over) / int(under) if int(under) else plain
+    try:
+        return float(plain)
+    except ValueError:
+        return plain
+
+
 def before_error(is_right: Sequence[bool]) -> float:
     """Share of the tokens before the first error: so far greedy decoding goes right."""
     return next((index for index, right in enumerate(is_right) if not right), len(is_right)) / len(is_right)
@@ -169,6 +205,7 @@ TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "F1": lambda text, truths: best(token_f1)(first_line(text), truths),
     "exact": lambda text, truths: best(exact)(first_line(text), truths),
     "letter": best(letter),
+    "boxed": best(boxed),
     "followed": lambda text, rules: sum(follows(text, rule) for rule in rules) / len(rules),
     **{kind: of_kind(kind) for kind in ("case", "length", "language", "format")},
     "refused": lambda text, truths: contains(text, truths[0]),

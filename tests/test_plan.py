@@ -511,7 +511,7 @@ def test_options_are_read_as_vllm_reads_them(tiny_model):
     shared = ["--kv-eviction", "snapkv", "--kv-eviction-budget", "300", "--kv-eviction-config", '{"window": 16}']
     shared += ["-tp", "2", "-pp", "2", "--kv-cache-memory-bytes", "64M", "--max-model-len", "4K", "--max-num-seqs", "7"]
     shared += ["--block-size", "32", "--dtype", "float32", "--kv-cache-dtype", "auto", "--no-enable-prefix-caching"]
-    shared += ["--max-num-batched-tokens", "2.5k", "--gpu-memory-utilization", "0.5"]
+    shared += ["--max-num-batched-tokens", "8.2k", "--gpu-memory-utilization", "0.5"]
     parser = argparse.ArgumentParser()
     plan.add_command(parser.add_subparsers())
     ours = vars(parser.parse_args(["plan", tiny_model, "--context", "1000", *shared]))

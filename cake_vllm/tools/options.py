@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+from decimal import Decimal
 
 from cake_vllm.config import (
     BUDGET_KEY,
@@ -90,13 +91,13 @@ def amount(text: str) -> int:
 
 def _whole(text: str, most: int) -> int:
     plain, binary = (
-        re.fullmatch(form, text.strip()) for form in (r"(\d{1,20}(?:\.\d+)?)([kmgt]?)", r"(\d{1,20})([KMGT])")
+        re.fullmatch(form, text.strip()) for form in (r"(\d{1,20}(?:\.\d{1,20})?)([kmgt]?)", r"(\d{1,20})([KMGT])")
     )
-    value = 0.5
+    value = Decimal(0)
     if binary:
-        value = int(binary[1]) * 1024 ** ("KMGT".index(binary[2]) + 1)
+        value = Decimal(binary[1]) * 1024 ** ("KMGT".index(binary[2]) + 1)
     elif plain:
-        value = float(plain[1]) * 1000 ** ("kmgt".index(plain[2]) + 1) if plain[2] else float(plain[1])
+        value = Decimal(plain[1]) * 1000 ** ("kmgt".index(plain[2]) + 1 if plain[2] else 0)
     if value != int(value) or not 0 < value <= most:
         raise argparse.ArgumentTypeError(
             f"{shown(text)} is not a whole number above 0 and up to {most}, nor one such as 32K or 32k"

@@ -149,7 +149,7 @@ def make(args: argparse.Namespace) -> Plan:
     vllm_config, specs = configure(args, config)
     model, longest = describe(vllm_config, specs), vllm_config.model_config.max_model_len
     weights = args.weights or weight_bytes(args.model, vllm_config.model_config)
-    on_each = weights // (_gpus(args))
+    on_each = weights // _gpus(args)
     if args.kv_cache_memory_bytes:
         memory = args.kv_cache_memory_bytes
     else:
