@@ -103,9 +103,8 @@ class EvictionScheduler:
             return self._terms.max_model_len
         if prompt_len > config.never_evicted_len():
             return max(prompt_len - max(config.policy.num_queries, 1), 0)
-        if config.decode == "off":
-            return self._terms.max_model_len
-        return max(self._decoding.next_stop(tracked, prompt_len) - config.num_watched, 0)
+        # While it decodes it may be evicted from its prompt's end on, to which a chunk has to come.
+        return self._terms.max_model_len if config.decode == "off" else prompt_len - 1
 
     def chunk(self, request: Request, start: int, num_tokens: int) -> int:
         """How many tokens a request may compute in a step, of which more than one are known, drafts aside; at most
