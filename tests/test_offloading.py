@@ -4,8 +4,6 @@ What the lower tier holds is compared with what the same prompts store when nobo
 taken away once in each test, to show that the test would see it.
 """
 
-from dataclasses import replace
-
 import pytest
 from engine import Engine
 from random_models import numbers
@@ -175,13 +173,14 @@ def test_a_preempted_request_loads_its_prompt_and_is_evicted_again(scarce, monke
     assert state.max_offload_tokens is None
     so_far = list(request.output_token_ids)
     scarce.run()
-    assert found == [288]
+    # Not the queries of its prompt's window, as at first.
+    assert found == [256]
     assert scarce.stats()["requests"] == 2
     run = scarce.run_of(name)
     assert run.tokens[: len(so_far)] == so_far
     tier.forget()
-    (alone,) = scarce.runs([prompt + so_far], 95 - len(so_far))
-    assert_same(replace(run, tokens=run.tokens[len(so_far) :], gaps=run.gaps[len(so_far) :]), alone)
+    (alone,) = scarce.runs([prompt], 95)
+    assert_same(run, alone)
 
 
 def test_aborts_leave_nothing_behind(scarce):

@@ -84,6 +84,7 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
         evicts_after: given a request's id and the first and the last token of a chunk, half-open: how many columns the
             eviction takes that comes after it, beside those that the request has, and how long the request is then.
             No columns if there is none.
+        on_freed: told the id of a request whose blocks are freed: it has ended, or starts again.
     """
 
     def __init__(self, kv_cache_spec: Any, **kwargs):
@@ -92,6 +93,7 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
         self.cuts: dict[str, Owned] = {}
         self.promises = Promises(self.block_pool.get_new_blocks)
         self.evicts_after: Callable[[str, int, int], tuple[int, int]] = lambda *_: (0, 0)
+        self.on_freed: Callable[[str], None] = lambda _: None
         # Of the request that vLLM is about to give blocks to: columns, the blocks of its row that are its own, and what
         # it hits.
         self._asked: tuple[int, slice, Sequence[KVCacheBlock]] = (0, slice(0), ())
@@ -180,6 +182,7 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """See the base class; freed from its end, the list gives up the private columns first."""
         row, cut = super().pop_blocks_for_free(request_id), self.cuts.pop(request_id, None)
+        self.on_freed(request_id)
         if promise := self.promises.take(request_id):
             row = row + promise.lent
         return row if cut is None else [block for block in row if not block.is_null] + cut.columns
@@ -214,37 +217,6 @@ def _cache_states(
     # Not the states up to there once more: the last of them goes on in its block.
     if num_tokens <= getattr(self, _EXACT_LEN, {}).get(request.request_id, num_tokens):
         original(self, request, num_tokens, *args, **kwargs)
-
-
-#: Attribute of a request whose own settings ask for more queries than the engine's: how many, and from which length on.
-_OWN_QUERIES = "kv_eviction_own_queries"
-
-
-def compute_at_least(request: Request, num_queries: int, never_evicted_len: int) -> None:
-    """Lets the prefix cache leave a request's last queries to be computed, whatever it has.
-
-    Args:
-        request: not scheduled yet.
-        num_queries: that many, tokens.
-        never_evicted_len: up to this length it needs none of them, tokens.
-    """
-    wrap(KVCacheManager, "get_computed_blocks", _get_computed_blocks)
-    setattr(request, _OWN_QUERIES, (num_queries, never_evicted_len))
-
-
-def _get_computed_blocks(
-    original: Callable[..., Any], self: KVCacheManager, request: Request, *args: Any, **kwargs: Any
-) -> Any:
-    num_queries, never_evicted_len = getattr(request, _OWN_QUERIES, (0, 0))
-    if not num_queries or request.num_tokens <= never_evicted_len:
-        return original(self, request, *args, **kwargs)
-    # Lookup ends where there are no more hashes.
-    hashes = request.block_hashes
-    request.block_hashes = hashes[: max(request.num_tokens - num_queries, 0) // self.block_pool.hash_block_size]
-    try:
-        return original(self, request, *args, **kwargs)
-    finally:
-        request.block_hashes = hashes
 
 
 def check_integrity(manager: KVCacheManager) -> None:

@@ -67,7 +67,10 @@ class Decoding:
             return None
         end, drafts = end_of(request, output), num_drafts(request, output)
         self.follow(tracked, end)
-        if -(end + drafts) % size >= config.num_watched or -(-end // size) < self._due_blocks(tracked, config):
+        is_near = -(end + drafts) % size < config.num_watched and -(-end // size) >= self._due_blocks(tracked, config)
+        # Of tokens that are computed again, the last of a block may all be in one chunk.
+        is_again = output.num_scheduled_tokens[tracked.name] - drafts > 1 and config.num_rescoring > 0
+        if not (is_near or is_again):
             return None
         budget = self.budget(tracked, end, drafts)
         grant = None if budget is None else self._grants.grant(tracked, budget, output)
@@ -81,11 +84,19 @@ class Decoding:
             tracked: it decodes from the next step on.
             end: its logical length after this step.
         """
-        config, size = tracked.config, self._terms.block_size
+        config = tracked.config
         assert config is not None
-        num_blocks = max(end // size + 1, self._due_blocks(tracked, config))
-        missing = num_blocks * size - config.num_watched + 1 - end
+        missing = self.next_stop(tracked, end) - config.num_watched + 1 - end
+        if tracked.request.num_tokens > end:
+            # It starts again, and nobody knows how long the chunks are.
+            missing = 1
         self._put_down(tracked, max(-(-missing // (1 + self._terms.num_drafts)), 1))
+
+    def next_stop(self, tracked: Tracked, end: int) -> int:
+        """The first length beyond ``end`` at which a request may give a block back, tokens."""
+        assert tracked.config is not None
+        size = self._terms.block_size
+        return max(end // size + 1, self._due_blocks(tracked, tracked.config)) * size
 
     def _put_down(self, tracked: Tracked, num_steps: int) -> None:
         step = self._due_at[tracked.name] = self._step + num_steps

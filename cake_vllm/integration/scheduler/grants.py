@@ -244,9 +244,6 @@ class Grants:
             return None
         tracked = pending.tracked
         is_held = pending.cut is self.managers[0].cuts.get(name)
-        if not is_held and self._tracked.get(name) is tracked:
-            # Preempted by a reset: it starts again and will be evicted again.
-            return None
         tracked.num_pending -= 1
         tracked.kept = eviction.kept
         tracked.failed |= eviction.failed

@@ -3,7 +3,7 @@
 Runs in the scheduler's process and touches no KV tensor.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm.config import SchedulerConfig
@@ -17,7 +17,7 @@ from cake_vllm.config import REPORT_KEY, KVEvictionConfig, for_request
 from cake_vllm.integration.messages import Eviction, Observation, StepPlan
 from cake_vllm.integration.metrics import EvictionStats
 from cake_vllm.integration.reports import report
-from cake_vllm.integration.scheduler.cache_manager import compute_at_least
+from cake_vllm.integration.scheduler.again import hit_at_most, install_stops
 from cake_vllm.integration.scheduler.decoding import Decoding
 from cake_vllm.integration.scheduler.drafts import end_of
 from cake_vllm.integration.scheduler.grants import Grants, kept_tokens
@@ -34,8 +34,8 @@ class EvictionScheduler:
     A request is *prefilling* until its last chunk is scheduled. Then its prompt is evicted, with progressive prefill
     after every chunk that leaves more than the budget; if that would free nothing, it is left alone. While it decodes
     it may have to give back a block whenever it has filled one (:mod:`.decoding`), and where budgets are elastic it may
-    be cut when memory is short (:mod:`.pressure`). Preemption puts it back to the start: it will compute its prompt and
-    its tokens again and be evicted at that length.
+    be cut when memory is short (:mod:`.pressure`). Preemption puts it back to the start, and it is evicted as it was
+    (:mod:`.again`).
 
     In a step that evicts nothing, requests are not gone through one by one.
     Lengths here are those of verified tokens.
@@ -70,6 +70,8 @@ class EvictionScheduler:
         self._pressure = Pressure(self._terms, manager, self._grants, self._tracked)
         for of_group in self._grants.managers:
             of_group.evicts_after = self._evicts_after
+        self._grants.managers[0].on_freed = self._start_again
+        install_stops()
         #: vLLM is about to admit a request, and has done so: see :class:`Pressure`.
         self.asked, self.admitted = self._pressure.asked, self._pressure.admitted
 
@@ -80,10 +82,9 @@ class EvictionScheduler:
             logger.info_once("streaming input sessions are served without eviction: their prompts go on growing")
             config = None
         config = config and config.beside(request.num_prompt_tokens)
-        self._track(Tracked(request, config))
-        if config is not None and config is not self.config:
-            # Prefix lookup leaves what the engine's settings need to be computed; this one's may need more.
-            compute_at_least(request, config.policy.num_queries, config.never_evicted_len())
+        tracked = Tracked(request, config)
+        self._track(tracked)
+        hit_at_most(request, self._most_hits(tracked))
 
     def most_hits(self, request: Request) -> int:
         """How much of a request may come from a cache outside; in tokens, whole blocks.
@@ -92,22 +93,41 @@ class EvictionScheduler:
         everything, it cannot hold more than that.
         """
         tracked, size = self._tracked.get(request.request_id), self._terms.block_size
-        config, most = tracked.config if tracked else None, request.num_tokens
-        if config is not None and most > config.never_evicted_len():
-            most -= config.policy.num_queries
+        most = min(request.num_tokens, self._most_hits(tracked)) if tracked else request.num_tokens
         return min(most, self._most_held or most) // size * size
+
+    def _most_hits(self, tracked: Tracked) -> int:
+        """How many of a request's tokens may come from a cache: not the queries by which it is evicted first."""
+        config, prompt_len = tracked.config, tracked.request.num_prompt_tokens
+        if config is None:
+            return self._terms.max_model_len
+        if prompt_len > config.never_evicted_len():
+            return max(prompt_len - max(config.policy.num_queries, 1), 0)
+        # While it decodes it may be evicted from its prompt's end on, to which a chunk has to come.
+        return self._terms.max_model_len if config.decode == "off" else prompt_len - 1
+
+    def chunk(self, request: Request, start: int, num_tokens: int) -> int:
+        """How many tokens a request may compute in a step, of which more than one are known, drafts aside; at most
+        ``num_tokens``, from ``start`` on. None until the report of its last eviction is there.
+        """
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None or tracked.config is None or tracked.failed:
+            return num_tokens
+        if start < request.num_prompt_tokens:
+            return min(num_tokens, request.num_prompt_tokens - start)
+        if tracked.config.decode == "off":
+            return num_tokens
+        return 0 if tracked.num_pending else min(num_tokens, self._decoding.next_stop(tracked, start) - start)
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """What the worker has to know for the step that ``output`` describes."""
-        preempted = output.preempted_req_ids or set()
-        self._start_again(preempted)
         self._decoding.begin()
         redirected = self._grants.redirected(output.num_scheduled_tokens)
         grown = self._grants.grown(output) if redirected else {}
         observations = (*self._observe_prompts(output), *self._decoding.observe(output))
         self._grants.give_back()
         return StepPlan(
-            released=tuple(output.finished_req_ids | preempted),
+            released=tuple(output.finished_req_ids | (output.preempted_req_ids or set())),
             observations=tuple(filter(None, observations)),
             cuts=self._pressure.cuts(output),
             grown=grown,
@@ -169,12 +189,11 @@ class EvictionScheduler:
             self._grants.release(tracked)
         return tracked
 
-    def _start_again(self, preempted: Iterable[str]) -> None:
-        for name in preempted:
-            # It may be gone by now: vLLM names it one step after it was preempted by a reset.
-            if tracked := self._forget(name):
-                self._grants.void(tracked)
-                self._track(Tracked(tracked.request, tracked.config))
+    def _start_again(self, name: str) -> None:
+        """The blocks of a request were freed; one that has ended is not followed any more."""
+        if tracked := self._forget(name):
+            self._grants.void(tracked)
+            self._track(Tracked(tracked.request, tracked.config))
 
     def _observe_prompts(self, output: SchedulerOutput) -> Iterator[Observation | None]:
         for name in [name for name in self._prefilling if name in output.num_scheduled_tokens]:
@@ -187,7 +206,7 @@ class EvictionScheduler:
     def _evicts_after(self, name: str, start: int, end: int) -> tuple[int, int]:
         """Answers :class:`EvictingManager` while vLLM schedules a chunk, of which drafts are a part."""
         if tracked := self._prefilling.get(name):
-            end = min(end, tracked.request.num_tokens)
+            end = min(end, tracked.request.num_prompt_tokens)
             budget = self._prompt_budget(tracked, start, end)
         elif tracked := self._decoding.next_due(name):
             num_tokens = tracked.request.num_tokens + tracked.request.num_output_placeholders
@@ -204,7 +223,7 @@ class EvictionScheduler:
         """The budget under which a prompt is evicted after the chunk ``[start, end)``; ``None`` if it is not."""
         config, request = tracked.config, tracked.request
         assert config is not None
-        prompt_len = request.num_tokens
+        prompt_len = request.num_prompt_tokens
         is_last = end >= prompt_len
         if self._terms.ends_with(request, prompt_len) if is_last else not config.is_progressive:
             return None
@@ -212,7 +231,7 @@ class EvictionScheduler:
         first = start if tracked.first_computed is None else tracked.first_computed
         # Without the whole window the scores would be others: served in full.
         is_whole = end - first >= config.policy.num_queries
-        return budget if is_whole and config.policy.is_evicted(end, budget) else None
+        return budget if is_whole and config.policy.is_evicted(min(end, prompt_len), budget) else None
 
     def _observe_prompt(
         self, tracked: Tracked, config: KVEvictionConfig, output: SchedulerOutput
@@ -221,7 +240,7 @@ class EvictionScheduler:
         start, end = request.num_computed_tokens, end_of(request, output)
         if tracked.first_computed is None:
             tracked.first_computed = start
-        prompt_len = request.num_tokens
+        prompt_len = request.num_prompt_tokens
         is_last = end >= prompt_len
         if is_last:
             del self._prefilling[tracked.name]
