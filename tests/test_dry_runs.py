@@ -1,4 +1,4 @@
-"""What is written for a GPU runs on the CPU, in small: it cannot rot until it meets one."""
+"""What is written for a GPU, or for hours, runs on the CPU in small: it cannot rot until it meets one."""
 
 import json
 import os
@@ -52,6 +52,37 @@ def test_first(tmp_path):
     running = {line["name"]: line["running"] for line in loads if line["input"] == 256}
     assert running["stock"] < running["cake"]
     assert {line["policy"] for line in lines if "costs" in line} == {"cake", "layer-defensivekv"}
+
+
+def test_turns(chatty_model, tmp_path, monkeypatch):
+    """Two sessions, of which the pool holds one, over the tests' tier; a second run starts no server."""
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"):
+        monkeypatch.delenv(name)
+    out = tmp_path / "turns.json"
+    command = ["benchmarks/turns.py", chatty_model, "--dtype", "float32", "--tier", "tests", "--out", str(out)]
+    command += ["--sessions", "2", "--turns", "6", "--tokens", "500", "--pool", "600", "--pause", "0"]
+    command += ["--output-len", "8", "--budgets", "0.2", "--tiers", "with"]
+    printed = run(*command)
+    assert printed.count("vllm serve") == 2
+    record = json.loads(out.read_text())
+    assert record["results"]["settings"]["tier"] == "tests"
+    table = record["results"]["figures"]
+    assert table.keys() == {"stock, tier", "echo 0.2, tier"}
+    settings, *lines = map(json.loads, out.with_suffix(".jsonl").read_text().splitlines())
+    assert settings == record["results"]["settings"]
+    for line, of in zip(lines, table.values(), strict=True):
+        assert len(line["turns"]) == of["turns"] == 2 * 6
+        assert all(turn["first"] > 0 and turn["text"] for turn in line["turns"])
+        assert sum(count for _, count in of["right"].values()) == 2 * 3
+        assert of["below"] > 0
+        assert of["cached"]["late"] > of["cached"]["early"]
+    assert table["stock, tier"]["evicted"] == 0 < table["echo 0.2, tier"]["evicted"]
+    again = run(*command)
+    assert "vllm serve" not in again
+    shown = run("benchmarks/turns.py", "--show", str(out))
+    assert "echo 0.2, tier" in shown
+    assert again.endswith(shown)
+    assert printed.endswith(shown)
 
 
 def entry(kind: int, capability: int, code: bytes) -> bytes:

@@ -99,16 +99,25 @@ class Lifecycle(RuleBasedStateMachine):
     def abort(self, data):
         self._abort(data.draw(st.sampled_from(self.alive)))
 
+    @property
+    def may_clear(self) -> bool:
+        """Whether vLLM could forget everything now."""
+        return True
+
+    def reset(self, running: bool, external: bool) -> None:
+        """Forgets prefixes; those that run start again."""
+        self.core.reset_prefix_cache(reset_running_requests=running, reset_connector=external)
+
     @rule(running=st.booleans(), external=st.booleans())
     def reset_prefix_cache(self, running, external):
-        self.core.reset_prefix_cache(reset_running_requests=running, reset_connector=external)
+        self.reset(running, external)
         check_integrity(self.engine.manager)
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data(), count=st.integers(0, 2))
     def leave_after_a_reset(self, data, count):
         """What was preempted outside of a step is named in the next one, when it may be gone."""
-        self.core.reset_prefix_cache(reset_running_requests=True)
+        self.reset(True, False)
         for _ in range(min(count, len(self.alive))):
             self._abort(data.draw(st.sampled_from(self.alive)))
         self.core.resume_scheduler()
@@ -122,7 +131,7 @@ class Lifecycle(RuleBasedStateMachine):
             # The core refuses it inside this process; it is this and then steps, until what runs has ended.
             self.core.scheduler.set_pause_state(PauseState.PAUSED_NEW)
             return
-        self.core.pause_scheduler(mode, clear_cache)
+        self.core.pause_scheduler(mode, clear_cache and self.may_clear)
         if mode == "abort":
             # The core has forgotten them, the front end learns it here.
             self._abort(*self.alive)

@@ -1,0 +1,99 @@
+"""Any history of requests, over a lower tier that is too small for their prompts.
+
+What the tier holds under a prompt's hash is what the prompt computes when nobody evicts it, and in the end nothing is
+left of any request, in the pool or below.
+"""
+
+import pytest
+from counting import living
+from engine import Engine, Late
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+from random_models import numbers
+from test_lifecycle import ELASTIC, PROGRESSIVE, SHARED, Lifecycle
+from tiers import Chunk, Tier, beside, exact_chunks, inexact
+
+pytestmark = pytest.mark.engine
+
+#: All that histories ask for begins as one of these; crowds come where budgets are elastic.
+PROMPTS = [SHARED, *(numbers(71 + seed, 640) for seed in range(4))]
+OF_CROWDS = [numbers(171 + seed, 640) for seed in range(6)]
+
+
+class TieredLifecycle(Lifecycle):
+    """The same, as far as vLLM's offloading survives it."""
+
+    def __init__(self, engine: Engine, late: Late | None, exact: dict[bytes, Chunk]):
+        super().__init__(engine, late)
+        self.tier, self.exact = Tier(engine), exact
+
+    @property
+    def may_clear(self) -> bool:
+        """vLLM cannot forget what is being loaded."""
+        return all(job.is_store for job in self.tier.half._jobs.values())
+
+    def reset(self, running: bool, external: bool) -> None:
+        # Who is preempted by a reset must find nothing below: vLLM cannot load in the step after it.
+        if self.may_clear or not (running or external):
+            super().reset(running, running or external)
+
+    def teardown(self):
+        self.core.resume_scheduler()
+        self.tier.drain()
+        super().teardown()
+        self.tier.drain()
+        assert inexact(self.tier.chunks(), self.exact) == 0
+
+
+def hits(engine: Engine) -> int:
+    """Tokens that were loaded, ever."""
+    return next(of.value for of in engine.llm.get_metrics() if of.name == "vllm:external_prefix_cache_hits")
+
+
+@pytest.mark.parametrize(
+    ("options", "when"),
+    [
+        ({}, "a step late"),
+        pytest.param(ELASTIC, "at once", marks=pytest.mark.full),
+        pytest.param(PROGRESSIVE, "at once", marks=pytest.mark.full),
+    ],
+)
+def test_any_history_over_a_small_tier(tiny, options, when, monkeypatch, same_on_both):
+    """In a pool in which vLLM preempts, and a tier that forgets."""
+    engine: Engine = tiny(
+        kv_eviction="cake",
+        kv_eviction_budget="auto" if options is ELASTIC else 100,
+        kv_eviction_config=options,
+        max_model_len=700,
+        max_num_batched_tokens=256,
+        num_gpu_blocks_override=30 if options is ELASTIC else 56,
+        **beside(cpu_bytes_to_use=40 << 16),
+    )
+    prompts = [*PROMPTS, *(OF_CROWDS if options is ELASTIC else ())]
+    # One after the other, as they do not fit in together.
+    exact = {key: chunk for prompt in prompts for key, chunk in exact_chunks(engine, [prompt]).items()}
+    assert len(exact) == 20 * len(prompts)
+    assert 20 < Tier(engine).half.manager._num_chunks < 60
+    late = None
+    if when == "a step late":
+        late = Late(engine.scheduler.connector.scheduler, monkeypatch)
+        # The halves agree again when the report is there.
+        monkeypatch.setattr(engine, "_check_halves", lambda: None)
+    engine.stats()
+    loaded = hits(engine)
+    run_state_machine_as_test(
+        lambda: TieredLifecycle(engine, late, exact),
+        settings=settings(
+            max_examples=8,
+            stateful_step_count=25,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    stats = engine.stats()
+    assert stats["cuts" if options is ELASTIC else "requests"] > 10
+    assert stats["failures"] == 0
+    assert hits(engine) - loaded > 1000
+    assert not living()
