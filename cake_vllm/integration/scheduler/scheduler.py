@@ -102,7 +102,11 @@ class EvictionScheduler:
         self._decoding.begin()
         redirected = self._grants.redirected(output.num_scheduled_tokens)
         grown = self._grants.grown(output) if redirected else {}
-        observations = (*self._observe_prompts(output), *self._decoding.observe(output))
+        observations = (
+            *self._observe_prompts(output),
+            *self._decoding.observe(output),
+            *self._pressure.observe(output),
+        )
         return StepPlan(
             released=tuple(output.finished_req_ids | preempted),
             observations=tuple(filter(None, observations)),
@@ -198,18 +202,19 @@ class EvictionScheduler:
         budget = config.tokens(prompt_len, tracked.num_media)
         least = config.least_tokens(prompt_len, tracked.num_media) if config.is_elastic else budget
         is_rescored = config.num_rescoring > 0
-        if not (is_rescored or policy.is_evicted(prompt_len, least)):
-            return None
+        # Verified a step late, drafts leave open how long a request is.
+        is_late = terms.num_drafts > 0 and terms.limits.async_scheduling
         # Without the whole window the scores would be others: served in full.
         is_whole = end - tracked.first_computed >= policy.num_queries
+        is_judged = is_whole and policy.is_evicted(prompt_len, least)
+        if is_last and config.is_elastic and not is_late:
+            self._pressure.follow(tracked, end, is_judged)
+        if not (is_rescored or policy.is_evicted(prompt_len, least)):
+            return None
         grant = None
         if is_whole and (is_last or config.is_progressive) and policy.is_evicted(end, budget):
             grant = self._grants.grant(tracked, budget, output, is_prompt_end=is_last)
-        # Verified a step late, drafts leave open how long a request is.
-        is_late = terms.num_drafts > 0 and terms.limits.async_scheduling
         is_cuttable = config.is_elastic and is_whole and not is_late
-        if is_last and is_cuttable:
-            self._pressure.follow(tracked, end)
         is_seen = config.is_progressive or policy.takes_notes or end > prompt_len - policy.num_queries
         if grant is None and not is_seen:
             return None
