@@ -122,7 +122,7 @@ class CuttingReplay(Replay):
         return state.cache.layers[index].keys.shape[2]
 
     def _of_prompt(self, state: State, policy: Policy, budget: int) -> tuple[list[LayerScore], list[list[int]]]:
-        """Scores of the prompt by its own window, as they were kept since the first cut, and what each head is given."""
+        """Scores of the prompt by its own window, kept since the first cut, and what each head is given."""
         if not self._worth:
             for index in self._evictable:
                 inputs = self._inputs(state, index, 1)

@@ -8,8 +8,9 @@ import pytest
 from cutting_replay import CuttingReplay, Seen
 from engine import Engine, Late
 from random_models import gates_of, numbers
-from test_elastic import POOL, preemptions
+from test_elastic import POOL, cut_once, preemptions
 
+from cake_vllm.integration.messages import Parts
 from cake_vllm.integration.scheduler.outputs import Share, divide
 from cake_vllm.policies import create_policy
 
@@ -32,7 +33,7 @@ def test_the_larger_part_gives_first(roll):
             if sum(pair) <= budget
         ]
         most = max(map(sum, fitting))
-        fairest = max((min(pair[0] - 0, pair[1]), -max(pair)) for pair in fitting if sum(pair) == most)
+        fairest = max((min(pair), -max(pair)) for pair in fitting if sum(pair) == most)
         assert left.total == most
         assert (min(left.prompt, left.generated), -max(left.prompt, left.generated)) == fairest
 
@@ -108,11 +109,15 @@ def test_long_outputs_shrink_instead_of_being_preempted(tiny, replay, name, knob
     before = preemptions(engine)
     names, cuts = run_cut(engine, prompts, num_tokens, kv_eviction=name, kv_eviction_config=knobs)
     assert preemptions(engine) == before
-    assert engine.stats()["failures"] == 0
+    stats = engine.stats()
+    assert stats["failures"] == 0
     policy = create_policy(name, knobs)
     given = [cut for seen in cuts.values() for cut in seen if cut.grant.parts]
     assert len(given) >= 3
     assert max(map(len, cuts.values())) > 1
+    losing = sum(any(cut.grant.parts for cut in seen) for seen in cuts.values())
+    assert stats["evicted_generated_tokens"] + stats["kept_generated_tokens"] == losing * num_tokens
+    assert 0 < stats["evicted_generated_tokens"] < losing * num_tokens
     for request, prompt in zip(names, prompts, strict=True):
         tokens = list(engine.outputs[request].outputs[0].token_ids)
         assert len(tokens) == num_tokens
@@ -125,6 +130,33 @@ def test_long_outputs_shrink_instead_of_being_preempted(tiny, replay, name, knob
                 in_prompt = sum(position < len(prompt) for position in head)
                 if policy.protect.prompt or len(prompt) <= MIN_TOKENS:
                     assert in_prompt == len(prompt)
+    assert engine.is_idle()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("keeps_prompt", [False, True])
+def test_no_cut_goes_below_the_floor(tiny, keeps_prompt, same_on_both):
+    """As deep a cut as there can be leaves what is said to stay, and nothing more to give until more is generated."""
+    engine = crowded(tiny, 28)
+    engine.forget_prefixes()
+    prompt, grants = numbers(320, 160), []
+    follow = engine.connector.worker.on_evicted
+    engine.connector.worker.on_evicted = lambda what, *rest: (grants.append(what.grant), follow(what, *rest))
+    wish = {"kv_eviction": "knorm", "kv_eviction_config": {"protect": {"prompt": keeps_prompt}}}
+    request, pressure = engine.add(prompt, 400, extra_args=wish), engine.scheduler.connector.scheduler._pressure
+    for _ in range(301):
+        engine.step()
+    cut_once(engine, request, 0)
+    engine.connector.worker.on_evicted = follow
+    (grant,) = grants
+    prompt_floor = 160 if keeps_prompt else MIN_TOKENS
+    assert grant.budget == prompt_floor + RECENT
+    assert grant.parts == Parts(None if keeps_prompt else MIN_TOKENS, RECENT, RECENT)
+    assert pressure.in_force() == (grant.budget, 1)
+    for _ in range(40):
+        engine.step()
+    assert pressure.in_force() == (grant.budget, 0)
+    assert len(engine.run()[request]) == 400
     assert engine.is_idle()
 
 

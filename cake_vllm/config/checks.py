@@ -58,10 +58,11 @@ def _refuse_elastic(config: Any) -> None:
     if not config.is_elastic:
         return
     for option, ways in (("decode", ("off", "window")), ("prefill", ("exact",)), (EVERY_KEY, ())):
-        if option in config.options and config.options[option] not in ways:
+        asked = config.options.get(option)
+        if option in config.options and asked not in ways:
             raise ValueError(
-                f"{flag(CONFIG_KEY)}: {option} {shown(config.options[option])} needs a budget that is known "
-                f"beforehand: drop it, or give {flag(BUDGET_KEY)} a number"
+                f"{flag(CONFIG_KEY)}: {option} {shown(asked) if option == EVERY_KEY else asked} needs "
+                f"a budget that is known beforehand: drop it, or give {flag(BUDGET_KEY)} a number"
             )
     _refuse_recent(config)
 

@@ -102,3 +102,33 @@ def see(tracked: Tracked, output: SchedulerOutput) -> None:
     request = tracked.request
     first = tracked.seen[0] if is_seen(tracked) else request.num_computed_tokens
     tracked.seen = first, end_of(request, output) + num_drafts(request, output)
+
+
+def num_taken(tracked: Tracked, is_cut: bool, mean_kept: float, length: int) -> int:
+    """What an eviction that is over took of what a request had generated; tokens, mean over layers.
+
+    Nobody knows under a budget that prompt and output share: 0.
+
+    Args:
+        tracked: the request.
+        is_cut: whether it was because memory was short.
+        mean_kept: tokens that its layers hold, mean.
+        length: at which it was evicted.
+    """
+    if is_cut:
+        return tracked.gave
+    if tracked.config is None or not tracked.config.policy.protect.prompt:
+        return 0
+    prompt_len = tracked.request.num_prompt_tokens
+    _, before, at = tracked.left or (prompt_len, 0, prompt_len)
+    tracked.left = prompt_len, round(mean_kept) - prompt_len, length
+    return max(before + length - at - tracked.left[1], 0)
+
+
+def num_left(tracked: Tracked) -> int:
+    """What a request that ends holds of what it has generated, if some was evicted; tokens, mean over layers."""
+    if tracked.left is None:
+        return 0
+    prompt, generated, at = tracked.left
+    is_whole = generated == at - (tracked.prompt_len or prompt)
+    return 0 if is_whole else generated + tracked.request.num_tokens - at

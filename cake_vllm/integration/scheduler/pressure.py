@@ -229,7 +229,7 @@ class Pressure:
         gives, has = outputs.can_give(tracked, end), outputs.held(tracked, end)
         left = outputs.divide(has, outputs.least(tracked, end, gives), budget)
         is_whole = left.generated == has.generated and not outputs.has_given(tracked)
-        tracked.left = left.prompt, left.generated, end
+        tracked.left, tracked.gave = (left.prompt, left.generated, end), has.generated - left.generated
         if is_whole:
             return None
         assert tracked.config is not None

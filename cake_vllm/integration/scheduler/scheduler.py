@@ -21,6 +21,7 @@ from cake_vllm.integration.scheduler.cache_manager import compute_at_least
 from cake_vllm.integration.scheduler.decoding import Decoding
 from cake_vllm.integration.scheduler.drafts import end_of
 from cake_vllm.integration.scheduler.grants import Grants, kept_tokens
+from cake_vllm.integration.scheduler.outputs import num_left
 from cake_vllm.integration.scheduler.pressure import Pressure
 from cake_vllm.integration.scheduler.spec import evictable_groups
 from cake_vllm.integration.scheduler.tracked import Terms, Tracked
@@ -133,6 +134,8 @@ class EvictionScheduler:
         Returns what was kept of it, if it asked.
         """
         tracked = self._forget(name)
+        if tracked is not None:
+            self._grants.stats.data["kept_generated_tokens"] += num_left(tracked)
         self.news.pop(name, None)
         return _report(tracked) if tracked else None
 

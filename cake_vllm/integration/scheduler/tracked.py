@@ -26,6 +26,7 @@ class Tracked:
         keeps_prompt: whether cuts leave its prompt alone.
         cut_to: budgets of the cuts so far, tokens per layer, the last one last.
         left: what the last cut left of its prompt and of what it had generated, tokens per layer, and at which length.
+        gave: generated tokens that it took, tokens per layer.
         seen: positions, half-open, whose queries the worker has, drafts included; see :mod:`.outputs`.
     """
 
@@ -40,6 +41,7 @@ class Tracked:
     keeps_prompt: bool = False
     cut_to: list[int] = field(default_factory=list)
     left: tuple[int, int, int] | None = None
+    gave: int = 0
     seen: tuple[int, int] = (0, 0)
 
     @property
