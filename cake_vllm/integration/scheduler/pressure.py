@@ -79,10 +79,14 @@ class Pressure:
         return smallest, sum(map(self._is_at_floor, cut))
 
     def _is_at_floor(self, tracked: Tracked) -> bool:
-        length = tracked.request.num_tokens
-        gives = tracked.config is not None and tracked.config.cuts_outputs
-        floor = outputs.least(tracked, length, gives).total
-        return self._cut_blocks(outputs.held(tracked, length).total) <= self._cut_blocks(floor)
+        """Whether a cut now would free nothing of what is not shared: that of the last one, and blocks filled since."""
+        assert tracked.config is not None
+        assert tracked.left is not None
+        terms, (_, _, at) = self._terms, tracked.left
+        length = tracked.request.num_computed_tokens
+        since = -(-(length + terms.num_lookahead) // terms.block_size) - at // terms.block_size
+        held = columns_for(tracked.cut_to[-1], terms.block_size, terms.page_size) + since
+        return held <= self._cut_blocks(outputs.least(tracked, length, tracked.config.cuts_outputs).total)
 
     def observe(self, output: SchedulerOutput) -> Iterator[Observation]:
         """Looks at requests that may have to give of what they have generated before a window's queries are over."""
