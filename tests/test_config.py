@@ -49,7 +49,7 @@ def test_a_fraction_is_exact_and_never_below_the_window():
 def test_an_elastic_budget_lies_between_its_floor_and_its_ceiling():
     config = parse(**{"": "cake", "_budget": "auto"})
     assert (config.least_tokens(1000), config.tokens(1000)) == (256, 1000)
-    assert config.decode == "off"
+    assert (config.decode, config.cuts_outputs, config.recent_tokens) == ("off", True, 256)
     assert config.never_evicted_len() == 256 + 32
     options = {"min_tokens": 0.1, "max_tokens": 500}
     config = parse(**{"": "cake", "_budget": "auto", "_config": options})
@@ -57,7 +57,7 @@ def test_an_elastic_budget_lies_between_its_floor_and_its_ceiling():
     assert (config.least_tokens(10), config.tokens(10)) == (33, 500)
     assert config.never_evicted_len() == 0
     wide = parse(**{"": "cake", "_budget": "auto", "_config": {"window": 400}})
-    assert wide.least_tokens(1000) == 401
+    assert (wide.least_tokens(1000), wide.recent_tokens) == (401, 400)
 
 
 def test_a_request_sets_its_own_floor():
@@ -69,7 +69,30 @@ def test_a_request_sets_its_own_floor():
     fixed = for_request(server, {"kv_eviction_budget": 300}, 4096)
     assert (fixed.tokens(1000), fixed.policy.gamma, fixed.decode) == (300, 5, "cake")
     elastic = for_request(parse(**{"": "cake", "_config": {"decode": "window"}}), {"kv_eviction_budget": "auto"}, 4096)
-    assert (elastic.tokens(1000), elastic.decode) == (1000, "off")
+    assert (elastic.tokens(1000), elastic.decode, elastic.cuts_outputs) == (1000, "off", True)
+
+
+def test_where_what_is_generated_stays_a_request_does_not_change_that():
+    """It may keep more of what it generated last, where that gives."""
+    server = parse(**{"": "cake", "_budget": "auto", "_config": {"decode": "window", "recent_tokens": 64}})
+    own = {"kv_eviction": "snapkv", "kv_eviction_config": {"recent_tokens": 500}}
+    assert [for_request(server, wish, 4096).recent_tokens for wish in ({"kv_eviction": "snapkv"}, own)] == [64, 500]
+    fixed = for_request(server, {"kv_eviction_budget": 300}, 4096)
+    assert (fixed.decode, fixed.cuts_outputs) == ("window", False)
+    for budget in ("auto", 400):
+        server = parse(**{"": "cake", "_budget": budget, "_config": {"decode": "off"}})
+        for wish in ({"kv_eviction_budget": "auto"}, {"kv_eviction": "knorm", "kv_eviction_budget": "auto"}):
+            config = for_request(server, wish, 4096)
+            assert (config.is_elastic, config.decode, config.cuts_outputs) == (True, "off", False)
+        with pytest.raises(ValueError, match="recent_tokens has no effect where generated tokens are not evicted"):
+            for_request(server, {**wish, "kv_eviction_config": {"recent_tokens": 64}}, 4096)
+
+
+def test_prompts_that_stay_beside_an_elastic_budget():
+    """Their floor is their length, whatever else is asked."""
+    options = {"protect": {"prompt": True}, "min_tokens": 64, "max_tokens": 0.5}
+    config = parse(**{"": "snapkv", "_budget": "auto", "_config": options}).beside(1000)
+    assert (config.least_tokens(1000), config.tokens(1000), config.cuts_outputs) == (1000, 1000, True)
 
 
 def test_a_question_that_is_not_known_yet_asks_for_the_prompts_own_queries():
@@ -108,13 +131,22 @@ BAD = [
         for options, more, what in (
             ({}, {}, "decode off: give decode, or drop protect.prompt"),
             ({"decode": "window", "prefill": "progressive"}, {}, "prefill progressive: drop it"),
-            ({}, {"_budget": "auto"}, "--kv-eviction-budget auto: give a number of tokens"),
+            ({"decode": "off"}, {"_budget": "auto"}, "decode off: give decode, or drop protect.prompt"),
         )
     ),
     ({"": "cake", "_config": {"every": 0}}, "every 0 is no number of tokens: give a positive whole number"),
     ({"": "cake", "_config": {"every": True}}, "every True is no number of tokens"),
     ({"": "snapkv", "_config": {"every": 64}}, "every has no effect where generated tokens are not evicted: drop it"),
-    ({"": "cake", "_budget": "auto", "_config": {"every": 64}}, "every has no effect where generated tokens are not"),
+    ({"": "cake", "_budget": "auto", "_config": {"every": 64}}, "every 64 needs a budget that is known beforehand"),
+    ({"": "cake", "_config": {"recent_tokens": 64}}, "recent_tokens has no effect without --kv-eviction-budget auto"),
+    *(
+        ({"": "cake", "_budget": "auto", "_config": {"recent_tokens": bad}}, f"recent_tokens {bad!r} is no number of")
+        for bad in (0, -1, True, 0.5, "64")
+    ),
+    (
+        {"": "cake", "_budget": "auto", "_config": {"recent_tokens": 64, "decode": "off"}},
+        "recent_tokens has no effect where generated tokens are not evicted: drop it, or decode off",
+    ),
     ({"": "cake", "_budget": "auto", "_config": {"min_tokens": 0}}, "min_tokens 0 is not an amount: give a positive"),
     ({"": "cake", "_budget": "auto", "_config": {"max_tokens": "auto"}}, "max_tokens 'auto' is not an amount"),
     ({"": "cake", "_budget": "auto", "_config": {"decode": "cake"}}, "decode cake needs a budget that is known before"),

@@ -35,7 +35,18 @@ OTHERS = [None, True, False, [], [1], {}, {"first": 1}, {"\ud800": 1}, nested(20
 VALUES = [*TOKENS, *FLOATS, *TEXTS, *OTHERS]
 LONG = [10**5000, 5000 * "9", 10**5 * "x", nested(5000)]
 #: Keys beside knobs, known and unknown ones.
-BESIDE = ["decode", "every", "prefill", "preset", "min_tokens", "max_tokens", "gama", "\ud800", 1000 * "k"]
+BESIDE = [
+    "decode",
+    "every",
+    "prefill",
+    "preset",
+    "min_tokens",
+    "max_tokens",
+    "recent_tokens",
+    "gama",
+    "\ud800",
+    1000 * "k",
+]
 
 SERVER = KVEvictionConfig("cake", 0.5, {})
 SHAPE = Shape(num_layers=2)

@@ -45,7 +45,8 @@ ELASTIC_WISHES: list[dict[str, Any]] = [
 ]
 #: Prompts that are evicted as they come, and tokens as they are generated.
 PROGRESSIVE = {"prefill": "progressive", "decode": "window"}
-ELASTIC = {"min_tokens": 64}
+#: So that outputs of some dozen tokens give, too.
+ELASTIC = {"min_tokens": 64, "window": 8, "recent_tokens": 16}
 
 
 class Lifecycle(RuleBasedStateMachine):
@@ -86,6 +87,15 @@ class Lifecycle(RuleBasedStateMachine):
         """More than the pool holds, and time to be cut."""
         for index in range(3):
             self.alive.append(self.engine.add(numbers(171 + seed + index, length), 50))
+        self.step(count)
+
+    @precondition(lambda self: self.is_elastic)
+    @rule(length=st.integers(1, 100), count=st.integers(10, 40))
+    def think(self, length, count):
+        """Short prompts, and outputs that fill the pool."""
+        for index in range(3):
+            wish = {"kv_eviction": "layer-defensivekv"} if index == 1 else {}
+            self.alive.append(self.engine.add(numbers(181 + index, length), 90, extra_args=wish))
         self.step(count)
 
     @rule(count=st.integers(1, 8))
@@ -221,6 +231,7 @@ def test_any_history(start_engine, tiny_model, hybrid_model, options, when, kind
     stats = engine.stats()
     assert stats["cuts" if options is ELASTIC else "requests"] > (20 if kind == "llama" else 4)
     assert stats["failures"] == 0
+    assert options is not ELASTIC or stats["evicted_generated_tokens"] > 0
     assert not living()
 
 

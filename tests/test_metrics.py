@@ -11,6 +11,8 @@ BLOCK = 32
 COUNTED = (
     "requests",
     "evicted_tokens",
+    "evicted_generated_tokens",
+    "kept_generated_tokens",
     "freed_blocks",
     "rounding_tokens",
     "trims",
@@ -68,6 +70,8 @@ def test_cuts_are_counted_apart():
     stats = EvictionStats.empty()
     stats.record(BY_LAYER, 5, BLOCK, False, None, is_cut=True)
     assert counters(stats) == {"freed_blocks": 5, "evicted_tokens": 5 * 32, "cuts": 1, "cut_blocks": 5}
+    stats.record(BY_LAYER, 5, BLOCK, False, None, is_cut=True, num_generated=120)
+    assert counters(stats)["evicted_generated_tokens"] == 120
 
 
 def test_how_things_stand_is_of_the_last_interval():

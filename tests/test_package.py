@@ -137,5 +137,6 @@ def test_help_of_vllm_has_all_flags_choices_and_options():
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     text = " ".join(argparse.ArgumentParser.format_help(parser).split())
     text = text[text.index("KVEviction") :]
-    for word in (*map(flag, KEYS), *policy_names(), "prefill", "progressive", "decode", "min_tokens", "max_tokens"):
+    options = "prefill", "progressive", "decode", "min_tokens", "max_tokens", "recent_tokens"
+    for word in (*map(flag, KEYS), *policy_names(), *options):
         assert word in text

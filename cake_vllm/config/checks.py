@@ -7,9 +7,11 @@ from cake_vllm.config.keys import (
     BUDGET_KEY,
     CEILING_KEY,
     CONFIG_KEY,
+    ELASTIC_KEYS,
     EVERY_KEY,
     FLOOR_KEY,
     PREFILLS,
+    RECENT_KEY,
     flag,
     parse_budget,
 )
@@ -38,11 +40,12 @@ def refuse(config: Any) -> None:
 
 
 def _refuse_elastic(config: Any) -> None:
+    for key in ELASTIC_KEYS:
+        if key in config.options and not config.is_elastic:
+            raise ValueError(f"{flag(CONFIG_KEY)}: {key} has no effect without {flag(BUDGET_KEY)} auto: drop it")
     for key in (FLOOR_KEY, CEILING_KEY):
         if key not in config.options:
             continue
-        if not config.is_elastic:
-            raise ValueError(f"{flag(CONFIG_KEY)}: {key} has no effect without {flag(BUDGET_KEY)} auto: drop it")
         try:
             is_auto = parse_budget(config.options[key]) == AUTO
         except ValueError:
@@ -52,12 +55,32 @@ def _refuse_elastic(config: Any) -> None:
                 f"{flag(CONFIG_KEY)}: {key} {shown(config.options[key])} is not an amount: give a positive whole "
                 f"number of tokens up to {MAX_INT}, or a fraction of the prompt above 0 and up to 1.0"
             )
-    for option, only in (("decode", "off"), ("prefill", "exact")):
-        if config.is_elastic and config.options.get(option, only) != only:
+    if not config.is_elastic:
+        return
+    for option, ways in (("decode", ("off", "window")), ("prefill", ("exact",)), (EVERY_KEY, ())):
+        asked = config.options.get(option)
+        if option in config.options and asked not in ways:
             raise ValueError(
-                f"{flag(CONFIG_KEY)}: {option} {config.options[option]} needs a budget that is known beforehand: "
-                f"drop it, or give {flag(BUDGET_KEY)} a number"
+                f"{flag(CONFIG_KEY)}: {option} {shown(asked) if option == EVERY_KEY else asked} needs "
+                f"a budget that is known beforehand: drop it, or give {flag(BUDGET_KEY)} a number"
             )
+    _refuse_recent(config)
+
+
+def _refuse_recent(config: Any) -> None:
+    if RECENT_KEY not in config.options:
+        return
+    recent = config.options[RECENT_KEY]
+    if not config.cuts_outputs:
+        raise ValueError(
+            f"{flag(CONFIG_KEY)}: {RECENT_KEY} has no effect where generated tokens are not evicted: drop it, or "
+            "decode off"
+        )
+    if isinstance(recent, bool) or not isinstance(recent, int) or not 1 <= recent <= MAX_INT:
+        raise ValueError(
+            f"{flag(CONFIG_KEY)}: {RECENT_KEY} {shown(recent)} is no number of tokens: give a positive whole number "
+            f"up to {MAX_INT}"
+        )
 
 
 def _refuse_every(config: Any) -> None:
@@ -78,9 +101,8 @@ def _refuse_prompt(config: Any) -> None:
     if not config.policy.protect.prompt:
         return
     for is_so, what, fix in (
-        (config.is_elastic, f"{flag(BUDGET_KEY)} {AUTO}", "give a number of tokens for what is generated"),
         (config.is_progressive, "prefill progressive", "drop it"),
-        (config.decode == "off", "decode off", "give decode"),
+        (config.decode == "off" and not config.cuts_outputs, "decode off", "give decode"),
     ):
         if is_so:
             raise ValueError(

@@ -21,9 +21,11 @@ AUTO = "auto"
 #: after the eviction, and no worse when it was in the window (``benchmarks/README.md``).
 WITH_GATES, WITHOUT_GATES = "gate", "echo"
 DEFAULT_BUDGET = 1024
-#: Options of the budget ``auto``: what a layer keeps of a request however short memory is, and however ample.
-FLOOR_KEY, CEILING_KEY = "min_tokens", "max_tokens"
-DEFAULT_FLOOR = 256
+#: Options of the budget ``auto``: what a layer keeps of a prompt however short memory is, and however ample; and how
+#: many of the last tokens that were generated stay in any case.
+FLOOR_KEY, CEILING_KEY, RECENT_KEY = "min_tokens", "max_tokens", "recent_tokens"
+ELASTIC_KEYS = (FLOOR_KEY, CEILING_KEY, RECENT_KEY)
+DEFAULT_FLOOR, DEFAULT_RECENT = 256, 256
 #: Tokens that a request generates between two evictions of what it generates.
 EVERY_KEY = "every"
 #: Ways to compute a prompt, the default first: whole and then evicted, or evicted after every chunk.

@@ -8,10 +8,9 @@ from typing import Any
 from cake_vllm.config.keys import (
     AUTO,
     BUDGET_KEY,
-    CEILING_KEY,
     CONFIG_KEY,
+    ELASTIC_KEYS,
     EVERY_KEY,
-    FLOOR_KEY,
     KEYS,
     OFF,
     POLICY_KEY,
@@ -102,7 +101,7 @@ def _merge_wishes(server: KVEvictionConfig, wishes: Mapping[str, Any]) -> dict[s
     if name == AUTO:
         raise ValueError(f"{POLICY_KEY} {AUTO} is for the server to choose: name a method, or drop the key")
     own = parse_options(wishes.get(CONFIG_KEY))
-    elastic = (FLOOR_KEY, CEILING_KEY) if settings[BUDGET_KEY] == AUTO else ()
+    elastic = ELASTIC_KEYS if settings[BUDGET_KEY] == AUTO else ()
     if name in policy_names():
         known = {*knobs(name), *(("preset",) if has_presets(name) else ()), *elastic}.difference(FILE_KNOBS)
         for key in own.keys() - known:
@@ -111,7 +110,7 @@ def _merge_wishes(server: KVEvictionConfig, wishes: Mapping[str, Any]) -> dict[s
             raise ValueError(f"{CONFIG_KEY}: {written(key)} {why}; a request may give {', '.join(sorted(known))}")
     if name == server.policy_name:
         # A preset stands for both taus.
-        replaced = (FLOOR_KEY, CEILING_KEY, *(TAUS if "preset" in own else ()))
+        replaced = (*ELASTIC_KEYS, *(TAUS if "preset" in own else ()))
         options = {key: value for key, value in server.options.items() if key not in replaced}
     elif name in policy_names() and not server.is_elastic:
         options = {"prefill": server.prefill}
@@ -124,6 +123,8 @@ def _merge_wishes(server: KVEvictionConfig, wishes: Mapping[str, Any]) -> dict[s
     if elastic:
         options = {key: value for key, value in options.items() if key not in ("decode", EVERY_KEY, "prefill")}
         options |= {key: server.options[key] for key in elastic if key in server.options}
+        if server.options.get("decode") == "off":
+            options["decode"] = "off"
     return settings | {CONFIG_KEY: options | own}
 
 

@@ -22,12 +22,15 @@ from cake_vllm.config.keys import (
     CONFIG_KEY,
     DEFAULT_BUDGET,
     DEFAULT_FLOOR,
+    DEFAULT_RECENT,
+    ELASTIC_KEYS,
     EVERY_KEY,
     FLOOR_KEY,
     KEYS,
     OFF,
     POLICY_KEY,
     PREFILLS,
+    RECENT_KEY,
     TAUS,
     WITH_GATES,
     WITHOUT_GATES,
@@ -50,7 +53,8 @@ class KVEvictionConfig:
         budget: an int is the mean number of tokens per layer and request, window included (CAKE's ``cache_size``);
             a float in (0, 1] is a fraction of the prompt; ``"auto"`` keeps prompts whole until memory is short.
         options: the policy's knobs as the user gave them, and beside them ``preset`` (see :meth:`resolve`),
-            ``decode``, ``every``, ``prefill`` and, with the budget ``"auto"``, ``min_tokens`` and ``max_tokens``.
+            ``decode``, ``every``, ``prefill`` and, with the budget ``"auto"``, ``min_tokens``, ``max_tokens`` and
+            ``recent_tokens``.
     """
 
     policy_name: str
@@ -90,9 +94,9 @@ class KVEvictionConfig:
 
     def beside(self, prompt_len: int) -> "KVEvictionConfig":
         """The settings of a request whose prompt has ``prompt_len`` tokens: if these are to stay, they are protected
-        and the budget comes beside them.
+        and the budget comes beside them. Where budgets are elastic there is none, and cuts leave prompts alone.
         """
-        if not self.policy.protect.prompt:
+        if not self.policy.protect.prompt or self.is_elastic:
             return self
         protect = {**dataclasses.asdict(self.policy.protect), "first": prompt_len}
         options = {**self.options, "protect": protect}
@@ -110,7 +114,7 @@ class KVEvictionConfig:
             ValueError: for an unknown or bad knob, naming the flag.
         """
         preset_key = ("preset",) if has_presets(self.policy_name) else ()
-        beside = ("decode", EVERY_KEY, "prefill", FLOOR_KEY, CEILING_KEY, *preset_key)
+        beside = ("decode", EVERY_KEY, "prefill", *ELASTIC_KEYS, *preset_key)
         options = {key: value for key, value in self.options.items() if key not in beside}
         preset = self.options.get("preset") if has_presets(self.policy_name) else None
         if preset is not None:
@@ -128,8 +132,19 @@ class KVEvictionConfig:
 
     @cached_property
     def decode(self) -> str:
-        """How generated tokens are evicted; one of :attr:`Policy.decodes`."""
-        return self.options.get("decode", "off" if self.is_elastic else self.policy.decodes[0])
+        """How generated tokens are evicted under a budget that is known; one of :attr:`Policy.decodes`."""
+        return "off" if self.is_elastic else self.options.get("decode", self.policy.decodes[0])
+
+    @cached_property
+    def cuts_outputs(self) -> bool:
+        """Whether requests that are cut give of what they have generated, too."""
+        default = "window" if "window" in self.policy.decodes else "off"
+        return self.is_elastic and self.options.get("decode", default) != "off"
+
+    @cached_property
+    def recent_tokens(self) -> int:
+        """The last tokens generated that a cut leaves in any case; at least the policy's window."""
+        return max(self.options.get(RECENT_KEY, DEFAULT_RECENT), self.policy.window_size)
 
     def period(self, block_size: int) -> int:
         """Blocks that a decoding request fills between two evictions; at least one."""
@@ -200,6 +215,8 @@ class KVEvictionConfig:
 
     def least_tokens(self, prompt_len: int, num_media: int = 0) -> int:
         """Where budgets are elastic, what it keeps of its prompt however short memory is; in tokens per layer."""
+        if self.policy.protect.prompt:
+            return prompt_len
         return max(_of_prompt(self._amount(FLOOR_KEY, DEFAULT_FLOOR), prompt_len), self.policy.least_with(num_media))
 
     def check_media(self, num_media: int, length: int, max_model_len: int) -> None:

@@ -16,6 +16,21 @@ Blocks = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
+class Parts:
+    """How a cut divides a budget where what was generated gives, too; mean tokens per layer.
+
+    Attributes:
+        prompt: of the prompt, its window included; ``None``: it stays whole, and nobody judges it.
+        generated: of what was generated since.
+        recent: of that, the last tokens, which stay in any case.
+    """
+
+    prompt: int | None
+    generated: int
+    recent: int
+
+
+@dataclass(frozen=True)
 class Grant:
     """Leave to evict a request at the end of this step.
 
@@ -24,13 +39,14 @@ class Grant:
         budget: mean tokens per layer, window included.
         divides: whether the budget is divided anew, as for a prompt; a decoding request's owners go back to what they
             were given, all of them to ``budget`` if its prompt was not evicted.
-        prompt_len: length at which the prompt ended, tokens; what was generated since then stays. ``None`` while the
-            prompt is computed, and where the budget is not divided.
+        prompt_len: length at which the prompt ended, tokens; what was generated since then stays, unless there are
+            :attr:`parts`. ``None`` while the prompt is computed, and where the budget is not divided.
         by_head: whether its owners are KV heads; the same for all grants of a request.
         columns: ``[groups][P]``, all private columns that the request may use from now on. Some may still be blocks of
             its row, which are then rewritten in place.
         tail: ``[groups][n]``, blocks of its row behind what is full at the end of the step.
         media: placeholders that stay.
+        parts: of the budget, where what was generated gives, too.
     """
 
     epoch: int
@@ -41,6 +57,7 @@ class Grant:
     tail: Blocks
     prompt_len: int | None = None
     media: Ranges = ()
+    parts: Parts | None = None
 
     def num_generated(self, end: int) -> int:
         """Tokens generated since the prompt's end, up to ``end``, that stay; 0 where there is no such end."""
@@ -60,6 +77,7 @@ class Observation:
         is_last: whether its queries may be forgotten after this step.
         config: its own settings, if they are not the engine's.
         is_noted: whether it is a chunk of a prompt whose policy takes notes.
+        is_generated: whether its queries are of what it generates, and kept beside those of its prompt.
         num_drafts: tokens behind ``end`` that are computed in this step and may turn out to be rejected.
     """
 
@@ -72,6 +90,7 @@ class Observation:
     config: KVEvictionConfig | None = None
     is_noted: bool = False
     num_drafts: int = 0
+    is_generated: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,10 @@ from cake_vllm.integration.messages import Eviction
 _COUNTERS = {
     "requests": "Requests whose prompt was evicted; not those on which the policy failed.",
     "evicted_tokens": "Tokens evicted, mean over layers and KV heads.",
+    "evicted_generated_tokens": "Generated tokens evicted, mean over layers and KV heads, as far as prompt and output "
+    "have budgets of their own.",
+    "kept_generated_tokens": "Generated tokens that requests which had lost some of them held when they ended; mean "
+    "over layers and KV heads.",
     "freed_blocks": "Blocks by which evictions made requests smaller; they went back to the pool.",
     "rounding_tokens": "Tokens of memory held beyond the policy's choice, because it is dealt out in whole pages and "
     "blocks; mean over layers and KV heads.",
@@ -48,11 +52,12 @@ class EvictionStats(KVConnectorStats):
         in_place: bool,
         prompt_len: int | None,
         is_cut: bool = False,
+        num_generated: int = 0,
     ) -> None:
         """Adds an eviction, by which a request came to hold ``num_blocks`` blocks fewer, or one that failed.
 
         ``prompt_len`` is the length at which its prompt ended, if it ended with this eviction; ``is_cut``, whether it
-        was because memory was short.
+        was because memory was short; ``num_generated``, tokens that it took of what was generated, as far as is known.
         """
         self.data["freed_blocks"] += num_blocks
         self.data["evicted_tokens"] += num_blocks * block_size
@@ -61,6 +66,7 @@ class EvictionStats(KVConnectorStats):
             # The request holds what it held.
             return
         self.data["in_place"] += in_place
+        self.data["evicted_generated_tokens"] += num_generated
         if prompt_len is not None:
             self.data["requests"] += 1
             held = eviction.columns * block_size + prompt_len % block_size

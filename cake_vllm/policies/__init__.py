@@ -9,6 +9,7 @@ from typing import Any
 from cake_vllm.policies.base import LayerInputs, LayerScore, Policy, Protect
 from cake_vllm.policies.paging import PagedPrompt
 from cake_vllm.policies.parsing import parse_knob, parts_of, shown
+from cake_vllm.policies.parts import merged_ranks
 
 __all__ = [
     "LayerInputs",
@@ -18,6 +19,7 @@ __all__ = [
     "Protect",
     "create_policy",
     "knobs",
+    "merged_ranks",
     "policy_names",
 ]
 

@@ -304,9 +304,12 @@ def count(
     prompt, full, end = -(-prompt_len // size), prompt_len // size, -(-(prompt_len + output_len) // size)
     found = {"whole": Requests.in_pool(pool, prompt, end, most)}
     # Where budgets are elastic: of a request at its floor.
-    budget = config.least_tokens(prompt_len) + output_len if config.is_elastic else config.tokens(prompt_len)
+    stays = min(output_len, config.recent_tokens) if config.cuts_outputs else output_len
+    floor = min(config.least_tokens(prompt_len), prompt_len) + stays if config.is_elastic else 0
+    budget = floor or config.tokens(prompt_len)
     columns = columns_for(budget, size, page_size(size))
-    if output_len < 2 or not policy.is_evicted(prompt_len, budget) or columns >= full:
+    evicted = prompt_len + output_len if config.cuts_outputs else prompt_len
+    if output_len < 2 or not policy.is_evicted(evicted, budget) or columns >= evicted // size:
         return found, None
     behind = 1 if config.is_elastic else config.period(size) if config.decode != "off" else end - full
     found["exact"] = Requests.in_pool(pool, prompt, columns + behind, most)

@@ -117,6 +117,10 @@ def beside(
         # A request that is cut keeps its scores, in half precision, in place of the queries.
         worth = requests.at_once * max(scores // 2, queries)
         found[0] = Cost("what prompts are worth", worth, "of all requests, once they are cut")
+        if config.cuts_outputs and queries:
+            # While memory is nearly short, of those who would give of it.
+            recent = requests.at_once * queries
+            found.append(Cost("queries of what is generated", recent, "of all requests, before they are cut"))
     if policy.takes_notes:
         notes = model.evictable * score_bytes(policy, model.kv_heads, length, notes=True)
         found.append(Cost("notes", num_prompts * notes, f"of {num_prompts} that enter"))

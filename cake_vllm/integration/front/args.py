@@ -80,7 +80,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help='A JSON object, such as \'{"window": 32, "gamma": 200}\': the knobs of the policy; prefill, exact or '
         "progressive; decode, off, window or cake, for the eviction of generated tokens; and with the budget auto "
-        "min_tokens and max_tokens, tokens or fractions of the prompt.",
+        "min_tokens and max_tokens, tokens or fractions of the prompt, and recent_tokens, tokens of the output.",
     )
 
 

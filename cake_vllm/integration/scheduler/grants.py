@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -18,6 +19,7 @@ from cake_vllm.integration.scheduler.cache_manager import (
     keep_states_exact,
 )
 from cake_vllm.integration.scheduler.drafts import end_of, num_drafts
+from cake_vllm.integration.scheduler.outputs import num_taken
 from cake_vllm.integration.scheduler.promises import Promise, num_shared
 from cake_vllm.integration.scheduler.tracked import Terms, Tracked
 from cake_vllm.kernels import budget_for, columns_for
@@ -250,7 +252,10 @@ class Grants:
         num_freed = self._trade(name, pending, eviction) if eviction.is_traded and is_held else 0
         prompt_len = pending.length if pending.is_prompt_end else None
         size, in_place = self._terms.block_size, pending.in_place
-        self.stats.record(eviction, num_freed, size, in_place, prompt_len, pending.is_cut)
+        taken = 0
+        if eviction.is_traded and not pending.is_prompt_end:
+            taken = num_taken(tracked, pending.is_cut, fmean(map(fmean, eviction.kept)), pending.length)
+        self.stats.record(eviction, num_freed, size, in_place, prompt_len, pending.is_cut, taken)
         logger.debug(
             "evicted request %s at %d tokens%s: layers keep %s tokens, %d columns",
             name,

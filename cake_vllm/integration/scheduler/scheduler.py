@@ -21,6 +21,7 @@ from cake_vllm.integration.scheduler.again import hit_at_most, install_stops
 from cake_vllm.integration.scheduler.decoding import Decoding
 from cake_vllm.integration.scheduler.drafts import end_of
 from cake_vllm.integration.scheduler.grants import Grants, kept_tokens
+from cake_vllm.integration.scheduler.outputs import num_left
 from cake_vllm.integration.scheduler.pressure import Pressure
 from cake_vllm.integration.scheduler.spec import evictable_groups
 from cake_vllm.integration.scheduler.tracked import Terms, Tracked
@@ -124,7 +125,11 @@ class EvictionScheduler:
         self._decoding.begin()
         redirected = self._grants.redirected(output.num_scheduled_tokens)
         grown = self._grants.grown(output) if redirected else {}
-        observations = (*self._observe_prompts(output), *self._decoding.observe(output))
+        observations = (
+            *self._observe_prompts(output),
+            *self._decoding.observe(output),
+            *self._pressure.observe(output),
+        )
         self._grants.give_back()
         return StepPlan(
             released=tuple(output.finished_req_ids | (output.preempted_req_ids or set())),
@@ -152,6 +157,8 @@ class EvictionScheduler:
         Returns what was kept of it, if it asked.
         """
         tracked = self._forget(name)
+        if tracked is not None:
+            self._grants.stats.data["kept_generated_tokens"] += num_left(tracked)
         self.news.pop(name, None)
         return _report(tracked) if tracked else None
 
@@ -249,15 +256,16 @@ class EvictionScheduler:
         budget = self._prompt_budget(tracked, start, end)
         least = config.least_tokens if config.is_elastic else config.tokens
         is_rescored = config.num_rescoring > 0
-        if not (is_rescored or policy.is_evicted(prompt_len, least(prompt_len, tracked.num_media))):
-            return None
-        grant = None if budget is None else self._grants.grant(tracked, budget, output, is_prompt_end=is_last)
+        is_evicted = policy.is_evicted(prompt_len, least(prompt_len, tracked.num_media))
         # Verified a step late, drafts leave open how long a request is.
         is_late = terms.num_drafts > 0 and terms.limits.async_scheduling
         is_whole = end - tracked.first_computed >= policy.num_queries
+        if is_last and config.is_elastic and not is_late:
+            self._pressure.follow(tracked, end, is_whole and is_evicted)
+        if not (is_rescored or is_evicted):
+            return None
+        grant = None if budget is None else self._grants.grant(tracked, budget, output, is_prompt_end=is_last)
         is_cuttable = config.is_elastic and is_whole and not is_late
-        if is_last and is_cuttable:
-            self._pressure.follow(tracked, end)
         is_seen = config.is_progressive or policy.takes_notes or end > prompt_len - policy.num_queries
         if grant is None and not is_seen:
             return None

@@ -23,7 +23,11 @@ class Tracked:
         kept: tokens that each owner held after the last eviction.
         failed: whether the policy raised; the request keeps what it has from then on.
         prompt_len: length at which its prompt ended, tokens, if it can be cut when memory is short.
+        keeps_prompt: whether cuts leave its prompt alone.
         cut_to: budgets of the cuts so far, tokens per layer, the last one last.
+        left: what the last cut left of its prompt and of what it had generated, tokens per layer, and at which length.
+        gave: generated tokens that it took, tokens per layer.
+        seen: positions, half-open, whose queries the worker has, drafts included; see :mod:`.outputs`.
     """
 
     request: Request
@@ -34,7 +38,11 @@ class Tracked:
     kept: Counts | None = None
     failed: bool = False
     prompt_len: int | None = None
+    keeps_prompt: bool = False
     cut_to: list[int] = field(default_factory=list)
+    left: tuple[int, int, int] | None = None
+    gave: int = 0
+    seen: tuple[int, int] = (0, 0)
 
     @property
     def name(self) -> str:
@@ -51,12 +59,6 @@ class Tracked:
     def num_media(self) -> int:
         """How many they are."""
         return sum(end - start for start, end in self.media)
-
-    def floor(self, length: int) -> int:
-        """What a cut at that length leaves it in any case: its least, and all that it has generated; in tokens."""
-        assert self.config is not None
-        assert self.prompt_len is not None
-        return self.config.least_tokens(self.prompt_len, self.num_media) + length - self.prompt_len
 
 
 @dataclass(frozen=True)

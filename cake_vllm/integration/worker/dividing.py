@@ -59,12 +59,8 @@ def divide(
         is_traced: whether :attr:`Choice.ranks` is wanted.
     """
     by_head = policy.selection != "layer"
-    if not by_head and group.world_size > 1 and scores[0].terms.numel():
-        terms = group.all_reduce(torch.stack([score.terms for score in scores]))
-        scores = [replace(score, terms=of_layer) for score, of_layer in zip(scores, terms, strict=True)]
-    scores = list(policy.settle(scores, budget))
+    scores, given = settled(policy, scores, prompt_len, budget, group)
     chosen, counts = [], []
-    given = policy.head_budgets(scores, prompt_len, budget)
     for layer, (score, reads) in enumerate(zip(scores, choice.reads, strict=True)):
         missing = reads.missing_tokens
         most = [reads.length - absent - choice.num_kept for absent in missing]
@@ -79,3 +75,14 @@ def divide(
         chosen.append(cached.positions(ranks, [cached.pages(count) for count in of_layer]))
         counts.append(tuple(of_layer) if by_head else (of_layer[0],))
     choice.chosen, choice.counts = chosen, tuple(counts)
+
+
+def settled(
+    policy: Policy, scores: Sequence[LayerScore], length: int, budget: int, group: Any
+) -> tuple[list[LayerScore], list[list[int]]]:
+    """Scores of all layers as the choice sees them, and candidates for each layer and KV head; see :func:`divide`."""
+    if policy.selection == "layer" and group.world_size > 1 and scores[0].terms.numel():
+        terms = group.all_reduce(torch.stack([score.terms for score in scores]))
+        scores = [replace(score, terms=of_layer) for score, of_layer in zip(scores, terms, strict=True)]
+    scores = list(policy.settle(scores, budget))
+    return scores, policy.head_budgets(scores, length, budget)

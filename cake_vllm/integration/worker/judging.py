@@ -10,11 +10,12 @@ import torch
 from vllm.logger import init_logger
 
 from cake_vllm.config import KVEvictionConfig
-from cake_vllm.integration.messages import Cut, Observation
+from cake_vllm.integration.messages import Cut, Grant, Observation
 from cake_vllm.integration.worker.dealing import Held, Reads, read
 from cake_vllm.integration.worker.dividing import Choice, divide
 from cake_vllm.integration.worker.gates import WorkerGates
 from cake_vllm.integration.worker.layers import Batch, Layers
+from cake_vllm.integration.worker.parting import keep_positions, part
 from cake_vllm.integration.worker.watched import Batched, Watched
 from cake_vllm.kernels import to_device
 from cake_vllm.policies import LayerInputs, LayerScore, Policy
@@ -71,8 +72,7 @@ class Judging:
         for index, what in enumerate(observations):
             watched = self.watched.setdefault(what.req_id, Watched())
             watched.rows = [of_group[index] for of_group in rows]
-            watched.num_rejected = max(watched.length - (what.end - what.num_tokens), 0)
-            watched.length = what.end + what.num_drafts
+            watched.reach(what)
         return partial(self._observe, [Batched(what, end) for what, end in zip(observations, ends, strict=True)])
 
     def _observe(self, batched: Sequence[Batched], layer: int, query: torch.Tensor) -> None:
@@ -87,6 +87,8 @@ class Judging:
     def _look(self, layer: int, place: Batched, watched: Watched, query: torch.Tensor) -> None:
         what, policy = place.what, (place.what.config or self.config).policy
         recent = self._recent(layer, place, watched, query, policy.num_queries)
+        if what.is_generated:
+            return
         if not what.is_noted:
             watched.notes.pop(layer, None)
             if what.grant is None:
@@ -111,14 +113,14 @@ class Judging:
     ) -> torch.Tensor:
         """``[q, Hq, D]`` last queries, with those that are remembered of earlier steps; remembers them in turn."""
         what = place.what
-        count = num_queries + what.num_drafts
+        known, count = watched.latest if what.is_generated else watched.queries, num_queries + what.num_drafts
         recent = self.layers.target[layer].restore_queries(place.recent(query, count))
-        if layer in watched.queries and len(recent) < count:
-            earlier = watched.queries.pop(layer)
+        if layer in known and len(recent) < count:
+            earlier = known.pop(layer)
             recent = torch.cat([earlier[: len(earlier) - watched.num_rejected], recent])
             recent = recent[max(len(recent) - count, 0) :]
         if not what.is_last:
-            watched.queries[layer] = recent
+            known[layer] = recent
         return recent[: len(recent) - what.num_drafts]
 
     def _rescore(
@@ -186,8 +188,12 @@ class Judging:
         return read(self.layers.grid, layer, self.held.get(what.req_id), watched.rows, what.end)
 
     def recall(self, cut: Cut) -> None:
-        """Finds what a request reads that is cut, and what its prompt is worth: judged at the first time."""
-        watched, grant = self.watched.setdefault(cut.req_id, Watched()), cut.grant
+        """Finds what a request reads that is cut, and what its prompt is worth: judged at the first time.
+
+        Where what it has generated gives, too, that is judged every time.
+        """
+        watched, grant, parts = self.watched.setdefault(cut.req_id, Watched()), cut.grant, cut.grant.parts
+        policy, none = (cut.config or self.config).policy, self.layers.target[0].no_queries()
         grid = self.layers.grid
         watched.rows = [grid.slices(to_device(blocks, torch.int64, grid.pages.device)) for blocks in cut.row]
         try:
@@ -195,14 +201,19 @@ class Judging:
                 watched.reads[layer] = self._read(layer, cut, watched)
             if watched.worth is None:
                 assert grant.prompt_len is not None
-                policy, budget = (cut.config or self.config).policy, grant.budget - grant.num_generated(cut.end)
-                none, scores = self.layers.target[0].no_queries(), []
-                for layer, reads in watched.reads.items():
+                budget, scores = grant.budget - grant.num_generated(cut.end), []
+                if parts:
+                    budget = parts.prompt or 0
+                for layer, reads in watched.reads.items() if budget else ():
                     prompt, queries = replace(reads, length=grant.prompt_len), watched.queries.get(layer, none)
                     if grant.media:
                         watched.mark(layer, prompt, grant.prompt_len, grant.media)
                     scores.append(self._judge(policy, layer, queries, prompt, budget, watched))
                 watched.remember(scores)
+            for layer, reads in watched.reads.items() if parts else ():
+                queries = watched.last_queries(layer, count, cut.end) if (count := policy.num_queries) else none
+                inputs = self._inputs(policy, layer, queries, reads)
+                watched.scores[layer] = policy.judge(replace(inputs, budget=grant.budget))
         except Exception as error:
             watched.error = error
 
@@ -215,8 +226,8 @@ class Judging:
             watched.reads[layer] if layer in watched.reads else self._read(layer, what, watched)
             for layer in range(num_layers)
         ]
-        choice = Choice(reads, config.policy.protected + num_new)
-        self._share_failures(watched)
+        choice = Choice(reads, grant.parts.recent if grant.parts else config.policy.protected + num_new)
+        _share_failures(watched, self.group, self.layers.grid.pages.device)
         if watched.error is not None:
             choice.error = watched.error
         elif not grant.divides:
@@ -224,17 +235,10 @@ class Judging:
                 choice.chosen = [watched.chosen[layer] for layer in range(num_layers)]
         else:
             try:
-                self._divide(config, what.end - num_new, grant.budget - num_new, watched, choice)
+                _divide(config, what, grant, watched, choice, self.group, self.is_traced)
             except Exception as error:
                 choice.error = error
         return choice
-
-    def _divide(self, config: KVEvictionConfig, prompt_len: int, budget: int, watched: Watched, choice: Choice) -> None:
-        if config.is_elastic and watched.worth is None:
-            watched.remember([watched.scores[layer] for layer in range(len(self.layers.target))])
-        worth = watched.worth
-        scores = worth.scores if worth else [watched.scores[layer] for layer in range(len(self.layers.target))]
-        divide(config.policy, scores, choice, budget, prompt_len, worth, self.group, self.is_traced)
 
     def conclude(self, what: Observation | Cut, choice: Choice, is_traded: bool) -> None:
         """Follows what became of a choice, and forgets what only served to make it."""
@@ -252,21 +256,16 @@ class Judging:
             for known in (watched.notes, watched.media):
                 for layer, tokens in known.items():
                     known[layer] = _gather(tokens, choice.chosen[layer], choice.reads[layer].full_len)
-            if watched.worth is not None:
+            if what.grant is not None and what.grant.parts is not None:
+                assert watched.worth is not None
+                keep_positions(watched.worth, choice, what.end)
+            elif watched.worth is not None:
                 for layer, reads in enumerate(choice.reads):
                     cached = reads.paged(choice.num_kept)
                     watched.worth.keep(layer, choice.chosen[layer], cached, reads.missing_tokens)
         watched.chosen.clear()
         watched.scores.clear()
         watched.reads.clear()
-
-    def _share_failures(self, watched: Watched) -> None:
-        """A policy that raised on one tensor-parallel rank has raised on all of them, or they would wait for it."""
-        if self.group.world_size > 1:
-            # As floats, which hold them exactly: not every backend adds integers.
-            failed = torch.tensor([float(watched.error is not None)], device=self.layers.grid.pages.device)
-            if self.group.all_reduce(failed).item():
-                watched.error = watched.error or RuntimeError("it raised on another rank")
 
 
 def _gather(tokens: torch.Tensor, chosen: Sequence[torch.Tensor], full_len: int) -> torch.Tensor:
@@ -283,3 +282,35 @@ def _gather(tokens: torch.Tensor, chosen: Sequence[torch.Tensor], full_len: int)
     for head, positions in enumerate(chosen):
         left[head, longest - len(positions) :] = tokens[head, positions]
     return torch.cat([left, tail], dim=1)
+
+
+def _divide(
+    config: KVEvictionConfig,
+    what: Observation | Cut,
+    grant: Grant,
+    watched: Watched,
+    choice: Choice,
+    group: Any,
+    is_traced: bool,
+) -> None:
+    """Fills a choice in by what was scored, or by what a prompt is worth that was scored before."""
+    policy, scores = config.policy, [watched.scores[layer] for layer in sorted(watched.scores)]
+    if config.is_elastic and watched.worth is None:
+        watched.remember(scores)
+    worth, num_new = watched.worth, grant.num_generated(what.end)
+    if grant.parts is not None:
+        assert worth is not None
+        assert grant.prompt_len is not None
+        part(policy, scores, choice, worth, grant.parts, grant.prompt_len, what.end, group, is_traced)
+        return
+    budget, prompt_len = grant.budget - num_new, what.end - num_new
+    divide(policy, worth.scores if worth else scores, choice, budget, prompt_len, worth, group, is_traced)
+
+
+def _share_failures(watched: Watched, group: Any, device: torch.device) -> None:
+    """A policy that raised on one tensor-parallel rank has raised on all of them, or they would wait for it."""
+    if group.world_size > 1:
+        # As floats, which hold them exactly: not every backend adds integers.
+        failed = torch.tensor([float(watched.error is not None)], device=device)
+        if group.all_reduce(failed).item():
+            watched.error = watched.error or RuntimeError("it raised on another rank")

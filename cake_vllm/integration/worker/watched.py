@@ -19,8 +19,12 @@ class Worth:
     request keeps what it would keep if it were cut at once.
 
     Attributes:
-        places: by layer, for each KV head the ``[n]`` ascending positions of the candidates that it holds; none before
-            the first cut, when it holds them all.
+        places: by layer, for each KV head the ``[n]`` ascending positions of the candidates that it holds and, once a
+            cut has taken some of what was generated, of all that it held then; none before the first cut, when it
+            holds everything.
+
+    Args:
+        scores: of all layers; none if the prompt stays, and nobody judges it.
     """
 
     def __init__(self, scores: Sequence[LayerScore]):
@@ -40,6 +44,16 @@ class Worth:
         return torch.stack(
             [torch.nn.functional.pad(row, (n, 0), value=float("-inf")) for row, n in zip(rows, missing, strict=True)]
         )
+
+    def positions(self, layer: int, reads: Reads, end: int) -> torch.Tensor:
+        """``[Hkv, S]`` int64, the positions of what a layer reads at a length; -1 where a head has nothing."""
+        rows, device = [], reads.table.device
+        for head, missing in enumerate(reads.missing_tokens):
+            known = self.places[layer][head] if layer in self.places else torch.empty(0, dtype=torch.int64)
+            # Behind those nothing was cut.
+            rest = torch.arange(end - (reads.length - missing - len(known)), end, device=device)
+            rows.append(torch.nn.functional.pad(torch.cat([known.to(device), rest]), (missing, 0), value=-1))
+        return torch.stack(rows)
 
     def keep(self, layer: int, chosen: Sequence[torch.Tensor], cached: PagedPrompt, missing: Sequence[int]) -> None:
         """What a layer holds from now on: of what it held, for each head the ``chosen`` entries of full blocks."""
@@ -62,6 +76,7 @@ class Watched:
     Attributes:
         queries: by layer, the last queries computed so far, as many as the policy needs and those of drafts behind
             them: ``[n, Hq, D]``.
+        latest: by layer, the same of what it generates, while memory is nearly short.
         length: logical length that these go up to.
         num_rejected: how many of these were computed for drafts that have been rejected since.
         notes: by layer, the policy's notes on its prompt, one for each token that it holds: ``[Hkv, S, ...]``.
@@ -75,6 +90,7 @@ class Watched:
     """
 
     queries: dict[int, torch.Tensor] = field(default_factory=dict)
+    latest: dict[int, torch.Tensor] = field(default_factory=dict)
     length: int = 0
     num_rejected: int = 0
     notes: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -92,6 +108,25 @@ class Watched:
         self.queries.clear()
         self.notes.clear()
         self.media.clear()
+
+    def reach(self, what: Observation) -> None:
+        """It is looked at in this step: how many of the queries so far have been rejected, and whether some are missing
+        between them and this step's.
+        """
+        start = what.end - what.num_tokens
+        if self.length < start:
+            self.latest.clear()
+        self.num_rejected = max(self.length - start, 0)
+        self.length = what.end + what.num_drafts
+
+    def last_queries(self, layer: int, count: int, end: int) -> torch.Tensor:
+        """``[count, Hq, D]`` queries of what it generated last, up to ``end``."""
+        # Behind it lie those of drafts.
+        known = self.latest[layer]
+        behind = len(known) - (self.length - end)
+        if behind < count:
+            raise RuntimeError(f"{behind} of the last {count} queries of a request are known")
+        return known[behind - count : behind]
 
     def mark(self, layer: int, reads: Reads, end: int, media: Ranges) -> None:
         """Finds placeholders among what a layer reads of a request that is ``end`` tokens long."""
