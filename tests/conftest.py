@@ -273,6 +273,23 @@ def tiny(start_engine, tiny_model: str):
 
 
 @pytest.fixture
+def asynchronous(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """An engine's arguments for asynchronous scheduling, which vLLM turns off on a CPU, though it runs there."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    check = platform.check_and_update_config
+
+    def checked(vllm_config) -> None:
+        is_asked = vllm_config.scheduler_config.async_scheduling
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = is_asked
+
+    monkeypatch.setattr(platform, "check_and_update_config", staticmethod(checked))
+    return {"async_scheduling": True}
+
+
+@pytest.fixture
 def start_engine(_engines: dict, no_engine, model_dir: str):
     """Starts an engine with the given arguments, or hands out the one that runs with just those.
 

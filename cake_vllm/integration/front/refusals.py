@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from vllm.config import KVTransferConfig, ModelConfig, VllmConfig
 
-from cake_vllm.config import BUDGET_KEY, CONFIG_KEY, POLICY_KEY, KVEvictionConfig, flag
+from cake_vllm.config import CONFIG_KEY, POLICY_KEY, KVEvictionConfig, flag
 from cake_vllm.integration.engine import BACKENDS, CONNECTOR, window_cuts
 from cake_vllm.integration.gates import find_gates
 
@@ -156,14 +156,9 @@ BESIDE_ANOTHER: tuple[Row, ...] = (
     ),
 )
 
-#: Drafts that are verified a step late: then the length of a request is not known when its next step is planned, no
-#: step can be made to end with a block, and nothing that ends there can be cut.
+#: Drafts that are verified a step late: then the length of a request is not known when its next step is planned, and no
+#: step can be made to end with a block.
 LATE: tuple[Row, ...] = (
-    (
-        lambda of: of.config.is_elastic,
-        "cut requests when memory is short",
-        IN_TIME.format(f"{flag(BUDGET_KEY)} to a number"),
-    ),
     (
         lambda of: of.config.decode != "off",
         "evict generated tokens",

@@ -18,7 +18,7 @@ from cake_vllm.integration.scheduler.cache_manager import (
     keep_states_exact,
     num_shared,
 )
-from cake_vllm.integration.scheduler.drafts import end_of, num_drafts
+from cake_vllm.integration.scheduler.drafts import end_of, num_drafts, verified
 from cake_vllm.integration.scheduler.tracked import Terms, Tracked
 from cake_vllm.kernels import budget_for, columns_for
 
@@ -124,7 +124,8 @@ class Grants:
             ``None`` if nothing would be freed, or if neither the pool nor the request has blocks to write to.
         """
         assert tracked.config is not None
-        name, end, divides = tracked.name, end_of(tracked.request, output), is_prompt_end is not None
+        name, divides = tracked.name, is_prompt_end is not None
+        end = verified(tracked.request, output, self._terms.num_drafts)
         num_blocks = end // self._terms.block_size
         found = self._columns(tracked, num_blocks, budget, divides, output)
         if found is None:

@@ -205,9 +205,7 @@ class EvictionScheduler:
         grant = None
         if is_whole and (is_last or config.is_progressive) and policy.is_evicted(end, budget):
             grant = self._grants.grant(tracked, budget, output, is_prompt_end=is_last)
-        # Verified a step late, drafts leave open how long a request is.
-        is_late = terms.num_drafts > 0 and terms.limits.async_scheduling
-        is_cuttable = config.is_elastic and is_whole and not is_late
+        is_cuttable = config.is_elastic and is_whole
         if is_last and is_cuttable:
             self._pressure.follow(tracked, end)
         is_seen = config.is_progressive or policy.takes_notes or end > prompt_len - policy.num_queries
