@@ -96,10 +96,14 @@ class Grants:
         self, tracked: Tracked, output: SchedulerOutput, grant: Grant | None, is_last: bool, is_noted: bool = False
     ) -> Observation:
         """What the worker is told of a scheduled request; see :class:`Observation`."""
-        name, end, drafts = tracked.name, end_of(tracked.request, output), num_drafts(tracked.request, output)
-        tail = self.managers[0].req_to_blocks[name][(end + drafts - 1) // self._terms.block_size].block_id
+        name, size, drafts = tracked.name, self._terms.block_size, num_drafts(tracked.request, output)
+        most, end = end_of(tracked.request, output), verified(tracked.request, output, self._terms.num_drafts)
+        row = self.managers[0].req_to_blocks[name][(end + drafts - 1) // size : (most + drafts - 1) // size + 1]
+        if grant is not None and not grant.divides:
+            end -= end % size
         num_tokens, own = output.num_scheduled_tokens[name] - drafts, self._terms.own(tracked)
-        return Observation(name, end, num_tokens, tail, grant, is_last, own, is_noted, drafts)
+        tails = tuple(block.block_id for block in row)
+        return Observation(name, end, num_tokens, tails, grant, is_last, own, is_noted, drafts, most - end)
 
     def grant(
         self,

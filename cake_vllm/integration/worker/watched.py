@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
 from cake_vllm.integration.messages import Observation, Ranges
 from cake_vllm.integration.worker.attention import select_rows
 from cake_vllm.integration.worker.dealing import Reads
+from cake_vllm.integration.worker.recent import Recent
 from cake_vllm.kernels import to_device
 from cake_vllm.policies import LayerScore, PagedPrompt
 
@@ -61,9 +63,9 @@ class Watched:
 
     Attributes:
         queries: by layer, the last queries computed so far, as many as the policy needs and those of drafts behind
-            them: ``[n, Hq, D]``.
-        length: logical length that these go up to.
-        num_rejected: how many of these were computed for drafts that have been rejected since.
+            them.
+        first: position from which on these are whole.
+        length: logical length that they go up to at most.
         notes: by layer, the policy's notes on its prompt, one for each token that it holds: ``[Hkv, S, ...]``.
         media: by layer, which of the tokens that it holds are placeholders that stay: ``[Hkv, S]`` bool.
         rows: ``[groups][C]`` slices of its logical row in this step.
@@ -74,9 +76,9 @@ class Watched:
         worth: of its prompt, once it was cut; in place of queries and notes.
     """
 
-    queries: dict[int, torch.Tensor] = field(default_factory=dict)
+    queries: dict[int, Recent] = field(default_factory=dict)
+    first: int = 0
     length: int = 0
-    num_rejected: int = 0
     notes: dict[int, torch.Tensor] = field(default_factory=dict)
     media: dict[int, torch.Tensor] = field(default_factory=dict)
     rows: list[torch.Tensor] = field(default_factory=list)
@@ -112,20 +114,33 @@ class Batched:
 
     Attributes:
         end: ``[1]``, behind its last query token.
+        length: ``[1]``, its logical length after the step, drafts included.
+        size: how many of the last queries are remembered.
     """
 
     what: Observation
     end: torch.Tensor
+    length: torch.Tensor
+    size: int
 
-    def recent(self, query: torch.Tensor, count: int) -> torch.Tensor:
-        """Its last ``count`` queries of a step's ``[num_tokens, Hq, D]``, or all if there are fewer; those of drafts
-        come last.
+    def recent(self, query: torch.Tensor) -> torch.Tensor:
+        """Its last queries of a step's ``[num_tokens, Hq, D]``, as many as are remembered, or all if there are fewer;
+        those of drafts come last.
         """
-        count, end = min(count, self.what.num_tokens + self.what.num_drafts), self.what.end + self.what.num_drafts
-        return self.at(query, range(end - count, end))
+        return select_rows(query, self.end + self._back)
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """``[n]``, where :class:`Recent` has these."""
+        return (self.length + self._back) % self.size
+
+    @cached_property
+    def _back(self) -> torch.Tensor:
+        count = min(self.size, self.what.num_tokens + self.what.num_drafts)
+        return torch.arange(-count, 0, device=self.end.device)
 
     def at(self, query: torch.Tensor, positions: range) -> torch.Tensor:
-        """Its queries at some positions that are computed in this step."""
+        """Its queries at some positions of a prompt that are computed in this step."""
         ahead = positions.step * torch.arange(len(positions), device=query.device)
         behind = self.what.end + self.what.num_drafts - positions.start
         return select_rows(query, self.end - behind + ahead)
