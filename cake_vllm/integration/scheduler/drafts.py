@@ -41,7 +41,9 @@ def verified(request: Request, output: SchedulerOutput, most_drafts: int) -> int
         output: the step.
         most_drafts: of a request in one step.
     """
-    # A step that samples puts down a placeholder for that token and one for each draft.
+    if not most_drafts:
+        return end_of(request, output)
+    # Under asynchronous scheduling a step that samples puts down a placeholder for that token and one for each draft.
     under_way = -(-request.num_output_placeholders // (1 + most_drafts))
     certain = request.num_tokens - 1 + under_way + (request.request_id in output.num_scheduled_tokens)
     return min(certain, end_of(request, output))

@@ -76,7 +76,8 @@ class Pressure:
         givers = [
             (tracked, self._holding(tracked, end))
             for tracked in self._cuttable.values()
-            if tracked.prompt_len != (end := verified(tracked.request, output, self._terms.num_drafts))
+            if tracked.prompt_len is not None
+            and tracked.prompt_len < (end := verified(tracked.request, output, self._terms.num_drafts))
             and not tracked.num_pending
             and not self._terms.ends_with(tracked.request, end)
         ]

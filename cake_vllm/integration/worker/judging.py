@@ -127,7 +127,7 @@ class Judging:
     ) -> torch.Tensor:
         """``[q, Hq, D]`` last queries, with those that are remembered of earlier steps; remembers them in turn.
 
-        None where nothing is evicted.
+        There are none in a step that evicts nothing.
         """
         what, known, of_layer = place.what, watched.queries.get(layer), self.layers.target[layer]
         if not num_queries:
