@@ -273,6 +273,45 @@ def tiny(start_engine, tiny_model: str):
 
 
 @pytest.fixture
+def asynchronous(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """An engine's arguments for asynchronous scheduling, which vLLM turns off on a CPU, though it runs there."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    check = platform.check_and_update_config
+
+    def checked(vllm_config) -> None:
+        is_asked = vllm_config.scheduler_config.async_scheduling
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = is_asked
+
+    monkeypatch.setattr(platform, "check_and_update_config", staticmethod(checked))
+    return {"async_scheduling": True}
+
+
+@pytest.fixture(scope="session")
+def like_tiny(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that drafts for the tiny one and is often right."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path_factory.mktemp("like_tiny")
+    shutil.copytree(tiny_model, path, dirs_exist_ok=True)
+    torch.manual_seed(1)
+    weights = load_file(path / "model.safetensors")
+    noisy = {name: of + 0.006 * of.std() * torch.randn_like(of) if of.dim() > 1 else of for name, of in weights.items()}
+    save_file(noisy, path / "model.safetensors", metadata={"format": "pt"})
+    return str(path)
+
+
+@pytest.fixture
+def drafts_a_step_late(like_tiny: str, asynchronous) -> dict[str, Any]:
+    """An engine's arguments for the tiny model beside one that drafts, whose drafts are verified a step late."""
+    drafting = {"method": "draft_model", "model": like_tiny, "num_speculative_tokens": 3}
+    return {"speculative_config": drafting, **asynchronous}
+
+
+@pytest.fixture
 def start_engine(_engines: dict, no_engine, model_dir: str):
     """Starts an engine with the given arguments, or hands out the one that runs with just those.
 

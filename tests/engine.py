@@ -130,13 +130,16 @@ class Engine:
     def _check_halves(self) -> None:
         """Of every evicted request scheduler and worker hold the same columns, and no page of them is dealt twice.
 
-        Under asynchronous scheduling the scheduler has planned a step that the worker has not seen.
+        Under asynchronous scheduling not of those whose eviction is still to be reported.
         """
-        if not self.evicts or self.vllm_config.scheduler_config.async_scheduling:
+        if not self.evicts:
             return
+        is_late = self.vllm_config.scheduler_config.async_scheduling
         half, worker = self.scheduler.connector.scheduler, self.connector.worker
         for name, held in worker.moving.held.items():
             if name not in half._tracked or half._tracked[name].by_head is None:
+                continue
+            if is_late and half._tracked[name].num_pending:
                 continue
             if name not in half._grants.managers[0].req_to_blocks:
                 # Preempted by a reset: the worker hears of it with the next plan.

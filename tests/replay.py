@@ -9,7 +9,8 @@ the engine did. So one tie does not hide what comes after it.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -118,6 +119,7 @@ class Replay:
         hit: int = 0,
         follow: list[int] | None = None,
         every: int = 1,
+        late: Mapping[int, int] | None = None,
     ) -> tuple[list[int], list[list[list[int]]]]:
         """Greedy tokens, and what was kept per layer and KV head: indices into the cache before the last chunk's end.
 
@@ -125,6 +127,7 @@ class Replay:
         ``decode`` is the policy's default if it is not given, and comes every so many tokens, in whole blocks;
         with ``chunk`` prefill is progressive;
         the first ``hit`` tokens come from the prefix cache, and no notes are taken of them.
+        ``late`` says at which lengths generated tokens are evicted, and up to where, if that is not at once.
         """
         decode, sizes = decode or policy.decodes[0], (block_size, page_size or block_size)
         if chunk is None and policy.takes_notes:
@@ -155,12 +158,15 @@ class Replay:
             if len(tokens) == num_tokens:
                 return tokens, kept
             token = self._forward(state, [token])
-            num_blocks, is_full = state.length // block_size, state.length % block_size == 0
-            is_last = len(tokens) + 1 == num_tokens
+            end = state.length if late is None else late.get(state.length, 1)
+            is_last = late is None and len(tokens) + 1 == num_tokens
             held = state.traded if state.is_evicted else -(-budget // block_size)
-            if decode != "off" and is_full and not is_last and num_blocks >= held + -(-every // block_size):
-                state.traded = num_blocks
-                self._trim(state, policy, sizes[1], decode)
+            is_due = end % block_size == 0 and end // block_size >= held + -(-every // block_size)
+            assert is_due or late is None or end == 1, f"{end} tokens were cut before it was time"
+            if decode != "off" and is_due and not is_last:
+                state.traded = end // block_size
+                with _hidden(state, self._evictable, state.length - end):
+                    self._trim(state, policy, sizes[1], decode)
 
     @staticmethod
     def _load(model_dir: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -211,7 +217,7 @@ class Replay:
                 keep = policy.rescore(inputs, counts)
                 (score,) = policy.settle([policy.judge(replace(inputs, budget=max(kept)))], max(kept))
                 ranks = policy.ranks(score, num_cached, max(kept) / num_cached, counts)
-            _gather(state, index, keep if choice is None else _follow(keep, choice[place], ranks, self.rank_bound))
+            gather(state, index, keep if choice is None else follow_choice(keep, choice[place], ranks, self.rank_bound))
 
     def _lengths(self, state: State, index: int) -> list[int]:
         """Tokens that each head of a layer holds."""
@@ -315,7 +321,7 @@ class Replay:
             tail = torch.arange(paged.full_len, num_cached)
             positions = paged.positions(ranks, [paged.pages(count) for count in counts])
             if choice is not None:
-                positions = _follow(positions, choice[place], ranks, self.rank_bound)
+                positions = follow_choice(positions, choice[place], ranks, self.rank_bound)
             positions = [torch.cat([head, tail]) for head in positions]
             chosen = policy.keep(score, counts, num_cached, ratio)
             for rank, ours, head in zip(ranks, chosen, map(torch.Tensor.tolist, positions), strict=True):
@@ -324,12 +330,33 @@ class Replay:
                 assert not lost or (rank[lost] == rank[here].min()).all(), (
                     "rounding to whole blocks lost a position that was chosen"
                 )
-            _gather(state, index, positions)
+            gather(state, index, positions)
             kept.append([head.tolist() for head in positions])
         return kept
 
 
-def _follow(
+@contextmanager
+def _hidden(state: State, layers: list[int], count: int) -> Iterator[None]:
+    """As if the last ``count`` tokens of a request had not been computed yet."""
+    if not count:
+        yield
+        return
+    queries, behind = dict(state.queries), {}
+    for index in layers:
+        layer, valid = state.cache.layers[index], state.valid.get(index)
+        behind[index] = layer.keys[:, :, -count:], layer.values[:, :, -count:]
+        layer.keys, layer.values = layer.keys[:, :, :-count], layer.values[:, :, :-count]
+        state.queries[index] = queries[index][:, :-count]
+        if valid is not None:
+            state.valid[index] = valid[:, : layer.keys.shape[2]]
+    yield
+    state.queries.update(queries)
+    for index, (keys, values) in behind.items():
+        layer = state.cache.layers[index]
+        layer.keys, layer.values = torch.cat([layer.keys, keys], dim=2), torch.cat([layer.values, values], dim=2)
+
+
+def follow_choice(
     ours: list[torch.Tensor], theirs: list[torch.Tensor], ranks: torch.Tensor, bound: float
 ) -> list[torch.Tensor]:
     """What the engine kept in a layer's KV heads, after showing that it is what the replay keeps or as good."""
@@ -339,7 +366,7 @@ def _follow(
     return theirs
 
 
-def _gather(state: State, index: int, positions: list[torch.Tensor]) -> None:
+def gather(state: State, index: int, positions: list[torch.Tensor]) -> None:
     """Leaves what each head keeps, ascending positions in its part of the cache."""
     layer, longest = state.cache.layers[index], max(map(len, positions))
     keys, values = (

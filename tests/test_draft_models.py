@@ -14,7 +14,6 @@ from random_models import numbers, save_random_eagle, save_random_mtp
 from replay import Replay
 from test_drafts import crowd, drafts
 from ties import Run, assert_same
-from vllm.platforms import current_platform
 
 from cake_vllm import policies
 from cake_vllm.integration.worker import graphs
@@ -348,7 +347,7 @@ def test_a_real_model_drafts_for_itself(start_engine, model_dir, text_ids, same_
 
 @pytest.mark.engine
 @pytest.mark.full
-def test_drafts_that_are_verified_a_step_late(tiny, speculation, monkeypatch, same_on_both):
+def test_drafts_that_are_verified_a_step_late(tiny, speculation, asynchronous, same_on_both):
     """Under asynchronous scheduling, which vLLM turns off on a CPU, though it runs there."""
     settings = {"kv_eviction": "streamingllm", "kv_eviction_budget": 4 * BLOCK, "max_num_batched_tokens": 256}
     settings |= {"kv_eviction_config": {"n_sink": BLOCK, "decode": "off"}, "max_model_len": 1024}
@@ -363,16 +362,7 @@ def test_drafts_that_are_verified_a_step_late(tiny, speculation, monkeypatch, sa
         return [engine.run_of(name) for name in names]
 
     expected = serve(tiny(**settings))
-    platform = type(current_platform)
-    check = platform.check_and_update_config
-
-    def checked(vllm_config) -> None:
-        is_late = vllm_config.scheduler_config.async_scheduling
-        check(vllm_config)
-        vllm_config.scheduler_config.async_scheduling = is_late
-
-    monkeypatch.setattr(platform, "check_and_update_config", staticmethod(checked))
-    engine: Engine = tiny(**settings, speculative_config=speculation("draft_model"), seed=1)
+    engine: Engine = tiny(**settings, speculative_config=speculation("draft_model"), **asynchronous)
     assert engine.vllm_config.scheduler_config.async_scheduling
     for run, reference in zip(serve(engine), expected, strict=True):
         assert_same(run, reference)
@@ -380,9 +370,3 @@ def test_drafts_that_are_verified_a_step_late(tiny, speculation, monkeypatch, sa
     accepted, rejected = drafts(engine)
     assert rejected <= NUM_DRAFTS * (2 + len(wishes))
     assert accepted > 300
-    # How long a request is, is not known in time to cut it.
-    engine.add(numbers(70, 300), 20, extra_args={"kv_eviction_budget": "auto"})
-    while engine.llm.llm_engine.has_unfinished_requests():
-        engine.step()
-        assert not engine.scheduler.connector.scheduler._pressure._cuttable
-    engine.shutdown()

@@ -13,6 +13,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.interface import PauseState
 
 from cake_vllm.config import KVEvictionConfig
+from cake_vllm.integration.scheduler.drafts import verified
 from cake_vllm.integration.scheduler.elastic import Holding, highest_cap
 from cake_vllm.policies import create_policy, policy_names
 
@@ -204,7 +205,7 @@ def cut_once(engine: Engine, request_id: str, budget: int) -> None:
 
     def cutting(output):
         (tracked,) = (of for name, of in pressure._cuttable.items() if name.startswith(request_id))
-        end = tracked.request.num_computed_tokens + output.num_scheduled_tokens[tracked.name]
+        end = verified(tracked.request, output, pressure._terms.num_drafts)
         cap = pressure._cut_blocks(budget) * len(pressure._grants.managers)
         return (pressure._cut(tracked, pressure._holding(tracked, end), cap, output),)
 

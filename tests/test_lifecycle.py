@@ -188,17 +188,21 @@ def hybrid_model(tmp_path_factory) -> str:
         pytest.param(PROGRESSIVE, "a step late", "llama", marks=pytest.mark.contract),
         (ELASTIC, "a step late", "llama"),
         (PROGRESSIVE, "at once", "hybrid"),
+        (ELASTIC, "drafts, too", "llama"),
+        pytest.param(PROGRESSIVE, "drafts, too", "llama", marks=pytest.mark.full),
         pytest.param(ELASTIC, "at once", "llama", marks=pytest.mark.full),
         pytest.param({}, "a step late", "llama", marks=pytest.mark.full),
         pytest.param(PROGRESSIVE, "at once", "llama", marks=pytest.mark.full),
         pytest.param({}, "a step late", "hybrid", marks=pytest.mark.full),
     ],
 )
-def test_any_history(start_engine, tiny_model, hybrid_model, options, when, kind, monkeypatch, same_on_both):
+def test_any_history(start_engine, tiny_model, hybrid_model, options, when, kind, monkeypatch, request, same_on_both):
     """In a pool that holds two and a half prompts of the longest kind, so that vLLM preempts, too.
 
-    Where budgets are elastic, one and a half, so that many are cut.
+    Where budgets are elastic, one and a half, so that many are cut. Reports come at once or a step late or, under
+    asynchronous scheduling, drafts are verified then, too.
     """
+    more = request.getfixturevalue("drafts_a_step_late") if when == "drafts, too" else {}
     blocks = (30 if options is ELASTIC else 56) if kind == "llama" else 34
     engine: Engine = start_engine(
         tiny_model if kind == "llama" else hybrid_model,
@@ -210,6 +214,7 @@ def test_any_history(start_engine, tiny_model, hybrid_model, options, when, kind
         max_model_len=700,
         max_num_batched_tokens=256,
         num_gpu_blocks_override=blocks,
+        **more,
     )
     late = None
     if when == "a step late":

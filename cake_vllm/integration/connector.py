@@ -56,7 +56,8 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
                 vllm_config.num_lookahead_tokens,
             )
             install_news()
-            if config.decode != "off" and vllm_config.num_speculative_tokens:
+            is_late = vllm_config.scheduler_config.async_scheduling
+            if config.decode != "off" and vllm_config.num_speculative_tokens and not is_late:
                 install_drafts()
 
     @property

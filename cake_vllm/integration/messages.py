@@ -15,6 +15,11 @@ Ranges = tuple[tuple[int, int], ...]
 Blocks = tuple[tuple[int, ...], ...]
 
 
+#: How far the queries that a request is judged by may lie behind its last one: so many times the drafts of a step. If
+#: all are accepted, that is those of the step, those of the one before, and those of two more with which a block ended.
+MOST_OPEN = 4
+
+
 @dataclass(frozen=True)
 class Parts:
     """How a cut divides a budget where what was generated gives, too; mean tokens per layer.
@@ -69,27 +74,31 @@ class Observation:
     """A scheduled request that the worker has to look at: its queries are kept, and with a grant it is evicted.
 
     Attributes:
-        end: logical length after this step, drafts aside.
-        num_tokens: of them, computed in this step.
-        tail_block: id of the block that the row ends in, drafts included, in the first group. No other request's row
-            ends in it, so it tells which row of the batch this is.
+        end: logical length up to which it is looked at: after this step, drafts aside. Where drafts are verified a step
+            late, what is certain of that or, of what is evicted, its full blocks.
+        num_tokens: computed in this step, drafts aside.
+        tails: ids of the blocks that the row may end in, drafts included, in the first group; one unless drafts are
+            verified a step late. No other request's row ends in any of them, so they tell which row of the batch this
+            is.
         grant: see :class:`Grant`.
         is_last: whether its queries may be forgotten after this step.
         config: its own settings, if they are not the engine's.
         is_noted: whether it is a chunk of a prompt whose policy takes notes.
         is_generated: whether its queries are of what it generates, and kept beside those of its prompt.
-        num_drafts: tokens behind ``end`` that are computed in this step and may turn out to be rejected.
+        num_drafts: tokens that are computed in this step behind those, and may turn out to be rejected.
+        num_open: by how many tokens it may be longer than ``end`` before these.
     """
 
     req_id: str
     end: int
     num_tokens: int
-    tail_block: int
+    tails: tuple[int, ...]
     grant: Grant | None = None
     is_last: bool = True
     config: KVEvictionConfig | None = None
     is_noted: bool = False
     num_drafts: int = 0
+    num_open: int = 0
     is_generated: bool = False
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from vllm.config import KVTransferConfig, ModelConfig, VllmConfig
 
-from cake_vllm.config import BUDGET_KEY, CONFIG_KEY, POLICY_KEY, KVEvictionConfig, flag
+from cake_vllm.config import POLICY_KEY, KVEvictionConfig, flag
 from cake_vllm.integration.engine import BACKENDS, CONNECTOR, window_cuts
 from cake_vllm.integration.gates import find_gates
 
@@ -32,7 +32,6 @@ WITHOUT = "serve it without the flag"
 ONE_OF_TWO = "drop one of the two"
 OTHER_DRAFTS = f"use another, or {ONE_OF_TWO}"
 OTHER_CONNECTOR = f"use {', '.join(COMPANIONS)}, or {ONE_OF_TWO}"
-IN_TIME = "set --no-async-scheduling or {}, or drop --speculative-config"
 
 
 class Engine(NamedTuple):
@@ -156,21 +155,6 @@ BESIDE_ANOTHER: tuple[Row, ...] = (
     ),
 )
 
-#: Drafts that are verified a step late: then the length of a request is not known when its next step is planned, no
-#: step can be made to end with a block, and nothing that ends there can be cut.
-LATE: tuple[Row, ...] = (
-    (
-        lambda of: of.config.is_elastic,
-        "cut requests when memory is short",
-        IN_TIME.format(f"{flag(BUDGET_KEY)} to a number"),
-    ),
-    (
-        lambda of: of.config.decode != "off",
-        "evict generated tokens",
-        IN_TIME.format(f"""{flag(CONFIG_KEY)} '{{{{"decode": "off"}}}}'"""),
-    ),
-)
-
 #: Models that draft. Their layers lie in the blocks of the request and keep there what is most recent, so one page of
 #: theirs must be as large as one of the target's, and their passes such that rows can be told apart: first the tokens
 #: of the step, then a token for each row.
@@ -230,8 +214,6 @@ def refuse_engine(config: KVEvictionConfig, vllm_config: VllmConfig) -> None:
     of = Engine(config, vllm_config, vllm_config.model_config, vllm_config.speculative_config)
     _refuse(MODELS, "cannot evict from {}, which {{of.model.architectures[0]}} has", of)
     _refuse(SETTINGS, "does not work together with {} yet", of)
-    if of.drafts is not None and vllm_config.scheduler_config.async_scheduling:
-        _refuse(LATE, "cannot {} while drafts are verified a step late", of)
     if of.drafts is not None and of.drafts.method in DRAFT_MODELS:
         _refuse(DRAFTERS, "does not work together with a --speculative-config with {} yet", of)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from cake_vllm.config import KVEvictionConfig
-from cake_vllm.integration.messages import Observation
-from cake_vllm.integration.scheduler.drafts import end_of, num_drafts
+from cake_vllm.integration.messages import MOST_OPEN, Observation
+from cake_vllm.integration.scheduler.drafts import end_of, num_drafts, verified
 from cake_vllm.integration.scheduler.grants import Grants
 from cake_vllm.integration.scheduler.tracked import Terms, Tracked
 
@@ -18,11 +18,14 @@ class Decoding:
     They are not gone through one by one: each is in the list of the step that may fill its block.
 
     A block that is given back ends with a token that is computed in a step without drafts, see :meth:`cut_drafts`; so
-    what is evicted is what would be without any.
+    what is evicted is what would be without any. Where drafts are verified a step late, no step can be made to end with
+    a block: it is given back when it is verified, judged by the queries at its end, and what lies behind it stays.
     """
 
     def __init__(self, terms: Terms, grants: Grants):
         self._terms, self._grants = terms, grants
+        # How far a request may be beyond the end of a block when this is given back; in tokens, drafts aside.
+        self._most_behind = (MOST_OPEN - 1) * terms.num_drafts if terms.is_late else 0
         self._step = 0
         # By number of the step, requests to look at by id; and by id, the number of that step.
         self._due: defaultdict[int, dict[str, Tracked]] = defaultdict(dict)
@@ -42,24 +45,25 @@ class Decoding:
         """A request, if it is to be looked at in the step that is planned next."""
         return self._due.get(self._step + 1, {}).get(name)
 
-    def budget(self, tracked: Tracked, end: int, drafts: int) -> int | None:
+    def budget(self, tracked: Tracked, end: int, certain: int, drafts: int) -> int | None:
         """The budget to which a request goes back after a step; ``None`` if it gives nothing back.
 
         Args:
             tracked: it decodes.
-            end: its logical length after the step.
+            end: its logical length after the step, at most.
+            certain: the same, at least.
             drafts: tokens behind ``end`` that are computed in the step.
         """
-        config, size = tracked.config, self._terms.block_size
+        config, terms = tracked.config, self._terms
         # Right after its prompt an eviction may not be reported yet: the next block will do.
-        if config is None or tracked.failed or tracked.num_pending or drafts or end % size:
+        if config is None or tracked.failed or tracked.num_pending or (drafts and not terms.is_late):
             return None
-        if end // size < self._due_blocks(tracked, config) or self._terms.ends_with(tracked.request, end):
+        if certain < self._due_end(tracked, config, end) or terms.ends_with(tracked.request, certain):
             return None
         return config.tokens(tracked.request.num_prompt_tokens, tracked.num_media)
 
     def _observe(self, tracked: Tracked, output: SchedulerOutput) -> Observation | None:
-        request, config, size = tracked.request, tracked.config, self._terms.block_size
+        request, config = tracked.request, tracked.config
         if config is None or tracked.failed:
             return None
         if tracked.name not in output.num_scheduled_tokens:
@@ -67,14 +71,15 @@ class Decoding:
             return None
         end, drafts = end_of(request, output), num_drafts(request, output)
         self.follow(tracked, end)
-        is_near = -(end + drafts) % size < config.num_watched and -(-end // size) >= self._due_blocks(tracked, config)
+        certain = verified(request, output, self._terms.num_drafts)
         # Of tokens that are computed again, the last of a block may all be in one chunk.
         is_again = output.num_scheduled_tokens[tracked.name] - drafts > 1 and config.num_rescoring > 0
-        if not (is_near or is_again):
+        if not is_again and end + drafts <= self._due_end(tracked, config, end) - config.num_watched:
             return None
-        budget = self.budget(tracked, end, drafts)
+        budget = self.budget(tracked, end, certain, drafts)
         grant = None if budget is None else self._grants.grant(tracked, budget, output)
-        return self._grants.observation(tracked, output, grant, is_last=not config.num_rescoring)
+        is_over = grant is not None or not self._terms.is_late
+        return self._grants.observation(tracked, output, grant, is_last=is_over and not config.num_rescoring)
 
     def follow(self, tracked: Tracked, end: int) -> None:
         """Puts a request down for the first step in which it may come to the end of a block that is to be given back,
@@ -82,11 +87,11 @@ class Decoding:
 
         Args:
             tracked: it decodes from the next step on.
-            end: its logical length after this step.
+            end: its logical length after this step, at most.
         """
         config = tracked.config
         assert config is not None
-        missing = self.next_stop(tracked, end) - config.num_watched + 1 - end
+        missing = self._due_end(tracked, config, end + 1) - config.num_watched + 1 - end
         if tracked.request.num_tokens > end:
             # It starts again, and nobody knows how long the chunks are.
             missing = 1
@@ -120,6 +125,11 @@ class Decoding:
         num_blocks = -(-request.num_tokens // size)
         if num_blocks >= self._due_blocks(tracked, config):
             request.spec_token_ids = request.spec_token_ids[: max(num_blocks * size - 1 - request.num_tokens, 0)]
+
+    def _due_end(self, tracked: Tracked, config: KVEvictionConfig, end: int) -> int:
+        """The end of the next block that is to be given back, tokens; of a request that is ``end`` tokens long."""
+        size = self._terms.block_size
+        return max(-(-(end - self._most_behind) // size), self._due_blocks(tracked, config)) * size
 
     def _due_blocks(self, tracked: Tracked, config: KVEvictionConfig) -> int:
         """With so many full blocks a request gives back what is too much: a period beyond its budget or, once it was

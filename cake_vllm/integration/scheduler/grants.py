@@ -18,7 +18,7 @@ from cake_vllm.integration.scheduler.cache_manager import (
     Owned,
     keep_states_exact,
 )
-from cake_vllm.integration.scheduler.drafts import end_of, num_drafts
+from cake_vllm.integration.scheduler.drafts import end_of, num_drafts, verified
 from cake_vllm.integration.scheduler.outputs import num_taken
 from cake_vllm.integration.scheduler.promises import Promise, num_shared
 from cake_vllm.integration.scheduler.tracked import Terms, Tracked
@@ -98,10 +98,14 @@ class Grants:
         self, tracked: Tracked, output: SchedulerOutput, grant: Grant | None, is_last: bool, is_noted: bool = False
     ) -> Observation:
         """What the worker is told of a scheduled request; see :class:`Observation`."""
-        name, end, drafts = tracked.name, end_of(tracked.request, output), num_drafts(tracked.request, output)
-        tail = self.managers[0].req_to_blocks[name][(end + drafts - 1) // self._terms.block_size].block_id
+        name, size, drafts = tracked.name, self._terms.block_size, num_drafts(tracked.request, output)
+        most, end = end_of(tracked.request, output), verified(tracked.request, output, self._terms.num_drafts)
+        row = self.managers[0].req_to_blocks[name][(end + drafts - 1) // size : (most + drafts - 1) // size + 1]
+        if grant is not None and not grant.divides:
+            end -= end % size
         num_tokens, own = output.num_scheduled_tokens[name] - drafts, self._terms.own(tracked)
-        return Observation(name, end, num_tokens, tail, grant, is_last, own, is_noted, drafts)
+        tails = tuple(block.block_id for block in row)
+        return Observation(name, end, num_tokens, tails, grant, is_last, own, is_noted, drafts, most - end)
 
     def grant(
         self,
@@ -126,7 +130,8 @@ class Grants:
             ``None`` if nothing would be freed or, of a cut, if neither the pool nor the request has blocks to write to.
         """
         assert tracked.config is not None
-        name, end, divides = tracked.name, end_of(tracked.request, output), is_prompt_end is not None
+        name, divides = tracked.name, is_prompt_end is not None
+        end = verified(tracked.request, output, self._terms.num_drafts)
         num_blocks = end // self._terms.block_size
         missing = self.num_missing(tracked, end, budget, divides)
         found = None if missing is None else self._columns(tracked, num_blocks, missing, output, prompt_len is not None)

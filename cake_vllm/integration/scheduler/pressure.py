@@ -18,7 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from cake_vllm.integration.messages import Cut, Observation, Parts
 from cake_vllm.integration.scheduler import outputs
 from cake_vllm.integration.scheduler.cache_manager import Owned, num_shared
-from cake_vllm.integration.scheduler.drafts import end_of
+from cake_vllm.integration.scheduler.drafts import end_of, verified
 from cake_vllm.integration.scheduler.elastic import Holding, highest_cap
 from cake_vllm.integration.scheduler.grants import Grants, ids
 from cake_vllm.integration.scheduler.tracked import Terms, Tracked
@@ -84,7 +84,7 @@ class Pressure:
         assert tracked.left is not None
         terms, (_, _, at) = self._terms, tracked.left
         length = tracked.request.num_computed_tokens
-        since = -(-(length + terms.num_lookahead) // terms.block_size) - at // terms.block_size
+        since = -(-(length + terms.num_behind) // terms.block_size) - at // terms.block_size
         held = columns_for(tracked.cut_to[-1], terms.block_size, terms.page_size) + since
         return held <= self._cut_blocks(outputs.least(tracked, length, tracked.config.cuts_outputs).total)
 
@@ -127,7 +127,8 @@ class Pressure:
         givers = [
             (tracked, self._holding(tracked, end))
             for tracked in self._cuttable.values()
-            if tracked.prompt_len != (end := end_of(tracked.request, output))
+            if tracked.prompt_len is not None
+            and tracked.prompt_len < (end := verified(tracked.request, output, self._terms.num_drafts))
             and not tracked.num_pending
             and not self._terms.ends_with(tracked.request, end)
         ]
@@ -208,7 +209,7 @@ class Pressure:
         return columns_for(budget, self._terms.block_size, self._terms.page_size) + self._blocks_behind()
 
     def _blocks_behind(self) -> int:
-        return 1 + -(-self._terms.num_lookahead // self._terms.block_size)
+        return 1 + -(-self._terms.num_behind // self._terms.block_size)
 
     def _cut(self, tracked: Tracked, holding: Holding, cap: int, output: SchedulerOutput) -> Cut | None:
         given = holding.given(cap)
@@ -223,7 +224,7 @@ class Pressure:
         if grant is None:
             return None
         tracked.cut_to.append(grant.budget)
-        end = end_of(tracked.request, output)
+        end = verified(tracked.request, output, terms.num_drafts)
         grant = replace(grant, parts=self._parts(tracked, end, grant.budget))
         row = ids(manager.req_to_blocks[tracked.name][: -(-end // terms.block_size)] for manager in managers)
         return Cut(tracked.name, end, row, grant, terms.own(tracked))

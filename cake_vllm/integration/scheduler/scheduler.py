@@ -19,7 +19,7 @@ from cake_vllm.integration.metrics import EvictionStats
 from cake_vllm.integration.reports import report
 from cake_vllm.integration.scheduler.again import hit_at_most, install_stops
 from cake_vllm.integration.scheduler.decoding import Decoding
-from cake_vllm.integration.scheduler.drafts import end_of
+from cake_vllm.integration.scheduler.drafts import certain, end_of
 from cake_vllm.integration.scheduler.grants import Grants, kept_tokens
 from cake_vllm.integration.scheduler.outputs import num_left
 from cake_vllm.integration.scheduler.pressure import Pressure
@@ -216,10 +216,10 @@ class EvictionScheduler:
             end = min(end, tracked.request.num_prompt_tokens)
             budget = self._prompt_budget(tracked, start, end)
         elif tracked := self._decoding.next_due(name):
-            num_tokens = tracked.request.num_tokens + tracked.request.num_output_placeholders
-            num_drafts = max(end - num_tokens, 0)
-            end -= num_drafts
-            budget = self._decoding.budget(tracked, end, num_drafts)
+            request = tracked.request
+            num_drafts = max(end - request.num_tokens - request.num_output_placeholders, 0)
+            most, end = end - num_drafts, certain(request, end - num_drafts, True, self._terms.num_drafts)
+            budget = self._decoding.budget(tracked, most, end, num_drafts)
         else:
             return 0, end
         if tracked is None or budget is None:
@@ -257,15 +257,13 @@ class EvictionScheduler:
         least = config.least_tokens if config.is_elastic else config.tokens
         is_rescored = config.num_rescoring > 0
         is_evicted = policy.is_evicted(prompt_len, least(prompt_len, tracked.num_media))
-        # Verified a step late, drafts leave open how long a request is.
-        is_late = terms.num_drafts > 0 and terms.limits.async_scheduling
         is_whole = end - tracked.first_computed >= policy.num_queries
-        if is_last and config.is_elastic and not is_late:
+        if is_last and config.is_elastic:
             self._pressure.follow(tracked, end, is_whole and is_evicted)
         if not (is_rescored or is_evicted):
             return None
         grant = None if budget is None else self._grants.grant(tracked, budget, output, is_prompt_end=is_last)
-        is_cuttable = config.is_elastic and is_whole and not is_late
+        is_cuttable = config.is_elastic and is_whole
         is_seen = config.is_progressive or policy.takes_notes or end > prompt_len - policy.num_queries
         if grant is None and not is_seen:
             return None

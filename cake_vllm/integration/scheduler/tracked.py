@@ -83,6 +83,16 @@ class Terms:
     num_drafts: int
     num_lookahead: int
 
+    @property
+    def is_late(self) -> bool:
+        """Whether a step is planned before the drafts of the one before are verified."""
+        return self.num_drafts > 0 and bool(self.limits.async_scheduling)
+
+    @property
+    def num_behind(self) -> int:
+        """Positions behind the verified length, at most, that a row has blocks for."""
+        return self.num_drafts * (1 + self.is_late) + self.num_lookahead
+
     def own(self, tracked: Tracked) -> KVEvictionConfig | None:
         """A request's settings, if they are not the engine's."""
         return tracked.config if tracked.config is not self.config else None

@@ -10,12 +10,13 @@ import torch
 from vllm.logger import init_logger
 
 from cake_vllm.config import KVEvictionConfig
-from cake_vllm.integration.messages import Cut, Grant, Observation
+from cake_vllm.integration.messages import MOST_OPEN, Cut, Grant, Observation
 from cake_vllm.integration.worker.dealing import Held, Reads, read
 from cake_vllm.integration.worker.dividing import Choice, divide
 from cake_vllm.integration.worker.gates import WorkerGates
 from cake_vllm.integration.worker.layers import Batch, Layers
 from cake_vllm.integration.worker.parting import keep_positions, part
+from cake_vllm.integration.worker.recent import Recent
 from cake_vllm.integration.worker.watched import Batched, Watched
 from cake_vllm.kernels import to_device
 from cake_vllm.policies import LayerInputs, LayerScore, Policy
@@ -32,12 +33,20 @@ class Judging:
         gates: of these layers.
         held: by request that was evicted, what it reads in place of its first blocks.
         group: tensor-parallel ranks.
+        num_drafts: of a request in one step, at most.
     """
 
     def __init__(
-        self, config: KVEvictionConfig, layers: Layers, gates: WorkerGates, held: Mapping[str, Held], group: Any
+        self,
+        config: KVEvictionConfig,
+        layers: Layers,
+        gates: WorkerGates,
+        held: Mapping[str, Held],
+        group: Any,
+        num_drafts: int,
     ):
         self.config, self.layers, self.gates, self.held, self.group = config, layers, gates, held, group
+        self._num_spare = MOST_OPEN * num_drafts
         self.watched: dict[str, Watched] = {}
         #: Whether choices tell what they were made by.
         self.is_traced = False
@@ -63,17 +72,22 @@ class Judging:
         Raises:
             RuntimeError: (from the device) if one is not where the scheduler put it.
         """
-        asked = to_device([what.tail_block for what in observations], batch.tails.dtype, batch.tails.device)
-        matches = batch.tails == asked.unsqueeze(1)
+        most = max(len(what.tails) for what in observations)
+        asked = [what.tails + what.tails[-1:] * (most - len(what.tails)) for what in observations]
+        # [n, R]
+        matches = (batch.tails == to_device(asked, batch.tails.dtype, batch.tails.device).unsqueeze(2)).any(dim=1)
         torch._assert_async((matches.sum(dim=1) == 1).all(), "requests are not where the scheduler put them")
         place = matches.int().argmax(dim=1, keepdim=True)
-        ends = batch.first.query_start_loc[1:][place]
+        ends, lengths = batch.first.query_start_loc[1:][place], batch.first.seq_lens[place].long()
         rows = batch.rows(place.squeeze(1))
+        batched = []
         for index, what in enumerate(observations):
             watched = self.watched.setdefault(what.req_id, Watched())
             watched.rows = [of_group[index] for of_group in rows]
             watched.reach(what)
-        return partial(self._observe, [Batched(what, end) for what, end in zip(observations, ends, strict=True)])
+            size = (what.config or self.config).policy.num_queries + self._num_spare
+            batched.append(Batched(what, ends[index], lengths[index], size))
+        return partial(self._observe, batched)
 
     def _observe(self, batched: Sequence[Batched], layer: int, query: torch.Tensor) -> None:
         for place in batched:
@@ -104,37 +118,42 @@ class Judging:
         if what.grant.divides:
             watched.scores[layer] = self._judge(policy, layer, recent, reads, what.grant.budget, watched)
             return
-        chosen = self._rescore(layer, place, query, recent, reads, watched.media.get(layer))
+        chosen = self._rescore(layer, what, recent, reads, watched.media.get(layer))
         if chosen is not None:
             watched.chosen[layer] = chosen
 
     def _recent(
         self, layer: int, place: Batched, watched: Watched, query: torch.Tensor, num_queries: int
     ) -> torch.Tensor:
-        """``[q, Hq, D]`` last queries, with those that are remembered of earlier steps; remembers them in turn."""
-        what = place.what
-        known, count = watched.latest if what.is_generated else watched.queries, num_queries + what.num_drafts
-        recent = self.layers.target[layer].restore_queries(place.recent(query, count))
-        if layer in known and len(recent) < count:
-            earlier = known.pop(layer)
-            recent = torch.cat([earlier[: len(earlier) - watched.num_rejected], recent])
-            recent = recent[max(len(recent) - count, 0) :]
-        if not what.is_last:
-            known[layer] = recent
-        return recent[: len(recent) - what.num_drafts]
+        """``[q, Hq, D]`` last queries, with those that are remembered of earlier steps; remembers them in turn.
+
+        There are none in a step that evicts nothing.
+        """
+        what, of_layer = place.what, self.layers.target[layer]
+        remembered = watched.latest if what.is_generated else watched.queries
+        if not num_queries:
+            return of_layer.restore_queries(query[:0])
+        known, new = remembered.get(layer), of_layer.restore_queries(place.recent(query))
+        if known is None and what.is_last and not what.num_open:
+            return new[: len(new) - what.num_drafts][-num_queries:]
+        if known is None:
+            known = remembered[layer] = Recent(place.size, new)
+        known.write(new, place.places)
+        if what.grant is None:
+            return new[:0]
+        return known.last(min(num_queries, what.end - watched.first), what.end)
 
     def _rescore(
         self,
         layer: int,
-        place: Batched,
-        query: torch.Tensor,
+        what: Observation,
         recent: torch.Tensor,
         reads: Reads,
         media: torch.Tensor | None,
     ) -> list[torch.Tensor] | None:
         """What a decoding request keeps in a layer, by head; ``None`` if too few queries are known to tell."""
-        what, config, size = place.what, place.what.config or self.config, reads.page_size
-        policy, held, of_layer = config.policy, self.held.get(what.req_id), self.layers.target[layer]
+        config, size = what.config or self.config, reads.page_size
+        policy, held = config.policy, self.held.get(what.req_id)
         assert what.grant is not None
         targets = held.of_layer(layer, held.dealt).tolist() if held else [-(-what.grant.budget // size)]
         targets = [targets[head % len(targets)] for head in range(self.layers.grid.num_heads)]
@@ -143,7 +162,7 @@ class Judging:
             everything = torch.arange(reads.length, device=reads.table.device)
             return [everything[missing * size :] for missing in reads.missing]
         if config.decode == "cake":
-            inputs = self._inputs(policy, layer, of_layer.restore_queries(place.recent(query, 1)), reads, media)
+            inputs = self._inputs(policy, layer, recent[-1:], reads, media)
             return list(policy.trim(inputs, targets[0] * size - policy.protected).sort(dim=-1).values)
         if len(recent) < policy.num_queries:
             return None
@@ -205,7 +224,8 @@ class Judging:
                 if parts:
                     budget = parts.prompt or 0
                 for layer, reads in watched.reads.items() if budget else ():
-                    prompt, queries = replace(reads, length=grant.prompt_len), watched.queries.get(layer, none)
+                    prompt, known = replace(reads, length=grant.prompt_len), watched.queries.get(layer)
+                    queries = none if known is None else known.last(policy.num_queries, grant.prompt_len)
                     if grant.media:
                         watched.mark(layer, prompt, grant.prompt_len, grant.media)
                     scores.append(self._judge(policy, layer, queries, prompt, budget, watched))

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
 from cake_vllm.integration.messages import Observation, Ranges
 from cake_vllm.integration.worker.attention import select_rows
 from cake_vllm.integration.worker.dealing import Reads
+from cake_vllm.integration.worker.recent import Recent
 from cake_vllm.kernels import to_device
 from cake_vllm.policies import LayerScore, PagedPrompt
 
@@ -75,10 +77,10 @@ class Watched:
 
     Attributes:
         queries: by layer, the last queries computed so far, as many as the policy needs and those of drafts behind
-            them: ``[n, Hq, D]``.
+            them.
         latest: by layer, the same of what it generates, while memory is nearly short.
-        length: logical length that these go up to.
-        num_rejected: how many of these were computed for drafts that have been rejected since.
+        first: position from which on those of the last observation's kind are whole.
+        length: logical length that they go up to at most.
         notes: by layer, the policy's notes on its prompt, one for each token that it holds: ``[Hkv, S, ...]``.
         media: by layer, which of the tokens that it holds are placeholders that stay: ``[Hkv, S]`` bool.
         rows: ``[groups][C]`` slices of its logical row in this step.
@@ -89,10 +91,10 @@ class Watched:
         worth: of its prompt, once it was cut; in place of queries and notes.
     """
 
-    queries: dict[int, torch.Tensor] = field(default_factory=dict)
-    latest: dict[int, torch.Tensor] = field(default_factory=dict)
+    queries: dict[int, Recent] = field(default_factory=dict)
+    latest: dict[int, Recent] = field(default_factory=dict)
+    first: int = 0
     length: int = 0
-    num_rejected: int = 0
     notes: dict[int, torch.Tensor] = field(default_factory=dict)
     media: dict[int, torch.Tensor] = field(default_factory=dict)
     rows: list[torch.Tensor] = field(default_factory=list)
@@ -110,23 +112,17 @@ class Watched:
         self.media.clear()
 
     def reach(self, what: Observation) -> None:
-        """It is looked at in this step: how many of the queries so far have been rejected, and whether some are missing
-        between them and this step's.
-        """
-        start = what.end - what.num_tokens
-        if self.length < start:
-            self.latest.clear()
-        self.num_rejected = max(self.length - start, 0)
-        self.length = what.end + what.num_drafts
+        """It is looked at in this step: from which position on its queries are known, and up to which."""
+        end = what.end + what.num_open
+        if self.length < end - what.num_tokens or (what.is_generated and not self.latest):
+            self.first = end - what.num_tokens
+        self.length = end + what.num_drafts
 
     def last_queries(self, layer: int, count: int, end: int) -> torch.Tensor:
         """``[count, Hq, D]`` queries of what it generated last, up to ``end``."""
-        # Behind it lie those of drafts.
-        known = self.latest[layer]
-        behind = len(known) - (self.length - end)
-        if behind < count:
-            raise RuntimeError(f"{behind} of the last {count} queries of a request are known")
-        return known[behind - count : behind]
+        if end - count < self.first or layer not in self.latest:
+            raise RuntimeError(f"not all of the last {count} queries of a request are known")
+        return self.latest[layer].last(count, end)
 
     def mark(self, layer: int, reads: Reads, end: int, media: Ranges) -> None:
         """Finds placeholders among what a layer reads of a request that is ``end`` tokens long."""
@@ -147,20 +143,33 @@ class Batched:
 
     Attributes:
         end: ``[1]``, behind its last query token.
+        length: ``[1]``, its logical length after the step, drafts included.
+        size: how many of the last queries are remembered.
     """
 
     what: Observation
     end: torch.Tensor
+    length: torch.Tensor
+    size: int
 
-    def recent(self, query: torch.Tensor, count: int) -> torch.Tensor:
-        """Its last ``count`` queries of a step's ``[num_tokens, Hq, D]``, or all if there are fewer; those of drafts
-        come last.
+    def recent(self, query: torch.Tensor) -> torch.Tensor:
+        """Its last queries of a step's ``[num_tokens, Hq, D]``, as many as are remembered, or all if there are fewer;
+        those of drafts come last.
         """
-        count, end = min(count, self.what.num_tokens + self.what.num_drafts), self.what.end + self.what.num_drafts
-        return self.at(query, range(end - count, end))
+        return select_rows(query, self.end + self._back)
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """``[n]``, where :class:`Recent` has these."""
+        return (self.length + self._back) % self.size
+
+    @cached_property
+    def _back(self) -> torch.Tensor:
+        count = min(self.size, self.what.num_tokens + self.what.num_drafts)
+        return torch.arange(-count, 0, device=self.end.device)
 
     def at(self, query: torch.Tensor, positions: range) -> torch.Tensor:
-        """Its queries at some positions that are computed in this step."""
+        """Its queries at some positions of a prompt that are computed in this step."""
         ahead = positions.step * torch.arange(len(positions), device=query.device)
         behind = self.what.end + self.what.num_drafts - positions.start
         return select_rows(query, self.end - behind + ahead)

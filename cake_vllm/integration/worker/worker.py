@@ -52,7 +52,8 @@ class EvictionWorker:
         self.reading = Reading(layers, rows, more_drafted)
         self.moving = Moving(config, layers, rows)
         gates = WorkerGates(config.policy, vllm_config.model_config, layers.target, get_tp_group())
-        self.judging = Judging(config, layers, gates, self.moving.held, get_tp_group())
+        num_drafts = vllm_config.num_speculative_tokens
+        self.judging = Judging(config, layers, gates, self.moving.held, get_tp_group(), num_drafts)
         most_captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         most_rows = min(vllm_config.scheduler_config.max_num_seqs, most_captured)
         most_pages = (-(-vllm_config.model_config.max_model_len // layers.grid.block_size) + 1) * layers.grid.per_block
