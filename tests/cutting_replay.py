@@ -8,7 +8,7 @@ import copy
 from dataclasses import dataclass, replace
 
 import torch
-from replay import Replay, State, _gather
+from replay import Replay, State, gather
 from ties import RANK_BOUND, assert_tie
 
 from cake_vllm.integration.messages import Grant
@@ -115,7 +115,7 @@ class CuttingReplay(Replay):
                 for head, mine in enumerate(kept)
             ]
             self._held[index] = torch.stack(rows)
-            _gather(state, index, kept)
+            gather(state, index, kept)
         state.is_evicted = True
 
     def _num_cached(self, state: State, index: int) -> int:
