@@ -13,7 +13,7 @@ vLLM's scheduler half with copies between tensors by ``tests/tiers.py``, as late
 process: what is found is vLLM's, how long a copy takes is not.
 
 Every server is a line of a JSONL beside ``--out``, with all its turns and answers; a run that was interrupted goes on
-with the server that it was at. ``--show FILE`` prints the tables of a JSON.
+with the server that it was at, and the table has all that are in the file. ``--show FILE`` prints the tables of a JSON.
 
     python benchmarks/turns.py MODEL --out benchmarks/results/turns.json
 """
@@ -313,16 +313,16 @@ def main() -> None:
     settings = {"model": Path(args.model).resolve().name, "text": args.text and args.text.name}
     settings |= {name: getattr(args, name) for name in names}
     answers = Answers(args.out and args.out.with_suffix(".jsonl"), settings)
-    kinds = [("", ""), *itertools.product(args.policies, args.budgets)]
-    setups = [Setup(*kind, has_tier=tier == "with") for kind in kinds for tier in args.tiers]
-    table = {}
+    ways = [("", ""), *itertools.product(args.policies, args.budgets)]
+    setups = [Setup(*way, has_tier=tier == "with") for way in ways for tier in args.tiers]
     for setup in setups:
-        record = next((of for of in answers.records if of["server"] == setup.name), None)
-        if record is None:
-            record = run(setup, sessions, texts, args)
-            answers.add(record)
-        table[setup.name] = figures(record, args.turns)
-        print(setup.name, json.dumps(table[setup.name]), flush=True)
+        if not any(record["server"] == setup.name for record in answers.records):
+            answers.add(run(setup, sessions, texts, args))
+            print(setup.name, json.dumps(figures(answers.records[-1], args.turns)), flush=True)
+    # What earlier calls have put into the file, too; a server beside the same one with a tier.
+    table = {record["server"]: figures(record, args.turns) for record in answers.records}
+    kinds = list(dict.fromkeys(name.partition(",")[0] for name in table))
+    table = dict(sorted(table.items(), key=lambda of: (kinds.index(of[0].partition(",")[0]), of[0])))
     show(table)
     write(args.out, {"settings": settings, "figures": table})
 

@@ -1,4 +1,4 @@
-"""Any history of requests, over a lower tier that is too small for their prompts.
+"""Any history of requests, over a lower tier that has more room than the pool, and not enough for all prompts.
 
 What the tier holds under a prompt's hash is what the prompt computes when nobody evicts it, and in the end nothing is
 left of any request, in the pool or below.
@@ -8,7 +8,8 @@ import pytest
 from counting import living
 from engine import Engine, Late
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import run_state_machine_as_test
+from hypothesis import strategies as st
+from hypothesis.stateful import rule, run_state_machine_as_test
 from random_models import numbers
 from test_lifecycle import ELASTIC, PROGRESSIVE, SHARED, Lifecycle
 from tiers import Chunk, Tier, beside, exact_chunks, inexact
@@ -36,6 +37,13 @@ class TieredLifecycle(Lifecycle):
         # Who is preempted by a reset must find nothing below: vLLM cannot load in the step after it.
         if self.may_clear or not (running or external):
             super().reset(running, running or external)
+
+    @rule(lengths=st.lists(st.integers(400, 640), min_size=2, max_size=5), count=st.integers(4, 16))
+    def come_back(self, lengths, count):
+        """Conversations that push each other out."""
+        for prompt, length in zip(PROMPTS, lengths, strict=False):
+            self.alive.append(self.engine.add(prompt[:length], 8))
+        self.step(count)
 
     def teardown(self):
         self.core.resume_scheduler()
@@ -67,13 +75,13 @@ def test_any_history_over_a_small_tier(tiny, options, when, monkeypatch, same_on
         max_model_len=700,
         max_num_batched_tokens=256,
         num_gpu_blocks_override=30 if options is ELASTIC else 56,
-        **beside(cpu_bytes_to_use=40 << 16),
+        **beside(cpu_bytes_to_use=80 << 16),
     )
     prompts = [*PROMPTS, *(OF_CROWDS if options is ELASTIC else ())]
     # One after the other, as they do not fit in together.
     exact = {key: chunk for prompt in prompts for key, chunk in exact_chunks(engine, [prompt]).items()}
     assert len(exact) == 20 * len(prompts)
-    assert 20 < Tier(engine).half.manager._num_chunks < 60
+    assert 60 < Tier(engine).half.manager._num_chunks < len(exact)
     late = None
     if when == "a step late":
         late = Late(engine.scheduler.connector.scheduler, monkeypatch)
