@@ -99,11 +99,11 @@ def run_cut(
         ),
     ],
 )
-def test_long_outputs_shrink_instead_of_being_preempted(tiny, replay, name, knobs, is_v2):
+def test_long_outputs_shrink_instead_of_being_preempted(tiny, replay, name, knobs):
     """In a pool for half of what three requests generate: none is preempted, and each keeps what its replay keeps."""
-    num_tokens, blocks = (200, 18) if is_v2 else (400, 28)
+    num_tokens = 400
     prompts = [numbers(300 + i, length) for i, length in enumerate((100, 150, 40))]
-    engine = crowded(tiny, blocks)
+    engine = crowded(tiny, 28)
     engine.forget_prefixes()
     engine.stats()
     before = preemptions(engine)
