@@ -16,7 +16,6 @@ from cake_vllm.integration.worker.dividing import Choice, divide
 from cake_vllm.integration.worker.gates import WorkerGates
 from cake_vllm.integration.worker.layers import Batch, Layers
 from cake_vllm.integration.worker.parting import keep_positions, part
-from cake_vllm.integration.worker.recent import Recent
 from cake_vllm.integration.worker.watched import Batched, Watched
 from cake_vllm.kernels import to_device
 from cake_vllm.policies import LayerInputs, LayerScore, Policy
@@ -100,7 +99,7 @@ class Judging:
 
     def _look(self, layer: int, place: Batched, watched: Watched, query: torch.Tensor) -> None:
         what, policy = place.what, (place.what.config or self.config).policy
-        recent = self._recent(layer, place, watched, query, policy.num_queries)
+        recent = watched.recent(layer, place, query, policy.num_queries, self.layers.target[layer].restore_queries)
         if what.is_generated:
             return
         if not what.is_noted:
@@ -121,27 +120,6 @@ class Judging:
         chosen = self._rescore(layer, what, recent, reads, watched.media.get(layer))
         if chosen is not None:
             watched.chosen[layer] = chosen
-
-    def _recent(
-        self, layer: int, place: Batched, watched: Watched, query: torch.Tensor, num_queries: int
-    ) -> torch.Tensor:
-        """``[q, Hq, D]`` last queries, with those that are remembered of earlier steps; remembers them in turn.
-
-        There are none in a step that evicts nothing.
-        """
-        what, of_layer = place.what, self.layers.target[layer]
-        remembered = watched.latest if what.is_generated else watched.queries
-        if not num_queries:
-            return of_layer.restore_queries(query[:0])
-        known, new = remembered.get(layer), of_layer.restore_queries(place.recent(query))
-        if known is None and what.is_last and not what.num_open:
-            return new[: len(new) - what.num_drafts][-num_queries:]
-        if known is None:
-            known = remembered[layer] = Recent(place.size, new)
-        known.write(new, place.places)
-        if what.grant is None:
-            return new[:0]
-        return known.last(min(num_queries, what.end - watched.first), what.end)
 
     def _rescore(
         self,

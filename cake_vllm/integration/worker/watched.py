@@ -1,6 +1,6 @@
 """What the worker half remembers of a request: between its steps, and between the layers of one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -117,6 +117,33 @@ class Watched:
         if self.length < end - what.num_tokens or (what.is_generated and not self.latest):
             self.first = end - what.num_tokens
         self.length = end + what.num_drafts
+
+    def recent(
+        self, layer: int, place: "Batched", query: torch.Tensor, num_queries: int, restore: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        """``[q, Hq, D]`` last queries, with those that are remembered of earlier steps; remembers them in turn.
+
+        There are none in a step that evicts nothing.
+
+        Args:
+            layer: its index.
+            place: the request in the batch.
+            query: the layer's, ``[T, Hq, D]``.
+            num_queries: how many the policy needs.
+            restore: makes queries what policies read.
+        """
+        what, remembered = place.what, self.latest if place.what.is_generated else self.queries
+        if not num_queries:
+            return restore(query[:0])
+        known, new = remembered.get(layer), restore(place.recent(query))
+        if known is None and what.is_last and not what.num_open:
+            return new[: len(new) - what.num_drafts][-num_queries:]
+        if known is None:
+            known = remembered[layer] = Recent(place.size, new)
+        known.write(new, place.places)
+        if what.grant is None:
+            return new[:0]
+        return known.last(min(num_queries, what.end - self.first), what.end)
 
     def last_queries(self, layer: int, count: int, end: int) -> torch.Tensor:
         """``[count, Hq, D]`` queries of what it generated last, up to ``end``."""
