@@ -71,22 +71,14 @@ class Judging:
         Raises:
             RuntimeError: (from the device) if one is not where the scheduler put it.
         """
-        most = max(len(what.tails) for what in observations)
-        asked = [what.tails + what.tails[-1:] * (most - len(what.tails)) for what in observations]
-        # [n, R]
-        matches = (batch.tails == to_device(asked, batch.tails.dtype, batch.tails.device).unsqueeze(2)).any(dim=1)
-        torch._assert_async((matches.sum(dim=1) == 1).all(), "requests are not where the scheduler put them")
-        place = matches.int().argmax(dim=1, keepdim=True)
+        place = batch.places([what.tails for what in observations])
         ends, lengths = batch.first.query_start_loc[1:][place], batch.first.seq_lens[place].long()
         rows = batch.rows(place.squeeze(1))
         batched = []
         for index, what in enumerate(observations):
             watched = self.watched.setdefault(what.req_id, Watched())
             watched.rows = [of_group[index] for of_group in rows]
-            end = what.end + what.num_open
-            if watched.length < end - what.num_tokens:
-                watched.first = end - what.num_tokens
-            watched.length = end + what.num_drafts
+            watched.reach(what)
             size = (what.config or self.config).policy.num_queries + self._num_spare
             batched.append(Batched(what, ends[index], lengths[index], size))
         return partial(self._observe, batched)
@@ -237,7 +229,7 @@ class Judging:
             for layer in range(num_layers)
         ]
         choice = Choice(reads, config.policy.protected + num_new)
-        self._share_failures(watched)
+        _share_failures(watched, self.group, self.layers.grid.pages.device)
         if watched.error is not None:
             choice.error = watched.error
         elif not grant.divides:
@@ -281,14 +273,6 @@ class Judging:
         watched.scores.clear()
         watched.reads.clear()
 
-    def _share_failures(self, watched: Watched) -> None:
-        """A policy that raised on one tensor-parallel rank has raised on all of them, or they would wait for it."""
-        if self.group.world_size > 1:
-            # As floats, which hold them exactly: not every backend adds integers.
-            failed = torch.tensor([float(watched.error is not None)], device=self.layers.grid.pages.device)
-            if self.group.all_reduce(failed).item():
-                watched.error = watched.error or RuntimeError("it raised on another rank")
-
 
 def _gather(tokens: torch.Tensor, chosen: Sequence[torch.Tensor], full_len: int) -> torch.Tensor:
     """What is left of ``[Hkv, length, ...]``, aligned at the end, zeros before shorter heads.
@@ -304,3 +288,12 @@ def _gather(tokens: torch.Tensor, chosen: Sequence[torch.Tensor], full_len: int)
     for head, positions in enumerate(chosen):
         left[head, longest - len(positions) :] = tokens[head, positions]
     return torch.cat([left, tail], dim=1)
+
+
+def _share_failures(watched: Watched, group: Any, device: torch.device) -> None:
+    """A policy that raised on one tensor-parallel rank has raised on all of them, or they would wait for it."""
+    if group.world_size > 1:
+        # As floats, which hold them exactly: not every backend adds integers.
+        failed = torch.tensor([float(watched.error is not None)], device=device)
+        if group.all_reduce(failed).item():
+            watched.error = watched.error or RuntimeError("it raised on another rank")

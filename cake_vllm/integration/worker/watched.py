@@ -95,6 +95,13 @@ class Watched:
         self.notes.clear()
         self.media.clear()
 
+    def reach(self, what: Observation) -> None:
+        """It is looked at in this step: whether queries are missing between those so far and this step's."""
+        end = what.end + what.num_open
+        if self.length < end - what.num_tokens:
+            self.first = end - what.num_tokens
+        self.length = end + what.num_drafts
+
     def mark(self, layer: int, reads: Reads, end: int, media: Ranges) -> None:
         """Finds placeholders among what a layer reads of a request that is ``end`` tokens long."""
         known = self.media.get(layer)
