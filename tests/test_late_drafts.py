@@ -13,7 +13,7 @@ import torch
 from engine import Engine
 from random_models import numbers
 from replay import Replay, follow_choice, gather
-from test_draft_models import BLOCK
+from test_draft_models import BLOCK, speculation
 from test_drafts import NGRAM, crowd, drafts
 from test_elastic import cut_once, preemptions
 from ties import Served
@@ -22,6 +22,7 @@ from cake_vllm.integration.messages import Grant
 from cake_vllm.policies import LayerScore, PagedPrompt, Policy, create_policy
 
 pytestmark = pytest.mark.engine
+assert speculation, "a fixture"
 
 POOL = {"max_model_len": 1024, "max_num_batched_tokens": 256, "max_num_seqs": 8}
 #: Rounding of scores to half precision may change the places of positions whose ranks differ by this.
@@ -142,17 +143,19 @@ def test_what_is_cut_when_memory_is_short_is_verified(late, tiny_model, monkeypa
         # What drafts read is what the target reads.
         pytest.param("streamingllm", {"decode": "window", "n_sink": BLOCK}, marks=pytest.mark.interpreted),
         pytest.param("tova", {"decode": "window", "method": "ngram_gpu"}, marks=pytest.mark.interpreted),
+        pytest.param("cake", {"decode": "window", "method": "eagle"}, marks=pytest.mark.full),
     ],
 )
-def test_generated_tokens_are_evicted_once_they_are_verified(late, tiny_model, monkeypatch, is_v2, name, options):
+def test_generated_tokens_are_evicted_once_they_are_verified(
+    late, tiny_model, speculation, monkeypatch, is_v2, name, options
+):
     """Judged by the queries at the end of their block, whatever has been drafted and accepted behind it."""
-    is_ngram = "method" in options
-    if is_ngram and not is_v2:
+    options, settings = dict(options), {"kv_eviction": name, "kv_eviction_budget": 4 * BLOCK}
+    method = options.pop("method", None)
+    if method == "ngram_gpu" and not is_v2:
         pytest.skip("these drafts are the second runner's alone")
-    settings = {"kv_eviction": name, "kv_eviction_budget": 4 * BLOCK}
-    if is_ngram:
-        settings["speculative_config"] = {**NGRAM, "method": options["method"]}
-    options = {key: value for key, value in options.items() if key != "method"}
+    if method:
+        settings["speculative_config"] = speculation(method) if method == "eagle" else {**NGRAM, "method": method}
     engine = late(**settings, kv_eviction_config=options)
     cuts, before, num_tokens = Cuts(engine, monkeypatch), drafts(engine), 30 if is_v2 else 120
     prompt = numbers(321, 307)

@@ -71,12 +71,7 @@ class Judging:
         Raises:
             RuntimeError: (from the device) if one is not where the scheduler put it.
         """
-        most = max(len(what.tails) for what in observations)
-        asked = [what.tails + what.tails[-1:] * (most - len(what.tails)) for what in observations]
-        # [n, R]
-        matches = (batch.tails == to_device(asked, batch.tails.dtype, batch.tails.device).unsqueeze(2)).any(dim=1)
-        torch._assert_async((matches.sum(dim=1) == 1).all(), "requests are not where the scheduler put them")
-        place = matches.int().argmax(dim=1, keepdim=True)
+        place = batch.places([what.tails for what in observations])
         ends, lengths = batch.first.query_start_loc[1:][place], batch.first.seq_lens[place].long()
         rows = batch.rows(place.squeeze(1))
         batched = []

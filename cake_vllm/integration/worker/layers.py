@@ -2,6 +2,7 @@
 redirected. Another kind of attention is another kind of :class:`EvictableLayer`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,7 @@ from cake_vllm.integration.scheduler.spec import EvictableLatentSpec, evictable_
 from cake_vllm.integration.worker.attention import RedirectedImpl
 from cake_vllm.integration.worker.dealing import Reads
 from cake_vllm.integration.worker.projections import output_projection, rotary_embedding
-from cake_vllm.kernels import BlockLayout, Grid
+from cake_vllm.kernels import BlockLayout, Grid, to_device
 from cake_vllm.policies import LayerInputs, Policy
 from cake_vllm.policies.entries import LinearGate, Rotary
 
@@ -262,6 +263,19 @@ class Batch:
         self.first = of_groups[0]
         self.tails = tails(self.first, layers.grid)
         self._tables = [of_groups[group].block_table for group in sorted(of_groups)]
+
+    def places(self, asked: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """``[n, 1]`` rows that end in one of the blocks that are asked for, for each of ``n`` requests.
+
+        Raises:
+            RuntimeError: (from the device) if one is not where the scheduler put it.
+        """
+        most = max(map(len, asked))
+        blocks = [of_request + of_request[-1:] * (most - len(of_request)) for of_request in asked]
+        # [n, R]
+        matches = (self.tails == to_device(blocks, self.tails.dtype, self.tails.device).unsqueeze(2)).any(dim=1)
+        torch._assert_async((matches.sum(dim=1) == 1).all(), "requests are not where the scheduler put them")
+        return matches.int().argmax(dim=1, keepdim=True)
 
     def rows(self, places: torch.Tensor) -> list[torch.Tensor]:
         """``[groups][n, C]`` slices of the rows at ``[n]`` places."""
