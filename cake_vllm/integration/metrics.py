@@ -24,7 +24,7 @@ _COUNTERS = {
     "cut_blocks": "Blocks that cuts gave back.",
     "preemptions_avoided": "Steps for which the running requests would have found too few blocks without cuts.",
     "in_place": "Evictions that reused the prompt's own blocks because the pool had none to spare.",
-    "failures": "Evictions given up because the policy raised; the request keeps what it holds.",
+    "failures": "Evictions given up, mostly because the policy raised; the request keeps what it holds.",
 }
 
 

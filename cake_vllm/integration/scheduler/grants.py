@@ -189,7 +189,8 @@ class Grants:
 
         Returns:
             By group, as many for each; how many come from the pool, and whether some are blocks of the row. ``None`` if
-            there are too few for a cut; others were promised theirs.
+            there are too few for a cut. Others were promised theirs; were that wrong, one request would keep what it
+            has, which is counted as a failure.
         """
         name = tracked.name
         if pending := self._under_way(tracked):
@@ -199,13 +200,16 @@ class Grants:
             manager.promises.take(name) or _unpromised(manager.req_to_blocks[name][:num_blocks], cut, missing)
             for manager, cut in zip(self.managers, cuts, strict=True)
         ]
-        rests = [missing - len(promise.lent) for promise in promises]
+        rests = [max(missing - len(promise.lent), 0) for promise in promises]
         own: list[list[KVCacheBlock]] = [[] for _ in promises]
         if any(rests) and sum(rests) + self._next_blocks(output) > self._pool.get_num_free_blocks():
             # The last of them: the beginning of a prefix can be hit as long as nobody else needs its blocks.
             own = [promise.own[-rest:] if rest else [] for promise, rest in zip(promises, rests, strict=True)]
         counts = [rest - len(blocks) for rest, blocks in zip(rests, own, strict=True)]
-        if is_cut and sum(counts) > self._pool.get_num_free_blocks():
+        if sum(counts) > self._pool.get_num_free_blocks():
+            self._pool.free_blocks([block for promise in promises for block in promise.lent])
+            if not is_cut:
+                self.stats.data["failures"] += 1
             return None
         # Nobody may hit what is about to be overwritten.
         self._pool.evict_blocks({block.block_id for blocks in own for block in blocks})
