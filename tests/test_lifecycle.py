@@ -188,7 +188,7 @@ def hybrid_model(tmp_path_factory) -> str:
         pytest.param(PROGRESSIVE, "a step late", "llama", marks=pytest.mark.contract),
         (ELASTIC, "a step late", "llama"),
         (PROGRESSIVE, "at once", "hybrid"),
-        (ELASTIC, "drafts, too", "llama"),
+        pytest.param(ELASTIC, "drafts, too", "llama", marks=pytest.mark.full),
         pytest.param(PROGRESSIVE, "drafts, too", "llama", marks=pytest.mark.full),
         pytest.param(ELASTIC, "at once", "llama", marks=pytest.mark.full),
         pytest.param({}, "a step late", "llama", marks=pytest.mark.full),
