@@ -3,13 +3,11 @@
 from dataclasses import replace
 
 import pytest
-import test_parallel
 import torch
 from elsewhere import in_place_of
 from engine import Engine
 from random_models import gates_of, let_last_layer_draft, numbers, save_random_gates, save_random_latent
 from replay import Replay
-from stock import gaps, same_tokens
 from test_attention_kinds import BUDGET, verify_batch
 from test_drafts import NGRAM
 from test_graphs import rehearse
@@ -163,30 +161,6 @@ def test_a_replayed_step_is_the_eager_one(start_engine, model, is_v2, name):
     """As full CUDA graphs of decode steps run: over buffers that stay where they are."""
     settings = {**SETTINGS, "kv_eviction": name, "kv_eviction_config": {"decode": "off"}}
     rehearse(start_engine(model, **settings), is_v2)
-
-
-@pytest.mark.full
-@pytest.mark.slow
-def test_two_ranks_keep_as_much_as_one(start_engine, model, same_on_both):
-    """Each has the same latents and half of the query heads: CAKE's preferences are sums over both.
-
-    Which tokens stay each of them chooses for its own heads, so only what is said before that is the same.
-    """
-    prompts = [numbers(17, 300), numbers(18, 30), numbers(19, 400)]
-    settings = {**SETTINGS, "kv_eviction_config": {"decode": "off"}}
-    answers = test_parallel.run(model, prompts, 20, **settings, tensor_parallel_size=2)
-    engine: Engine = start_engine(model, **settings)
-    for prompt, ours in zip(prompts, answers, strict=True):
-        name = engine.add(prompt, 20, extra_args={"kv_eviction_report": 1}, logprobs=2, detokenize=False)
-        engine.run()
-        output = engine.outputs[name]
-        kept = output.kv_transfer_params["kv_eviction"]["kept_tokens"]
-        assert ours["kept"] == (kept and list(kept))
-        assert (kept is not None) == (len(prompt) > BUDGET)
-        assert len(ours["tokens"]) == 20
-        exact = 1 if kept else 20
-        tokens, distances = list(output.outputs[0].token_ids), gaps(output.outputs[0].logprobs)
-        assert same_tokens(ours["tokens"][:exact], (tokens[:exact], distances[:exact]))
 
 
 class InterpretedTritonMLAImpl(CPUMLAImpl):
