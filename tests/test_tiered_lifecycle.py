@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 from random_models import numbers
-from test_lifecycle import ELASTIC, PROGRESSIVE, SHARED, Lifecycle
+from test_lifecycle import ELASTIC, SHARED, Lifecycle
 from tiers import Chunk, Tier, beside, exact_chunks, inexact
 
 pytestmark = pytest.mark.engine
@@ -63,24 +63,24 @@ def hits(engine: Engine) -> int:
     [
         ({}, "a step late"),
         pytest.param(ELASTIC, "at once", marks=pytest.mark.full),
-        pytest.param(PROGRESSIVE, "at once", marks=pytest.mark.full),
     ],
 )
 def test_any_history_over_a_small_tier(tiny, options, when, monkeypatch, same_on_both):
     """In a pool in which vLLM preempts, and a tier that forgets."""
-    engine: Engine = tiny(
-        kv_eviction="cake",
-        kv_eviction_budget="auto" if options is ELASTIC else 100,
-        kv_eviction_config=options,
-        max_model_len=700,
-        max_num_batched_tokens=256,
-        num_gpu_blocks_override=30 if options is ELASTIC else 56,
+    small = {
+        "kv_eviction": "cake",
+        "max_model_len": 700,
+        "max_num_batched_tokens": 256,
+        "num_gpu_blocks_override": 30 if options is ELASTIC else 56,
         **beside(cpu_bytes_to_use=80 << 16),
-    )
+    }
     prompts = [*PROMPTS, *(OF_CROWDS if options is ELASTIC else ())]
     # One after the other, as they do not fit in together.
-    exact = {key: chunk for prompt in prompts for key, chunk in exact_chunks(engine, [prompt]).items()}
+    exacting = tiny(**small, kv_eviction_budget=100, kv_eviction_config={})
+    exact = {key: chunk for prompt in prompts for key, chunk in exact_chunks(exacting, [prompt]).items()}
     assert len(exact) == 20 * len(prompts)
+    budget = "auto" if options is ELASTIC else 100
+    engine: Engine = tiny(**small, kv_eviction_budget=budget, kv_eviction_config=options)
     assert 60 < Tier(engine).half.manager._num_chunks < len(exact)
     late = None
     if when == "a step late":
