@@ -194,6 +194,7 @@ def hybrid_model(tmp_path_factory) -> str:
         pytest.param({}, "a step late", "llama", marks=pytest.mark.full),
         pytest.param(PROGRESSIVE, "at once", "llama", marks=pytest.mark.full),
         pytest.param({}, "a step late", "hybrid", marks=pytest.mark.full),
+        pytest.param(ELASTIC, "at once", "hybrid", marks=pytest.mark.full),
     ],
 )
 def test_any_history(start_engine, tiny_model, hybrid_model, options, when, kind, monkeypatch, request, same_on_both):
