@@ -22,6 +22,7 @@ from cells import MIN_TOKENS, Answers, Question, Row, key_of, num_cuts
 from demo import server
 from neighbours import FILLER, SPARE_BLOCKS, Neighbours
 from openai import OpenAI
+from tables import ENDED, LENGTH
 from tasks import Sample, Texts
 from tqdm import tqdm
 
@@ -119,7 +120,8 @@ class Server:
             best = [max(of_step.values()) for of_step in choice.logprobs.top_logprobs[len(told) :]]
             scores = sample.forced_scores(choice.logprobs.token_logprobs[len(told) :], best)
         else:
-            scores = sample.scores(text)
+            length = len(choice.token_ids) - len(told)
+            scores = {**sample.scores(text), LENGTH: length, ENDED: float(choice.finish_reason == "stop")}
         report = (getattr(answer, "kv_transfer_params", None) or {}).get("kv_eviction", {})
         kept = report.get("kept_tokens")
         record = {

@@ -41,7 +41,7 @@ from instructions import INSTRUCTIONS
 from listings import LISTINGS
 from longbench import longbench_tasks
 from ruler import RULER
-from tables import compare, draw, draw_depths, show, show_by_policy, show_comparison, tabulate
+from tables import compare, draw, draw_depths, show, show_by_policy, show_comparison, show_lengths, tabulate
 from tasks import TASKS, Task, Texts
 from tqdm import tqdm
 
@@ -141,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     table = tabulate(answers.records, rows)
     show(table)
     show_by_policy(table, rows)
+    show_lengths(table)
     own, *others = args.compare
     comparison = compare(table, own, others, args.budgets)
     show_comparison(comparison, own, others)

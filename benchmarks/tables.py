@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 from cells import Row, key_of
 
+#: Metrics of answers that a model ends by itself: their tokens, and the share that did not run into the limit.
+LENGTH, ENDED = "output tokens", "ended"
+
 
 def interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, float]:
     """The middle 95% of the means of resamples (bootstrap)."""
@@ -84,6 +87,20 @@ def show_by_policy(table: dict[str, Any], rows: Sequence[Row]) -> None:
                 for column in columns
             )
             print(f"| `{policy}` | " + " | ".join(means) + " |")
+
+
+def show_lengths(table: dict[str, Any]) -> None:
+    """Prints how long answers are that models end by themselves: evicted ones may ramble."""
+    for mode, by_row in table.items():
+        lines = {row: [cell for cell in cells.values() if LENGTH in cell] for row, cells in by_row.items()}
+        if not any(lines.values()):
+            continue
+        print(f"\n{mode} prefill; tokens of an answer, and answers that ended before the limit\n")
+        print("| | tokens | ended |\n|---|---|---|")
+        for row, cells in lines.items():
+            if cells:
+                length, ended = (np.mean([cell[name]["mean"] for cell in cells]) for name in (LENGTH, ENDED))
+                print(f"| {row} | {length:.0f} | {ended:.2f} |")
 
 
 def compare(table: dict[str, Any], own: str, others: Sequence[str], budgets: Sequence[str]) -> dict[str, Any]:

@@ -500,7 +500,8 @@ def test_served(chatty_model, tmp_path, monkeypatch, capsys):
     lines = out.with_suffix(".jsonl").read_text().splitlines()
     assert len(lines) == 1 + 2 * 2 * (1 + 5)
     for record in map(json.loads, lines[1:]):
-        whole, metrics = record["prompt"], {"depths": {"found"}, "copy": {"copied", "before error", "probability"}}
+        whole, metrics = record["prompt"], {"copy": {"copied", "before error", "probability"}}
+        metrics["depths"] = {"found", "output tokens", "ended"}
         # A share of the prompt, and what rounding to blocks adds, or what the neighbours left.
         most = 0.2 * whole + (64 if record["mode"] == "progressive" else 160)
         assert record["kept"] == whole if record["row"] == "full" else 0.19 * whole < record["kept"] < most
@@ -516,5 +517,7 @@ def test_served(chatty_model, tmp_path, monkeypatch, capsys):
     # Nobody would answer.
     monkeypatch.setattr(sys, "argv", [*command, "--url", "http://127.0.0.1:9"])
     quality.main()
-    assert "| snapkv+echo=12 0.2 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| snapkv+echo=12 0.2 |" in printed
+    assert printed.count("answers that ended before the limit") == 2
     assert out.with_suffix(".jsonl").read_text().splitlines() == lines
