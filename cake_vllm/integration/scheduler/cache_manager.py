@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import (
     ChunkedLocalAttentionManager,
     FullAttentionManager,
@@ -97,28 +96,6 @@ class EvictingManager(ExactPrefixManager, FullAttentionManager):
         # Of the request that vLLM is about to give blocks to: columns, the blocks of its row that are its own, and what
         # it hits.
         self._asked: tuple[int, slice, Sequence[KVCacheBlock]] = (0, slice(0), ())
-
-    @classmethod
-    def find_longest_cache_hit(
-        cls,
-        block_hashes: BlockHashList,
-        max_length: int,
-        kv_cache_group_ids: list[int],
-        block_pool: BlockPool,
-        kv_cache_spec: Any,
-        *args,
-        **kwargs,
-    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """See the base class; a prompt that will be evicted computes at least the window's queries.
-
-        It is asked with all but the last token of the prompt, which is how it knows where the window begins.
-        """
-        if max_length + 1 > kv_cache_spec.never_evicted_len:
-            # The last token is computed in any case.
-            max_length = max(min(max_length, max_length + 1 - kv_cache_spec.num_queries), 0)
-        return super().find_longest_cache_hit(
-            block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, *args, **kwargs
-        )
 
     def get_num_blocks_to_allocate(
         self,

@@ -44,14 +44,10 @@ class EvictableSpec(FullAttentionSpec):
     """Full attention whose requests may trade the full blocks of their row for private columns.
 
     Attributes:
-        num_queries: last queries of a prompt that must be computed for its eviction, whatever the prefix cache has.
-        never_evicted_len: prompts up to this length need none, tokens.
         max_request_tokens: what a layer holds of a request at most, in the mean; ``None``: everything.
         kernel_block_size: tokens of the smallest block that the layer's kernels take.
     """
 
-    num_queries: int = 0
-    never_evicted_len: int = 0
     max_request_tokens: int | None = None
     kernel_block_size: int = 1
 

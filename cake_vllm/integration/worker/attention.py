@@ -61,11 +61,7 @@ class EvictingBackend:
         max_model_len = vllm_config.model_config.max_model_len
         in_flight = vllm_config.max_in_flight_tokens + vllm_config.num_lookahead_tokens
         cls._max_model_len = max_model_len
-        cls._spec_fields = {
-            "num_queries": config.policy.num_queries,
-            "never_evicted_len": config.never_evicted_len(),
-            "max_request_tokens": config.max_request_tokens(max_model_len, in_flight),
-        }
+        cls._spec_fields = {"max_request_tokens": config.max_request_tokens(max_model_len, in_flight)}
         return cls.evicting_impl
 
     @classmethod
