@@ -27,8 +27,8 @@ from cake_vllm.integration.worker.worker import EvictionWorker
 
 
 def num_bytes(tensors: Any) -> int:
-    """Of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Of tensors, or what holds some."""
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 class Bench:

@@ -24,6 +24,11 @@ class Recent:
     def __len__(self) -> int:
         return len(self._queries)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take."""
+        return self._queries.nbytes
+
     def write(self, queries: torch.Tensor, places: torch.Tensor) -> None:
         """Remembers a step's queries, ``[n, Hq, D]`` with ``n <= R``, given their positions modulo ``R``, ``[n]``."""
         self._queries.index_copy_(0, places, queries)
