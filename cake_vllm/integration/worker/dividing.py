@@ -33,6 +33,15 @@ class Choice:
     ranks: dict[int, torch.Tensor] = field(default_factory=dict)
     error: Exception | None = None
 
+    def best(self, layer: int, ranks: torch.Tensor, counts: list[int], is_traced: bool) -> list[torch.Tensor]:
+        """The positions of a layer that stay, by head: whole pages of the best by ``[Hkv, C]`` ranks, for each head so
+        many, and what stays in any case.
+        """
+        if is_traced:
+            self.ranks[layer] = ranks
+        cached = self.reads[layer].paged(self.num_kept)
+        return cached.positions(ranks, [cached.pages(count) for count in counts])
+
 
 def divide(
     policy: Policy,
@@ -69,10 +78,7 @@ def divide(
         ranks = policy.ranks(score, judged, min(1.0, budget / judged), of_layer)
         if worth:
             ranks = worth.in_cache(layer, ranks, missing)
-        if is_traced:
-            choice.ranks[layer] = ranks
-        cached = reads.paged(choice.num_kept)
-        chosen.append(cached.positions(ranks, [cached.pages(count) for count in of_layer]))
+        chosen.append(choice.best(layer, ranks, of_layer, is_traced))
         counts.append(tuple(of_layer) if by_head else (of_layer[0],))
     choice.chosen, choice.counts = chosen, tuple(counts)
 

@@ -80,10 +80,7 @@ def part(
             (ours[:, : place.shape[1]], place >= prompt_len, behind),
         )
         of_layer = [min(sum(pair), limit) for pair, limit in zip(zip(both, behind, strict=True), most, strict=True)]
-        if is_traced:
-            choice.ranks[layer] = merged
-        cached = reads.paged(parts.recent)
-        chosen.append(cached.positions(merged, [cached.pages(count) for count in of_layer]))
+        chosen.append(choice.best(layer, merged, of_layer, is_traced))
         counts.append(tuple(of_layer) if by_head else (of_layer[0],))
     choice.chosen, choice.counts = chosen, tuple(counts)
 
