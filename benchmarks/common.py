@@ -40,7 +40,7 @@ def speeches(data: Path | None = None) -> list[str]:
     return sorted((file.read_text() for file in sorted(folder.glob("*.txt"))), key=len, reverse=True)
 
 
-def bench_serve(url: str, tokenizer: str, dataset: list[str], *options: str) -> dict[str, Any]:
+def bench_serve(url: str, tokenizer: str, dataset: list[str], *options: str, is_ended: bool = False) -> dict[str, Any]:
     """What ``vllm bench serve`` saves after a run against a server of ``deploy/demo.py``.
 
     Args:
@@ -48,6 +48,7 @@ def bench_serve(url: str, tokenizer: str, dataset: list[str], *options: str) -> 
         tokenizer: a model directory.
         dataset: its name, and the flags behind it.
         options: more flags.
+        is_ended: whether the model may end its outputs before they have the length that is asked for.
 
     Raises:
         RuntimeError: with the end of what the client said, if it failed.
@@ -55,7 +56,7 @@ def bench_serve(url: str, tokenizer: str, dataset: list[str], *options: str) -> 
     with tempfile.TemporaryDirectory() as folder:
         command = [str(Path(sys.executable).parent / "vllm"), "bench", "serve", "--backend", "openai"]
         command += ["--base-url", url, "--model", "demo", "--tokenizer", tokenizer, "--seed", "0"]
-        command += ["--ignore-eos", "--temperature", "0", "--disable-tqdm"]
+        command += ["--temperature", "0", "--disable-tqdm", *([] if is_ended else ["--ignore-eos"])]
         command += ["--save-result", "--result-dir", folder, "--result-filename", "result.json"]
         command += ["--dataset-name", *dataset, *options]
         env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}

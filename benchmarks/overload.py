@@ -139,6 +139,8 @@ def servers_of(args: argparse.Namespace) -> dict[str, list[str]]:
         str(longest),
         "--max-num-batched-tokens",
         "512",
+        "--dtype",
+        args.dtype,
     ]
     blocks = args.pool_tokens // 32
     plain, half = (["--num-gpu-blocks-override", str(count + 1)] for count in (blocks, 2 * blocks))
@@ -204,6 +206,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=5, help="runs of each load, each of other prompts")
     parser.add_argument("--offloading", type=float, default=16, help="where a GPU is: GiB of the host's memory")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--servers", nargs="+", help="some of them only")
     parser.add_argument("--out", type=Path, help="where to write the JSON, and a PNG beside it")
     args = parser.parse_args()

@@ -8,11 +8,19 @@ and draws the course of each run beside them.
 one of decoding alone. ``tokens/s``: of the whole run, prompts included.
 
     python benchmarks/serve_compare.py MODEL --text --out benchmarks/results/serve_text.json
+
+With ``--outputs`` what is generated is what fills the pool, and requests may end by themselves: beside stock runs a
+server that goes back to ``--budget`` generated tokens every 64, one that does so when memory is short, and ``length``
+and ``ended`` are the mean length of an output and the share of those that did not come to ``--output-len``.
+
+    python benchmarks/serve_compare.py MODEL --text --outputs --requests 32 --input-len 128 --output-len 1024
+        --pool-prompts 8 --policy rkv --budget 256 --chunk 512 --out benchmarks/results/serve_outputs.json
 """
 
 import argparse
 import itertools
 import json
+import statistics
 import sys
 import tempfile
 import threading
@@ -101,13 +109,17 @@ def measure(name: str, flags: list[str], args: argparse.Namespace, dataset: list
         follower = Follower(url, args.requests * args.output_len, name)
         follower.start()
         try:
-            sent = ("--num-prompts", str(args.requests), "--num-warmups", str(args.warmups))
-            client = bench_serve(url, args.model, dataset, *sent)
+            sent = ("--num-prompts", str(args.requests), "--num-warmups", str(args.warmups), "--save-detailed")
+            client = bench_serve(url, args.model, dataset, *sent, is_ended=args.outputs)
         finally:
             samples = follower.stop()
+    lengths = client["output_lens"]
+    ends = {"length": statistics.mean(lengths), "ended": statistics.mean(each < args.output_len for each in lengths)}
     return {
         "figures": {
             "completed": client["completed"],
+            **(ends if args.outputs else {}),
+            "requests/s": client["request_throughput"],
             "peak running": max(samples["running"]),
             "peak tokens/s": client["max_output_tokens_per_s"],
             "tokens/s": client["output_throughput"],
@@ -119,6 +131,7 @@ def measure(name: str, flags: list[str], args: argparse.Namespace, dataset: list
             "freed blocks": samples["freed blocks"][-1],
         },
         "client": {key: value for key, value in client.items() if isinstance(value, int | float)},
+        "lengths": lengths,
         "samples": samples,
     }
 
@@ -160,6 +173,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--load-format", default="auto", help="dummy: random weights")
     parser.add_argument("--graphs", action="store_true", help="without --enforce-eager")
     parser.add_argument("--warmups", type=int, default=2, help="requests before the clock starts")
+    parser.add_argument("--outputs", action="store_true", help="evict what is generated, see above")
     parser.add_argument("--text", action="store_true", help="prompts of real English prose instead of random tokens")
     parser.add_argument("--out", type=Path, help="where to write the JSON, and a PNG beside it")
     return parser
@@ -167,16 +181,28 @@ def parser() -> argparse.ArgumentParser:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Figures and courses by server."""
-    eviction = ["--kv-eviction", args.policy, "--kv-eviction-budget", args.budget, "--kv-eviction-config"]
-    servers: dict[str, list[str]] = {"stock": []}
-    servers |= {f"{args.policy}, {prefill}": [*eviction, json.dumps({"prefill": prefill})] for prefill in args.prefill}
     with tempfile.TemporaryDirectory() as folder:
         if args.text:
             dataset = custom_dataset(pieces(args), Path(folder), args.output_len)
         else:
             lengths = ["--random-input-len", str(args.input_len), "--random-output-len", str(args.output_len)]
             dataset = ["random", *lengths]
-        return {name: measure(name, flags, args, dataset) for name, flags in servers.items()}
+        return {name: measure(name, flags, args, dataset) for name, flags in servers_of(args).items()}
+
+
+def servers_of(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Flags of each server by its name; stock comes first."""
+
+    def evicting(budget: str, **config: Any) -> list[str]:
+        flags = ["--kv-eviction", args.policy, "--kv-eviction-budget", budget]
+        return [*flags, "--kv-eviction-config", json.dumps(config)]
+
+    if not args.outputs:
+        servers = {f"{args.policy}, {prefill}": evicting(args.budget, prefill=prefill) for prefill in args.prefill}
+    else:
+        always = evicting(args.budget, decode="window", every=64, protect={"prompt": True})
+        servers = {f"{args.policy}, decode": always, f"{args.policy}, auto": evicting("auto")}
+    return {"stock": [], **servers}
 
 
 def show(results: dict[str, Any]) -> None:

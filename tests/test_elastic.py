@@ -1,5 +1,6 @@
 """Budgets that shrink when memory is short, and not before."""
 
+import functools
 import itertools
 from unittest import mock
 
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from engine import Engine, Late
-from random_models import numbers, save_random_adapter
+from random_models import numbers, save_random_adapter, save_random_kind
 from ties import assert_same
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.request import RequestStatus
 
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.scheduler.drafts import verified
@@ -107,6 +109,37 @@ def test_a_queue_moves_as_long_as_floors_hold(tiny, same_on_both):
     assert most > 4
     assert preemptions(engine) == before
     assert engine.is_idle()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", ["one", pytest.param("sinks", marks=pytest.mark.full)])
+def test_the_head_of_the_queue_is_counted_as_vllm_does(tiny, start_engine, tmp_path, kind, monkeypatch, same_on_both):
+    """Whoever is admitted needs no more than is free, whoever is not needs more: with windows, and with columns."""
+    most = {"min_tokens": 128, "max_tokens": 400}
+    if kind == "sinks":
+        model = save_random_kind(tmp_path, kind)
+        start = functools.partial(start_engine, model, skip_tokenizer_init=True)
+        engine = elastic(start, 110, kv_eviction_config=most)
+    else:
+        engine = elastic(tiny, 70, kv_eviction_config=most)
+    pressure, pool = engine.scheduler.connector.scheduler._pressure, engine.manager.block_pool
+    allocate, seen = engine.manager.allocate_slots, []
+
+    def allocating(request, *args, num_new_computed_tokens=0, **kwargs):
+        is_new = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        fits = is_new and pressure._blocks_to_admit(request, num_new_computed_tokens) <= pool.get_num_free_blocks()
+        found = allocate(request, *args, num_new_computed_tokens=num_new_computed_tokens, **kwargs)
+        if is_new:
+            seen.append((fits, found is not None))
+        return found
+
+    monkeypatch.setattr(engine.manager, "allocate_slots", allocating)
+    head = numbers(70, 640)
+    for index in range(8):
+        engine.add(head + numbers(71 + index, 250), 60)
+    engine.run()
+    assert {admitted for _, admitted in seen} == {True, False}
+    assert all(fits == admitted for fits, admitted in seen)
 
 
 @pytest.mark.engine

@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -83,7 +84,7 @@ def test_fifty_requests_in_a_small_pool(tiny, decode, num_blocks, same_on_both):
         ("window", [{}, {"kv_eviction": "layer-defensivekv", "kv_eviction_config": {"window": 12}}]),
     ],
 )
-def test_preempted_requests_are_evicted_as_they_were(tiny, decode, wishes, when, monkeypatch, is_v2):
+def test_preempted_requests_are_evicted_as_they_were(tiny, decode, wishes, when, asynchronous, monkeypatch, is_v2):
     """By the queries of the prompt, whatever the prefix cache has, and while they decode where they were."""
     config: dict[str, Any] = {"decode": decode, **({"every": 40} if decode == "window" else {})}
     engine: Engine = tiny(
@@ -92,18 +93,32 @@ def test_preempted_requests_are_evicted_as_they_were(tiny, decode, wishes, when,
         kv_eviction_config=config,
         max_num_batched_tokens=256,
         max_model_len=1024,
+        **(asynchronous if when == "a step late" else {}),
     )
     late = None
     if when == "a step late":
+        # In one process no step is planned before the one before it has run.
         late = Late(engine.scheduler.connector.scheduler, monkeypatch)
         monkeypatch.setattr(engine, "_check_halves", lambda: None)
-    # The last one outgrows its budget by its output.
-    lengths, max_tokens = (320, 300, 90), 40 if is_v2 else 130
+    grants, evicted = engine.scheduler.connector.scheduler._grants, defaultdict(set)
+    grant = grants.grant
+
+    def granting(tracked, *args, **kwargs):
+        given = grant(tracked, *args, **kwargs)
+        if given is not None:
+            evicted[tracked.name.partition("-")[0]].add(grants._pending[given.epoch].length)
+        return given
+
+    monkeypatch.setattr(grants, "grant", granting)
+    # The second one's first token fills a block; the last one outgrows its budget by its output.
+    lengths, max_tokens = (320, 319, 90), 40 if is_v2 else 130
     jobs = [(numbers(length, length), wish) for length in lengths[is_v2:] for wish in wishes]
-    alone = []
+    alone, ends = [], []
     for prompt, wish in jobs:
         engine.forget_prefixes()
         alone += engine.runs([prompt], max_tokens, extra_args=wish)
+        ends.append(set().union(*evicted.values()))
+        evicted.clear()
     engine.forget_prefixes()
     engine.stats()
     names = [engine.add(prompt, max_tokens, extra_args=wish) for prompt, wish in jobs]
@@ -121,8 +136,9 @@ def test_preempted_requests_are_evicted_as_they_were(tiny, decode, wishes, when,
     counts = [request.num_preemptions for request in requests]
     assert min(counts) >= (1 if is_v2 else 2)
     assert max(counts) == (2 if is_v2 else 4)
-    for name, reference in zip(names, alone, strict=True):
+    for name, reference, lengths_then in zip(names, alone, ends, strict=True):
         assert_same(engine.run_of(name), reference)
+        assert evicted[name] == lengths_then
     if late:
         late.deliver()
     assert engine.is_idle()

@@ -26,6 +26,9 @@ class Decoding:
         self._terms, self._grants = terms, grants
         # How far a request may be beyond the end of a block when this is given back; in tokens, drafts aside.
         self._most_behind = (MOST_OPEN - 1) * terms.num_drafts if terms.is_late else 0
+        # How far it has to be beyond its prompt: with what is planned a step ahead, the step behind the prompt's
+        # eviction does not know yet what this has left, now or when all is computed again.
+        self._least_ahead = 2 if terms.limits.async_scheduling and not terms.num_drafts else 1
         self._step = 0
         # By number of the step, requests to look at by id; and by id, the number of that step.
         self._due: defaultdict[int, dict[str, Tracked]] = defaultdict(dict)
@@ -55,7 +58,7 @@ class Decoding:
             drafts: tokens behind ``end`` that are computed in the step.
         """
         config, terms = tracked.config, self._terms
-        # Right after its prompt an eviction may not be reported yet: the next block will do.
+        # Where drafts are verified a step late, a later step gives the same block back.
         if config is None or tracked.failed or tracked.num_pending or (drafts and not terms.is_late):
             return None
         if certain < self._due_end(tracked, config, end) or terms.ends_with(tracked.request, certain):
@@ -100,8 +103,7 @@ class Decoding:
     def next_stop(self, tracked: Tracked, end: int) -> int:
         """The first length beyond ``end`` at which a request may give a block back, tokens."""
         assert tracked.config is not None
-        size = self._terms.block_size
-        return max(end // size + 1, self._due_blocks(tracked, tracked.config)) * size
+        return self._first_due(tracked, tracked.config, end + 1)
 
     def _put_down(self, tracked: Tracked, num_steps: int) -> None:
         step = self._due_at[tracked.name] = self._step + num_steps
@@ -128,8 +130,12 @@ class Decoding:
 
     def _due_end(self, tracked: Tracked, config: KVEvictionConfig, end: int) -> int:
         """The end of the next block that is to be given back, tokens; of a request that is ``end`` tokens long."""
-        size = self._terms.block_size
-        return max(-(-(end - self._most_behind) // size), self._due_blocks(tracked, config)) * size
+        return self._first_due(tracked, config, end - self._most_behind)
+
+    def _first_due(self, tracked: Tracked, config: KVEvictionConfig, end: int) -> int:
+        """The end of the first block at or behind ``end`` that may be given back, tokens."""
+        size, end = self._terms.block_size, max(end, tracked.request.num_prompt_tokens + self._least_ahead)
+        return max(-(-end // size), self._due_blocks(tracked, config)) * size
 
     def _due_blocks(self, tracked: Tracked, config: KVEvictionConfig) -> int:
         """With so many full blocks a request gives back what is too much: a period beyond its budget or, once it was

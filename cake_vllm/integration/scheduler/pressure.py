@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.request import Request, RequestStatus
@@ -180,14 +181,26 @@ class Pressure:
         return total
 
     def _blocks_to_admit(self, request: Request, num_hits: int) -> int:
-        """Blocks that have to be free for vLLM to admit a request."""
-        in_use = 0
+        """Blocks that have to be free for vLLM to admit a request, by its own count: those of its whole prompt, and
+        columns if this is evicted at its end.
+        """
+        length, managers = request.num_tokens, self._every.single_type_managers
+        rows: Sequence[Sequence[KVCacheBlock]] = [()] * len(managers)
         if num_hits:
-            hits, *_ = self._every.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)
-            of_groups = zip(hits, self._every.single_type_managers, strict=True)
-            in_use = sum(block.ref_cnt > 0 for row, of in of_groups for block in row[: num_hits // of.block_size])
-        num_blocks = self._growth(0, request.num_tokens + self._terms.num_lookahead)
-        return num_blocks - in_use + self._manager.watermark_blocks
+            found, *_ = self._every.find_longest_cache_hit(request.block_hashes, length - 1)
+            rows = [row[: num_hits // of.block_size] for row, of in zip(found, managers, strict=True)]
+        num_blocks = self._every.get_num_blocks_to_allocate(
+            request_id=request.request_id,
+            num_tokens=min(length + self._terms.num_lookahead, self._terms.max_model_len),
+            new_computed_blocks=tuple(rows),
+            num_encoder_tokens=0,
+            total_computed_tokens=num_hits,
+            num_local_computed_tokens=num_hits,
+            num_tokens_main_model=length,
+            apply_admission_cap=True,
+            prefill_end=max(request.num_prompt_tokens, length - 1),
+        )
+        return num_blocks + self._manager.watermark_blocks
 
     def _holding(self, tracked: Tracked, end: int) -> Holding:
         """What a request could give at the end of this step; in blocks of all groups of evictable layers."""
