@@ -226,7 +226,7 @@ def test_any_history(start_engine, tiny_model, hybrid_model, options, when, kind
     run_state_machine_as_test(
         lambda: Lifecycle(engine, late),
         settings=settings(
-            max_examples=8 if kind == "hybrid" else 16 if when == "drafts, too" else 40,
+            max_examples=8 if kind == "hybrid" or when == "drafts, too" else 25,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
