@@ -12,7 +12,13 @@ vLLM with prompts as short as the budget, which is the limit.
 With ``--runner v2`` the first figure only, and of its host code: without a GPU this runner's kernels run under Triton's
 interpreter, whose time is left out.
 
+With ``--decoding ROWS`` another figure: the longest step of a batch of requests that evict what they generate every 64
+tokens, beside the median one. Their prompts are as long as each other, so that all are judged in one step, or a token
+apart, so that one is in each. A batch runs for two periods, ``--repeats`` times; the longest step is the median of the
+periods' longest ones. What stock vLLM's is above its median step, the machine is to blame for.
+
     python benchmarks/latency.py MODEL --out benchmarks/results/latency.json
+    python benchmarks/latency.py MODEL --decoding 32 --out benchmarks/results/latency_decoding.json
 """
 
 import argparse
@@ -36,6 +42,8 @@ from tqdm import tqdm
 
 #: Decode steps in a turn; the first one finds cold caches and does not count.
 TURN = 6
+#: Methods that judge what was generated, and how often they do; in tokens.
+JUDGES, EVERY = ("snapkv", "rkv", "echo"), 64
 
 
 def serve(pipe: Any, model: str, settings: dict[str, Any], kind: "type[Engine]") -> None:
@@ -105,10 +113,10 @@ class Engine:
         while len(begun) < len(prompts):
             begun |= {output.request_id for output in self.engine.step() if output.outputs[0].token_ids}
 
-    def steps(self) -> list[float]:
-        """Seconds of the decode steps of a turn."""
+    def steps(self, count: int = TURN) -> list[float]:
+        """Seconds of decode steps, of which the first one does not count."""
         times = []
-        for _ in range(TURN):
+        for _ in range(count):
             start, kernels = time.perf_counter(), self._kernels
             self.engine.step()
             times.append(time.perf_counter() - start - (self._kernels - kernels))
@@ -196,6 +204,44 @@ def decode_steps(
     return runs
 
 
+def decoding(model: str, settings: dict[str, Any], rows: int, budget: int, repeats: int) -> dict[str, Any]:
+    """By batch, method and repetition, seconds of decode steps in which requests may be evicted."""
+    # So far beyond the budget that prompts are evicted, and so short of a block's end that all have as many blocks.
+    block = 32
+    length = (budget // block + 2) * block
+    num_steps = 2 * EVERY + 1
+    settings = settings | {
+        "max_num_seqs": rows,
+        # All prompts are computed in one step, or they would not be judged together later.
+        "max_num_batched_tokens": rows * (length + block),
+        "max_model_len": length + block + num_steps + 2 * TURN,
+        "block_size": block,
+    }
+    eviction = {"kv_eviction": JUDGES[-1], "kv_eviction_budget": budget}
+    stock = Remote(model, settings)
+    ours = Remote(model, {**settings, **eviction, "kv_eviction_config": {"decode": "window", "every": EVERY}})
+    text = stock("tokens", speeches()[0])
+    batches = {"all in one step": [length] * rows, "one in a step": [length + i % block for i in range(rows)]}
+    results: dict[str, Any] = {batch: {name: [] for name in ("stock", *JUDGES)} for batch in batches}
+    for _ in tqdm(range(repeats)):
+        for batch, lengths in batches.items():
+            prompts = [text[97 * i : 97 * i + length] for i, length in enumerate(lengths)]
+            for name, runs in results[batch].items():
+                engine, policy = (stock, None) if name == "stock" else (ours, name)
+                engine("start", prompts, num_steps + TURN, policy)
+                runs.append(engine("steps", num_steps))
+                engine("stop")
+    for engine in (stock, ours):
+        engine.close()
+    print(f"\n| {rows} rows, judged | method | median step | longest | ratio |\n|---|---|---|---|---|")
+    for batch, of_batch in results.items():
+        for name, runs in of_batch.items():
+            usual = statistics.median(statistics.median(run) for run in runs)
+            longest = statistics.median(max(half) for run in runs for half in (run[:EVERY], run[EVERY:]))
+            print(f"| {batch} | {name} | {usual * 1e3:.1f} ms | {longest * 1e3:.1f} ms | {longest / usual:.2f} |")
+    return results
+
+
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -205,9 +251,10 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=6000, help="of the evicted batch")
     parser.add_argument("--batch", type=int, default=8, help="of the evicted batch")
     parser.add_argument("--turns", type=int, default=30, help=f"of {TURN} decode steps each")
-    parser.add_argument("--repeats", type=int, default=5, help="of each first token")
+    parser.add_argument("--repeats", type=int, default=5, help="of each first token, and with --decoding of a batch")
     parser.add_argument("--dtype", default="auto", help="of the model (default: its own)")
     parser.add_argument("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner")
+    parser.add_argument("--decoding", type=int, metavar="ROWS", help="only: the longest step of a batch of so many")
     parser.add_argument("--out", type=Path, help="where to write the JSON")
     args = parser.parse_args()
     if args.runner == "v2":
@@ -218,6 +265,9 @@ def main() -> None:
         "max_model_len": max(max(args.lengths) + 16, args.context + TURN * (args.turns + 2)),
         "kv_cache_memory_bytes": 4 * 2**30,
     }
+    if args.decoding:
+        write(args.out, decoding(args.model, settings, args.decoding, args.budget, args.repeats))
+        return
     eviction = {"kv_eviction": "cake", "kv_eviction_budget": args.budget}
     stock, cake = Remote(args.model, settings), Remote(args.model, {**settings, **eviction})
     both = {"stock": stock, "cake": cake}

@@ -77,11 +77,15 @@ class Engine:
             self._choices: defaultdict[str, list[list[list[torch.Tensor]]]] = defaultdict(list)
             self._kept: dict[str, Kept] = {}
             self._ranks: dict[str, dict[int, torch.Tensor]] = {}
-            self.connector.worker.judging.is_traced = True
-            self.connector.worker.on_evicted = self._follow
+            self._follow_worker()
             ours = getattr(self.scheduler.connector, "_ours", self.scheduler.connector)
             self._take_stats = ours.get_kv_connector_stats
             ours.get_kv_connector_stats = self._pass_stats
+
+    def _follow_worker(self) -> None:
+        """Has the worker say what it chose."""
+        self.connector.worker.judging.is_traced = True
+        self.connector.worker.on_evicted = self._follow
 
     @property
     def evicts(self) -> bool:

@@ -214,6 +214,9 @@ def test_reports_of_ranks_and_stages_are_joined():
     assert joined.is_traded
     still = first.aggregate(EvictionReport({0: {"a": replace(part(5, ((11,), (21,))), is_traded=False)}}))
     assert not still.evictions()["a"].is_traded
+    # Who took longest held the others up; a report may have no more to tell.
+    assert first.aggregate(EvictionReport({1: {}}, 0.2)).aggregate(EvictionReport({1: {}}, 0.1)).seconds == 0.2
+    assert EvictionReport({0: {}}, 0.2).evictions() == {}
     alike = EvictionReport({0: {"a": part(3, ((10,), (20,)), by_head=False)}})
     assert alike.aggregate(alike).evictions()["a"].kept == ((10,), (20,))
 

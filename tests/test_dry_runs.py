@@ -85,6 +85,18 @@ def test_turns(chatty_model, tmp_path, monkeypatch):
     assert printed.endswith(shown)
 
 
+def test_the_longest_step_of_a_batch_that_evicts_while_it_decodes(chatty_model, tmp_path):
+    out = tmp_path / "latency.json"
+    command = ["benchmarks/latency.py", chatty_model, "--dtype", "float32", "--decoding", "4", "--budget", "64"]
+    printed = run(*command, "--repeats", "1", "--out", str(out))
+    results = json.loads(out.read_text())["results"]
+    assert results.keys() == {"all in one step", "one in a step"}
+    for runs in results.values():
+        assert runs.keys() == {"stock", "snapkv", "rkv", "echo"}
+        assert {len(steps) for (steps,) in runs.values()} == {128}
+    assert printed.count("| echo |") == 2
+
+
 def entry(kind: int, capability: int, code: bytes) -> bytes:
     """Of a fatbin: PTX or machine code for one GPU."""
     return struct.pack("<HHIQ12xI32x", kind, 0x101, 64, len(code), capability) + code

@@ -1,11 +1,18 @@
 """What is counted of an eviction, summed over intervals, logged and shown on ``/metrics``."""
 
+import itertools
+import time
 from types import SimpleNamespace
 
+import pytest
+from engine import Engine
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.utils import floatToGoString
+from random_models import numbers
 
 from cake_vllm.integration.messages import Eviction
 from cake_vllm.integration.metrics import EvictionPromMetrics, EvictionStats
+from cake_vllm.integration.worker.clock import Clock, Moment
 
 BLOCK = 32
 COUNTED = (
@@ -32,6 +39,12 @@ def count(*evictions: Eviction, freed: int = 9, in_place: bool = False, prompt_l
     stats = EvictionStats.empty()
     for eviction in evictions:
         stats.record(eviction, freed, BLOCK, in_place, prompt_len)
+    return stats
+
+
+def timed(*seconds: float) -> EvictionStats:
+    stats = EvictionStats.empty()
+    stats.data["seconds"] += seconds
     return stats
 
 
@@ -105,6 +118,8 @@ def test_intervals_add_up():
     together = count(BY_LAYER, BY_HEAD)
     together.record(BY_HEAD, 2, BLOCK, True, 467)
     together.record(BY_LAYER, 1, BLOCK, False, None)
+    everything.aggregate(timed(0.3)).aggregate(timed(0.1, 0.2))
+    together.data["seconds"] = [0.3, 0.1, 0.2]
     assert everything.data == together.data
     assert not everything.is_empty()
     everything.reset()
@@ -123,6 +138,10 @@ def test_what_is_logged():
         "most of a KV head": 179.0,
     }
     assert "least" not in EvictionStats.empty().reduce()
+    assert "longest" not in stats.reduce()
+    late = timed(0.03, 0.01)
+    assert not late.is_empty()
+    assert (late.reduce()["mean seconds of a step's evictions"], late.reduce()["longest"]) == (0.02, 0.03)
 
 
 def test_what_is_on_metrics():
@@ -144,19 +163,28 @@ def test_what_is_on_metrics():
             if not sample.name.endswith("_created")
         }
 
-    assert read() == {(f"{name}_total", engine): 0 for name in COUNTED for engine in "01"}
-    for stats in (count(BY_LAYER, BY_HEAD), count(BY_LAYER), count(BY_LAYER, freed=1, prompt_len=None)):
+    shown = read()
+    bounds = sorted({float(key[2]) for key in shown if key[0] == "step_seconds_bucket"})
+    steps = {(f"step_seconds_{part}", engine): 0 for part in ("count", "sum") for engine in "01"}
+    steps |= {("step_seconds_bucket", engine, floatToGoString(bound)): 0 for bound in bounds for engine in "01"}
+    assert shown == {(f"{name}_total", engine): 0 for name in COUNTED for engine in "01"} | steps
+    for stats in (count(BY_LAYER, BY_HEAD), count(BY_LAYER), count(BY_LAYER, freed=1, prompt_len=None), timed(0.03, 9)):
         metrics.observe(stats.data, 1)
     elastic = EvictionStats.empty()
     elastic.data["in_force"] = [300, 2]
     metrics.observe(elastic.data, 0)
-    seen = {key: number for key, number in read().items() if number}
+    buckets = {float(key[2]): n for key, n in read().items() if key[0] == "step_seconds_bucket" and key[1] == "1"}
+    assert {bound: (bound >= 0.03) + (bound >= 9) for bound in bounds} == buckets
+    assert 0.001 in buckets
+    seen = {key: number for key, number in read().items() if number and "bucket" not in key[0]}
     assert seen == {
         ("requests_total", "1"): 3,
         ("freed_blocks_total", "1"): 9 + 9 + 9 + 1,
         ("evicted_tokens_total", "1"): 28 * 32,
         ("rounding_tokens_total", "1"): 44 + 52 + 44,
         ("trims_total", "1"): 1,
+        ("step_seconds_count", "1"): 2,
+        ("step_seconds_sum", "1"): 9.03,
         ("budget_in_force", "0"): 300,
         ("requests_at_floor", "0"): 2,
         # Of the last interval that had any.
@@ -167,3 +195,93 @@ def test_what_is_on_metrics():
         ("head_kept_tokens", "1", "1", "0"): 83,
         ("head_kept_tokens", "1", "1", "1"): 115,
     }
+
+
+class Passed(Moment):
+    """Of a device that is behind the host.
+
+    Attributes:
+        now: seconds, of the device.
+        is_past: whether it has come this far.
+    """
+
+    now, is_past = 0.0, True
+
+    def record(self) -> None:
+        self._seconds = Passed.now
+
+    def query(self) -> bool:
+        return Passed.is_past
+
+
+def test_a_step_is_read_when_the_device_has_passed_it(monkeypatch):
+    """As many steps later on each rank, so that the longest of their times is of one step."""
+    clock = Clock(Passed, 2)
+
+    def step(*parts: float) -> float:
+        def work(seconds: float) -> float:
+            monkeypatch.setattr(Passed, "now", Passed.now + seconds)
+            return -seconds
+
+        for seconds in parts:
+            assert clock.timed(work)(seconds) == -seconds
+        # Beside the parts.
+        work(10)
+        return clock.end_step()
+
+    assert [step(1, 2), step(), step(4), step(), step(), step()] == [0, 0, 3, 0, 4, 0]
+    # One that is not over is not waited for, and never told of in the place of another.
+    step(8)
+    step(16)
+    monkeypatch.setattr(Passed, "is_past", False)
+    assert step() == 0
+    monkeypatch.setattr(Passed, "is_past", True)
+    assert [step(), step()] == [16, 0]
+
+
+def test_a_step_on_the_host_is_read_at_once():
+    clock = Clock(Moment, 0)
+    clock.timed(time.sleep)(0.01)
+
+    def failing() -> None:
+        time.sleep(0.01)
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        clock.timed(failing)()
+    assert clock.end_step() >= 0.02
+    assert clock.end_step() == 0
+
+
+class Tick(Moment):
+    """Of a clock by which every part of a step takes a millisecond, and nothing else any time."""
+
+    count = itertools.count()
+
+    def record(self) -> None:
+        self._seconds = next(Tick.count) / 1e3
+
+
+@pytest.mark.engine
+def test_each_step_that_evicts_says_how_long_that_took(tiny, monkeypatch, is_v2):
+    """At the prompts' ends, and while they decode: in each layer, and for each request behind them. No other step says
+    anything.
+    """
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=100, kv_eviction_config={"decode": "window"})
+    worker = engine.connector.worker
+    monkeypatch.setattr(worker, "clock", Clock(Tick, 0))
+    engine.stats()
+    for length in (64, 300, 340):
+        engine.add(numbers(length, length), 8 if is_v2 else 40)
+    told, silent = 0, 0
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.step()
+        if stats := engine.stats():
+            num_evicted = stats["requests"] + stats["trims"]
+            assert num_evicted > 0
+            assert stats["seconds"] == pytest.approx([(len(worker.layers.target) + num_evicted) / 1e3])
+            told += 1
+        else:
+            silent += 1
+    assert told >= (1 if is_v2 else 2)
+    assert silent > told

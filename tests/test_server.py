@@ -25,13 +25,13 @@ def url(model_dir):
 def test_chat_completions_and_metrics(url):
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
     before = metrics(url)
-    assert before["requests"] == before["evicted_tokens"] == before["freed_blocks"] == 0
+    assert before["requests"] == before["evicted_tokens"] == before["freed_blocks"] == before["step_seconds_count"] == 0
 
     short = client.chat.completions.create(
         model="demo", messages=[{"role": "user", "content": "Say hello."}], max_tokens=8, temperature=0
     )
     assert short.choices[0].message.content
-    assert metrics(url)["requests"] == 0
+    assert metrics(url)["requests"] == metrics(url)["step_seconds_count"] == 0
 
     document = (ROOT / "LICENSE").read_text()
     prompt_lens = []
@@ -49,6 +49,9 @@ def test_chat_completions_and_metrics(url):
 
     after = metrics(url)
     assert after["requests"] == 2
+    # And perhaps steps in which an answer had filled a block.
+    assert after["step_seconds_count"] >= 2
+    assert after["step_seconds_sum"] > 0
     layers = [key for key in after if key.isdigit()]
     assert len(layers) == 30
     # Each layer's gauge is that of the last request; all of them together keep the budget and the rounding.

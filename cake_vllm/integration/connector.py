@@ -87,6 +87,7 @@ class KVEvictionConnector(KVConnectorBase_V1, SupportsHMA):
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, EvictionReport):
             self.scheduler.finish(report.evictions())
+            self.scheduler.took(report.seconds)
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]

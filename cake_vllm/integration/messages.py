@@ -211,9 +211,16 @@ class Eviction:
 
 @dataclass
 class EvictionReport(KVConnectorWorkerMetadata):
-    """Worker to scheduler: the evictions of one step, by pipeline stage and request id."""
+    """Worker to scheduler.
+
+    Attributes:
+        stages: the evictions of one step, by pipeline stage and request id.
+        seconds: that a step with evictions took for them, of the worker that took longest; it is this step or, where
+            the device is not waited for, an earlier one. 0: there is none to tell of.
+    """
 
     stages: dict[int, dict[str, Eviction]]
+    seconds: float = 0.0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Joins the reports of two workers."""
@@ -222,7 +229,7 @@ class EvictionReport(KVConnectorWorkerMetadata):
         for stage, theirs in other.stages.items():
             ours = stages.get(stage)
             stages[stage] = {name: ours[name].beside(of_rank) for name, of_rank in theirs.items()} if ours else theirs
-        return EvictionReport(stages)
+        return EvictionReport(stages, max(self.seconds, other.seconds))
 
     def evictions(self) -> dict[str, Eviction]:
         """By request id, of all layers and heads."""

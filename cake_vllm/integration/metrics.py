@@ -26,6 +26,7 @@ _COUNTERS = {
     "in_place": "Evictions that reused the prompt's own blocks because the pool had none to spare.",
     "failures": "Evictions given up, mostly because the policy raised; the request keeps what it holds.",
 }
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 class EvictionStats(KVConnectorStats):
@@ -33,15 +34,23 @@ class EvictionStats(KVConnectorStats):
 
     ``data`` holds the counters by name; ``kept_tokens``, the tokens kept by layer, mean over its heads, summed over the
     requests; and of the ``head_requests`` among them whose heads keep different numbers ``kept_by_head``, the tokens
-    by layer and head. ``in_force`` is how things stand at its end: the smallest budget to which a running request was
-    cut (the longest possible request if none was), and how many are at their floors; empty while nobody asked.
+    by layer and head. ``seconds`` has, for each step that evicted, how long that took there. ``in_force`` is how things
+    stand at its end: the smallest budget to which a running request was cut (the longest possible request if none was),
+    and how many are at their floors; empty while nobody asked.
     """
 
     @classmethod
     def empty(cls) -> "EvictionStats":
         """Statistics of nothing."""
         return cls(
-            {**dict.fromkeys(_COUNTERS, 0), "kept_tokens": [], "head_requests": 0, "kept_by_head": [], "in_force": []}
+            {
+                **dict.fromkeys(_COUNTERS, 0),
+                "kept_tokens": [],
+                "head_requests": 0,
+                "kept_by_head": [],
+                "seconds": [],
+                "in_force": [],
+            }
         )
 
     def record(
@@ -86,6 +95,7 @@ class EvictionStats(KVConnectorStats):
             self.data[name] += other.data[name]
         self._add_kept(other.data["kept_tokens"])
         self._add_heads(other.data["head_requests"], other.data["kept_by_head"])
+        self.data["seconds"] += other.data["seconds"]
         self.data["in_force"] = other.data["in_force"] or self.data["in_force"]
         return self
 
@@ -99,6 +109,8 @@ class EvictionStats(KVConnectorStats):
         if self.data["head_requests"]:
             heads = [tokens / self.data["head_requests"] for layer in self.data["kept_by_head"] for tokens in layer]
             line |= {"least of a KV head": round(min(heads), 1), "most of a KV head": round(max(heads), 1)}
+        if seconds := self.data["seconds"]:
+            line |= {"mean seconds of a step's evictions": round(mean(seconds), 4), "longest": round(max(seconds), 4)}
         if self.data["in_force"]:
             line["budget in force"], line["requests at their floor"] = self.data["in_force"]
         return line
@@ -108,8 +120,8 @@ class EvictionStats(KVConnectorStats):
         self.data = self.empty().data
 
     def is_empty(self) -> bool:
-        """Whether nothing was evicted."""
-        return not any(self.data[name] for name in _COUNTERS)
+        """Whether nothing was evicted, and no step reported that had evicted something."""
+        return not any(self.data[name] for name in (*_COUNTERS, "seconds"))
 
     def _add_kept(self, kept: Sequence[float]) -> None:
         ours = self.data["kept_tokens"] or [0] * len(kept)
@@ -140,6 +152,14 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
             counter: Any = self._counter_cls(f"vllm:kv_eviction_{name}", text, labelnames=labelnames)
             engines = per_engine_labelvalues.items()
             self._counters[name] = {engine: counter.labels(*values) for engine, values in engines}
+        histogram_cls: Any = self._histogram_cls
+        histogram = histogram_cls(
+            "vllm:kv_eviction_step_seconds",
+            "Seconds that a step with evictions took for them: scores, budgets, and moving what is kept.",
+            labelnames=labelnames,
+            buckets=_SECONDS,
+        )
+        self._seconds = {engine: histogram.labels(*values) for engine, values in per_engine_labelvalues.items()}
         of_interval = "mean over the requests evicted in the last interval that had any."
         gauge_cls: Any = self._gauge_cls
         # With several API servers: one series for all of them, as whichever counted last has it.
@@ -172,6 +192,8 @@ class EvictionPromMetrics(KVConnectorPromMetrics):
         """Adds one interval."""
         for name, counter in self._counters.items():
             counter[engine_idx].inc(transfer_stats_data[name])
+        for seconds in transfer_stats_data["seconds"]:
+            self._seconds[engine_idx].observe(seconds)
         labels, requests = self.per_engine_labelvalues[engine_idx], transfer_stats_data["requests"]
         if requests:
             for layer, tokens in enumerate(transfer_stats_data["kept_tokens"]):

@@ -151,6 +151,11 @@ class EvictionScheduler:
                 self._prefilling.pop(name, None)
                 self._pressure.forget(name)
 
+    def took(self, seconds: float) -> None:
+        """The worker reports how long the evictions of a step took, if there are any to tell of."""
+        if seconds:
+            self._grants.stats.data["seconds"].append(seconds)
+
     def remove(self, name: str) -> dict[str, Any] | None:
         """A request has finished or was aborted; its columns leave with its block rows.
 

@@ -7,6 +7,8 @@ Runs in every worker process and frees no block. A step goes through three rooms
     finish    judging   what they keep                                           dividing.py
               moving    pages for it, and the way there                          moving.py, dealing.py
     end       moving    from now on they read what was kept
+
+What a step that evicts takes for it is told with a later one                    clock.py
 """
 
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.integration.messages import Cut, Eviction, EvictionReport, Observation, StepPlan
 from cake_vllm.integration.worker.captured import CapturedSteps
+from cake_vllm.integration.worker.clock import Clock
 from cake_vllm.integration.worker.dividing import Choice
 from cake_vllm.integration.worker.gates import WorkerGates
 from cake_vllm.integration.worker.graphs import install_graphs
@@ -58,6 +61,7 @@ class EvictionWorker:
         most_rows = min(vllm_config.scheduler_config.max_num_seqs, most_captured)
         most_pages = (-(-vllm_config.model_config.max_model_len // layers.grid.block_size) + 1) * layers.grid.per_block
         self.captured = CapturedSteps(layers, rows, config.policy.selection != "layer", most_rows, most_pages)
+        self.clock = Clock.of(layers.grid.pages.device, vllm_config.max_concurrent_batches)
         self._stage = get_pp_group().rank_in_group
         self._plan = StepPlan()
         # Those whose layers ran, also where a step is planned while another one's report is still to come.
@@ -89,6 +93,8 @@ class EvictionWorker:
             return
         batch = Batch(self.layers, attn_metadata)
         observe = self.judging.watch(plan.observations, batch) if plan.observations else None
+        if observe is not None and any(what.grant for what in plan.observations):
+            observe = self.clock.timed(observe)
         self.reading.redirect(batch, observe)
         self._observations.extend(plan.observations)
 
@@ -101,14 +107,14 @@ class EvictionWorker:
         """Evicts the requests that were granted it in this step: called after the last layer."""
         observations, self._observations = self._observations, []
         cuts, self._cuts = self._cuts, ()
-        evictions = {what.req_id: self._evict(what) for what in observations if what.grant is not None}
-        for cut in cuts:
-            self.judging.recall(cut)
-            evictions[cut.req_id] = self._evict(cut)
+        granted: list[Observation | Cut] = [what for what in observations if what.grant is not None]
+        evict = self.clock.timed(self._evict)
+        evictions = {what.req_id: evict(what) for what in (*granted, *cuts)}
         for what in observations:
             if what.is_last:
                 self.judging.let_go(what)
-        return EvictionReport({self._stage: evictions}) if evictions else None
+        seconds = self.clock.end_step()
+        return EvictionReport({self._stage: evictions}, seconds) if evictions or seconds else None
 
     def end(self) -> None:
         """The step is over, drafts included.
@@ -122,6 +128,8 @@ class EvictionWorker:
         current_step.plan, current_step.runner = None, None
 
     def _evict(self, what: Observation | Cut) -> Eviction:
+        if isinstance(what, Cut):
+            self.judging.recall(what)
         choice = self.judging.choose(what)
         eviction = self.moving.evict(what, choice, self.judging.watched[what.req_id].rows)
         self.judging.conclude(what, choice, eviction.is_traded)
