@@ -13,6 +13,7 @@ from engine import Engine
 from random_models import gates_of, numbers, save_random_gates, save_random_model
 from replay import Replay
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.attention import Attention
@@ -331,14 +332,24 @@ def test_angles_that_are_no_angles(rope):
 
 @pytest.mark.engine
 def test_an_embedding_that_is_there_and_passed_by(start_engine, tmp_path, same_on_both):
-    """Cohere 2 has one in every layer, and uses it in those with windows."""
+    """Cohere 2 has one in every layer, and uses it in those with windows: refused at the start, and no request that asks
+    for it fails.
+    """
     kinds = ["sliding_attention", "full_attention"] * 2
     fields = {"layer_types": kinds, "sliding_window": 64, "hidden_size": 128, "num_key_value_heads": 4}
     model = save_random_model(tmp_path, "cohere2", "Cohere2ForCausalLM", num_hidden_layers=4, **fields)
     settings = {"skip_tokenizer_init": True, "max_model_len": 1024, "kv_eviction_budget": 100}
     with pytest.raises(ValueError, match="no rotary embedding turns those of model.layers.1.self_attn.attn"):
         start_engine(model, kv_eviction="triattention", **settings)
-    start_engine(model, kv_eviction="cake", **settings)
+    # A process of its own would have ended.
+    ensure_kv_transfer_shutdown()
+    engine: Engine = start_engine(model, kv_eviction="cake", **settings)
+    prompt = numbers(66, 300)
+    expected = engine.generate([prompt], 8, extra_args={"kv_eviction": "none"})
+    engine.stats()
+    assert engine.generate([prompt], 8, extra_args={"kv_eviction": "triattention"}) == expected
+    assert engine.stats()["failures"] == 1
+    assert engine.generate([prompt], 8) != expected
 
 
 class Words:
