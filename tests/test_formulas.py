@@ -459,7 +459,9 @@ def test_triattention(rotary, reach, start):
     queries = np.array(
         [[turned(query, rotary, speeds, now - WINDOW + row) for row, query in enumerate(of)] for of in layer.queries]
     )
-    keys = np.array([[turned(key, rotary, speeds, at) for at, key in zip(positions, of, strict=True)] for of in layer.keys])
+    keys = np.array(
+        [[turned(key, rotary, speeds, at) for at, key in zip(positions, of, strict=True)] for of in layer.keys]
+    )
     inputs = replace(layer, queries=queries, keys=keys).inputs()
     rotation = Rotation(rotary, torch.tensor(speeds, dtype=torch.float64))
     policy = create_policy("triattention", {"window": WINDOW, "reach": reach})

@@ -16,7 +16,7 @@ class TriAttention(Policy):
 
     Paper: Mao et al., "TriAttention: Efficient Long Reasoning with Trigonometric KV Compression", arXiv 2604.04921,
     section 4, equations 6 to 13; numbers as in the official ``triattention/methods/pruning_utils.py``
-    (``score_keys_for_round``), choices as in ``_select_per_layer_perhead_independent`` of ``triattention.py`` beside it.
+    (``score_keys_for_round``), choices as in ``triattention.py`` beside it (``_select_per_layer_perhead_independent``).
     Before the rotary embedding turns them, queries of a head lie around a centre. With pairs of channels as complex
     numbers, ``q`` a head's queries and ``k`` a key that lies ``d`` positions before the next token, the key scores
 
