@@ -34,6 +34,7 @@ from tqdm import tqdm
 ROWS = (
     "full",
     "rkv",
+    "triattention",
     "random+recent=32",
     "streamingllm",
     "snapkv",

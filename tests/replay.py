@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache,
 
 from cake_vllm.integration.gates import GateFile
 from cake_vllm.policies import LayerInputs, PagedPrompt, Policy
-from cake_vllm.policies.entries import LinearGate
+from cake_vllm.policies.entries import LinearGate, Rotary, Rotation
 
 #: The replay whose model is being computed.
 _running: list["Replay"] = []
@@ -285,11 +285,17 @@ class Replay:
             layer_index=self._evictable.index(index),
             valid=valid,
             gate=self.gates and self._gate(index),
+            rotation=self._rotation(),
             sinks=getattr(module, "sinks", None),
         )
 
     def _gate(self, index: int) -> LinearGate:
         return self.gates.gate(index, slice(None), torch.device("cpu"))
+
+    def _rotation(self) -> Rotation | None:
+        """Of a model whose layers have the same, half by half; ``None`` of others."""
+        frequencies = getattr(getattr(self.decoder, "rotary_emb", None), "inv_freq", None)
+        return None if frequencies is None else Rotation(Rotary(2 * len(frequencies)), frequencies.double())
 
     def _output_weight(self, module: torch.nn.Module) -> torch.Tensor:
         return (module.out_proj if hasattr(module, "out_proj") else module.o_proj).weight

@@ -32,6 +32,13 @@ def test_by_layer_and_by_head_as_replayed(start_engine, model):
     verify_batch(engine, Replay(model), ("cake", "layer-defensivekv", "cake"), block_size=32)
 
 
+@pytest.mark.parametrize("model", ["sinks"], indirect=True)
+def test_keys_from_other_positions_as_replayed(start_engine, model):
+    """By angles that YaRN has scaled."""
+    engine: Engine = start_engine(model, **SETTINGS | {"kv_eviction": "triattention"})
+    verify_batch(engine, Replay(model), ("triattention", "triattention", "cake"), block_size=32)
+
+
 def verify_batch(engine: Engine, replay: Replay, policies: tuple[str, ...], block_size: int) -> None:
     """Three prompts by a method each, in one batch, are as replayed; the last is too short to be evicted."""
     prompts = [numbers(length, length) for length in (420, 333, 60)]

@@ -108,6 +108,7 @@ def test_heads_are_served_as_published_in_every_way(tiny, replay, prefill, decod
         ("cake", "progressive", "window"),
         ("defensivekv", "exact", "window"),
         ("adakv", "progressive", "window"),
+        ("triattention", "progressive", "window"),
         pytest.param("layer-defensivekv", "progressive", "off", marks=pytest.mark.full),
     ],
 )

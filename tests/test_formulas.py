@@ -1,6 +1,8 @@
 """Policies against their formulas, written out number by number: what recorded outputs have no case of."""
 
+import cmath
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -11,6 +13,7 @@ import torch
 
 from cake_vllm.policies import LayerInputs, Protect, create_policy
 from cake_vllm.policies.budgets import settle
+from cake_vllm.policies.entries import Rotary, Rotation
 
 WINDOW, KERNEL, COVERAGE = 4, 3, 0.9
 
@@ -219,6 +222,7 @@ DEFAULTS = {
     "rkv": {"window": 8, "pool_kernel": 7, "mix": 0.07, "similar": 0.5},
     "snapkv": {"window": 32, "pool_kernel": 5},
     "streamingllm": {"n_sink": 4},
+    "triattention": {"reach": 65536},
 }
 
 
@@ -396,6 +400,74 @@ def test_rkv(prompt_len, similar, has_sinks):
             assert found[kv_head, place] == pytest.approx(expected, rel=1e-4, abs=1e-7)
     assert (0 in forgiven) == (similar == 0.9)
     assert len(forgiven) > 2
+
+
+def turned(vector: np.ndarray, rotary: Rotary, speeds: list[float], position: int) -> np.ndarray:
+    """A vector of a head as its rotary embedding turns it at a position, pair by pair."""
+    vector, half = vector.copy(), rotary.size // 2
+    for pair, speed in enumerate(speeds):
+        first, second = (2 * pair, 2 * pair + 1) if rotary.neighbours else (pair, pair + half)
+        a, b = vector[rotary.behind + first], vector[rotary.behind + second]
+        cos, sin = math.cos(speed * position), math.sin(speed * position)
+        vector[rotary.behind + first], vector[rotary.behind + second] = a * cos - b * sin, b * cos + a * sin
+    return vector
+
+
+def pairs_of(vector: np.ndarray, rotary: Rotary) -> tuple[list[complex], np.ndarray]:
+    """Its pairs, and the channels that are not turned."""
+    here, half = vector[rotary.behind : rotary.behind + rotary.size], rotary.size // 2
+    others = np.concatenate([vector[: rotary.behind], vector[rotary.behind + rotary.size :]])
+    if rotary.neighbours:
+        return [complex(here[2 * pair], here[2 * pair + 1]) for pair in range(half)], others
+    return [complex(here[pair], here[pair + half]) for pair in range(half)], others
+
+
+ROTARIES = [Rotary(8), Rotary(8, neighbours=True), Rotary(4), Rotary(4, behind=4), Rotary(2, behind=5)]
+
+
+@pytest.mark.parametrize("rotary", ROTARIES, ids=repr)
+@pytest.mark.parametrize(("reach", "start"), [(65536, 0), (65536, 5000), (100, 7), (1, 0)])
+def test_triattention(rotary, reach, start):
+    """Number by number, from vectors that nothing turned yet; the cache holds them turned, with gaps between them."""
+    layer, length = Layer.random(25, 40, 2.0), 40
+    # Some heads lie around a centre, as the paper has it; some do not.
+    layer.queries[:4] += 3 * layer.queries[:4, :1]
+    speeds = [0.7 * 0.31**pair for pair in range(rotary.size // 2)]
+    positions = [start + 3 * place for place in range(length - WINDOW)]
+    now = positions[-1] + 9 + WINDOW
+    positions += range(now - WINDOW, now)
+    ahead = [2**power for power in range(20) if 2**power <= reach]
+    expected = np.empty((2, length))
+    for kv_head in range(2):
+        heads = []
+        for head in range(3 * kv_head, 3 * kv_head + 3):
+            seen = [pairs_of(query, rotary) for query in layer.queries[head]]
+            centre = [sum(pairs[pair] for pairs, _ in seen) / WINDOW for pair in range(len(speeds))]
+            norm = [sum(abs(pairs[pair]) for pairs, _ in seen) / WINDOW for pair in range(len(speeds))]
+            plain = sum(others for _, others in seen) / WINDOW
+            scores = []
+            for position, key in zip(positions, layer.keys[kv_head], strict=True):
+                pairs, others = pairs_of(key, rotary)
+                score = float(plain @ others)
+                for q, length_of_q, k, speed in zip(centre, norm, pairs, speeds, strict=True):
+                    phase = cmath.phase(q) - cmath.phase(k)
+                    waves = [math.cos(speed * (now - position + more) + phase) for more in ahead]
+                    score += abs(q) * abs(k) * sum(waves) / len(waves) + (length_of_q - abs(q)) * abs(k)
+                scores.append(score)
+            heads.append((np.array(scores) - np.mean(scores)) / np.std(scores))
+        expected[kv_head] = np.max(heads, axis=0)
+    queries = np.array(
+        [[turned(query, rotary, speeds, now - WINDOW + row) for row, query in enumerate(of)] for of in layer.queries]
+    )
+    keys = np.array(
+        [[turned(key, rotary, speeds, at) for at, key in zip(positions, of, strict=True)] for of in layer.keys]
+    )
+    inputs = replace(layer, queries=queries, keys=keys).inputs()
+    rotation = Rotation(rotary, torch.tensor(speeds, dtype=torch.float64))
+    policy = create_policy("triattention", {"window": WINDOW, "reach": reach})
+    found = policy.score(replace(inputs, rotation=rotation)).indicator
+    np.testing.assert_allclose(found, expected[:, :-WINDOW], rtol=1e-3, atol=1e-4)
+    assert policy.decodes[0] == "window"
 
 
 @pytest.mark.parametrize(("scale", "budget"), [(1000, 20.0), (3, 20.0), (1, 9.0), (3, None)])

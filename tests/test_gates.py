@@ -13,6 +13,7 @@ from engine import Engine
 from random_models import gates_of, numbers, save_random_gates, save_random_model
 from replay import Replay
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.attention import Attention
@@ -205,6 +206,10 @@ def rotary_of(layer):
     return projections.rotary_embedding(layer.attn, layer.attn.head_size, layer.attn.dtype)
 
 
+def rotation_of(layer):
+    return projections.rotation(layer.attn, rotary_of(layer), layer.attn.head_size, layer.attn.dtype)
+
+
 KINDS = {
     "default": ({}, Rotary(32)),
     "neighbours": ({"is_neox_style": False}, Rotary(32, neighbours=True)),
@@ -221,6 +226,62 @@ def test_rotary_embeddings_are_tried(rope, options, expected):
     layer = beside(rope(**options))
     projections._remember_rotaries(layer)
     assert rotary_of(layer) == expected
+
+
+SCALED = {
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    },
+    "linear": {"rope_type": "linear", "factor": 4.0},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [kind for kind, _ in KINDS.values()] + [*SCALED.values()], ids=[*KINDS, *SCALED])
+def test_by_how_much_keys_are_turned(rope, options, dtype):
+    """A key of one position, moved to others, is what the embedding itself makes of it there; far away, too."""
+    layer = beside(module := rope(**options).to(dtype))
+    layer.attn.dtype = dtype
+    projections._remember_rotaries(layer)
+    rotation = rotation_of(layer)
+    # Of the cache that vLLM has made: cosines and sines of the angles at the first position.
+    cos, sin = module.cos_sin_cache[1].double().chunk(2)
+    torch.testing.assert_close(rotation.speeds, torch.atan2(sin, cos), rtol=0.01, atol=1e-4)
+    key, positions = torch.randn(1, 32).repeat(4, 1).to(dtype), torch.tensor([100, 101, 350, 900])
+    there = module(positions, key.clone(), key.clone())[1].view_as(key).float()
+    moved = rotation.turned(there[:1].expand(4, -1), positions - 100)
+    bound = 1e-3 if dtype == torch.float32 else 0.06
+    torch.testing.assert_close(moved, there, rtol=0, atol=bound)
+    torch.testing.assert_close(rotation.norms(moved), rotation.norms(there), rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_angles_are_as_exact_as_they_are_looked_from_afar(dtype):
+    """The farther a model's positions go, the better: a whole turn is never lost."""
+    with set_current_vllm_config(VllmConfig()):
+        module = get_rope(32, 2**17, True, {"rope_theta": 1e6}, dtype=dtype)
+    layer = beside(module)
+    layer.attn.dtype = dtype
+    projections._remember_rotaries(layer)
+    off = (rotation_of(layer).speeds - 1e6 ** -(torch.arange(0, 32, 2) / 32).double()).abs() * 2**16
+    assert off.max() < 0.05
+
+
+class SlowingRotaryEmbedding(torch.nn.Module):
+    """Turns all pairs, from place to place by less."""
+
+    rotary_dim = 32
+
+    def forward(self, positions, query, key):
+        angle = positions.float().sqrt().unsqueeze(-1)
+        first, second = key.chunk(2, dim=-1)
+        return query, torch.cat(
+            [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1
+        )
 
 
 class DoublingRotaryEmbedding(torch.nn.Module):
@@ -255,6 +316,40 @@ def test_whose_rotary_embedding_it_is(rope):
     projections._remember_rotaries(other)
     with pytest.raises(ValueError, match=r"of attn \(DoublingRotaryEmbedding\) does more than to turn pairs"):
         rotary_of(other)
+
+
+def test_angles_that_are_no_angles(rope):
+    """Layers without an embedding, and one whose angles do not grow alike."""
+    none, slowing = beside(), beside(SlowingRotaryEmbedding())
+    for layer in (none, slowing):
+        projections._remember_rotaries(layer)
+    with pytest.raises(ValueError, match="no rotary embedding turns those of attn: choose another policy"):
+        rotation_of(none)
+    assert rotary_of(slowing) == Rotary(32)
+    with pytest.raises(ValueError, match=r"attn \(SlowingRotaryEmbedding\) turns them by other angles from place to"):
+        rotation_of(slowing)
+
+
+@pytest.mark.engine
+def test_an_embedding_that_is_there_and_passed_by(start_engine, tmp_path, same_on_both):
+    """Cohere 2 has one in every layer, and uses it in those with windows: refused at the start; a request that asks for
+    it keeps everything.
+    """
+    kinds = ["sliding_attention", "full_attention"] * 2
+    fields = {"layer_types": kinds, "sliding_window": 64, "hidden_size": 128, "num_key_value_heads": 4}
+    model = save_random_model(tmp_path, "cohere2", "Cohere2ForCausalLM", num_hidden_layers=4, **fields)
+    settings = {"skip_tokenizer_init": True, "max_model_len": 1024, "kv_eviction_budget": 100}
+    with pytest.raises(ValueError, match=r"no rotary embedding turns those of model\.layers\.1\.self_attn"):
+        start_engine(model, kv_eviction="triattention", **settings)
+    # A process of its own would have ended.
+    ensure_kv_transfer_shutdown()
+    engine: Engine = start_engine(model, kv_eviction="cake", **settings)
+    prompt = numbers(66, 300)
+    expected = engine.generate([prompt], 8, extra_args={"kv_eviction": "none"})
+    engine.stats()
+    assert engine.generate([prompt], 8, extra_args={"kv_eviction": "triattention"}) == expected
+    assert engine.stats()["failures"] == 1
+    assert engine.generate([prompt], 8) != expected
 
 
 class Words:

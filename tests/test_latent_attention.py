@@ -68,6 +68,10 @@ class LatentReplay(Replay):
         gate = super()._gate(index)
         return replace(gate, rotary=replace(gate.rotary, neighbours=False))
 
+    def _rotation(self):
+        found = super()._rotation()
+        return replace(found, rotary=replace(found.rotary, behind=512))
+
     def _output_weight(self, module):
         projection = module.o_proj.weight.unflatten(1, (module.num_heads, -1))
         return torch.einsum("ohv,hvr->ohr", projection, module.from_latent).flatten(1)
@@ -85,6 +89,7 @@ def model(tmp_path_factory) -> str:
     [
         pytest.param(("cake", "layer-defensivekv", "cake"), marks=pytest.mark.contract),
         ("gate", "criticalkv", "echo"),
+        pytest.param(("triattention", "cake", "rkv"), marks=pytest.mark.full),
     ],
 )
 def test_as_replayed(start_engine, model, policies):

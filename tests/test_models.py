@@ -88,6 +88,10 @@ def test_model(start_engine, tmp_path, name, same_on_both):
     # This policy asks for everything: queries, keys, values and the output projection.
     engine: Engine = start_engine(model, kv_eviction="criticalkv", kv_eviction_budget=100, **settings)
     assert {layer.rotary for layer in engine.connector.worker.layers.target} == {ROTARIES.get(name, Rotary(32))}
+    for layer in engine.connector.worker.layers.target if name != "opt" else ():
+        # The first pair by a radian, whatever its channels are.
+        assert layer.rotation.speeds[0] == pytest.approx(1, abs=1e-3)
+        assert len(layer.rotation.speeds) == layer.rotary.size // 2
     engine.stats()
     assert engine.generate(prompts, 16, extra_args={"kv_eviction": "none"}) == expected
     assert not engine.stats()

@@ -93,6 +93,7 @@ def run_cut(
                 ("gate", {}),
                 ("lagkv", {"lag": 32}),
                 ("rkv", {}),
+                ("triattention", {}),
                 ("random", {"recent": 16}),
                 ("echo", {"protect": {"prompt": True}}),
             )

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 from cake_vllm.__main__ import main
 from cake_vllm.integration.worker import judging
 from cake_vllm.policies import LayerInputs, create_policy, knobs, policy_names
-from cake_vllm.policies.entries import LinearGate, Rotary
+from cake_vllm.policies.entries import LinearGate, Rotary, Rotation
 from cake_vllm.tools import capacity, costs, plan
 
 TINY = ["--dtype", "float32", "--block-size", "32", "--max-num-batched-tokens", "512"]
@@ -295,6 +295,7 @@ def test_scores_grow_as_on_short_prompts(name):
         output_weight=torch.randn(8, 4 * width) if policy.needs_output_weight else None,
         budget=500,
         gate=LinearGate.random(heads, width, Rotary()),
+        rotation=Rotation.plain(width),
     )
     score = policy.judge(inputs)
     taken = sum(tensor.nbytes for tensor in (score.indicator, score.terms, *score.extra))

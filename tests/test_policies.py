@@ -13,7 +13,7 @@ from cake_vllm.policies import LayerInputs, PagedPrompt, Policy, create_policy, 
 from cake_vllm.policies.base import LayerScore
 from cake_vllm.policies.budgets import cascade, kept_after, proportional, settle
 from cake_vllm.policies.cake import PRESETS, Cake
-from cake_vllm.policies.entries import LinearGate, Rotary
+from cake_vllm.policies.entries import LinearGate, Rotary, Rotation
 from cake_vllm.policies.scores import average_pool, heads_at_once, prefix_attention
 
 
@@ -169,6 +169,7 @@ class Shape:
                 output_weight=draw(hidden, self.num_heads * size),
                 layer_index=layer,
                 gate=LinearGate.random(self.num_kv_heads, size, Rotary(size), layer),
+                rotation=Rotation.plain(size),
             )
             for layer in range(self.num_layers)
         ]
@@ -277,10 +278,12 @@ def test_how_many_heads_are_looked_at_together_changes_nothing(name, monkeypatch
 
 @pytest.mark.parametrize("name", policy_names())
 def test_whoever_looks_at_queries_sees_sinks(name):
+    """But for the one that has no softmax."""
     policy = small(name)
     for layer in Shape().layers(policy):
         without, beside = policy.score(layer), policy.score(replace(layer, sinks=torch.linspace(-1, 3, 8)))
-        assert torch.equal(without.indicator, beside.indicator) == (policy.num_queries == 0)
+        sees_none = policy.num_queries == 0 or name == "triattention"
+        assert torch.equal(without.indicator, beside.indicator) == sees_none
 
 
 def test_the_current_query_sees_sinks():
@@ -399,7 +402,7 @@ def test_what_is_not_there_is_never_kept(name, budget):
     assert all((positions >= 50).all() for positions in kept)
 
 
-@pytest.mark.parametrize("name", sorted({*HEADS_COMPETE} - {"echo"}))
+@pytest.mark.parametrize("name", sorted({*HEADS_COMPETE, "triattention"} - {"echo"}))
 def test_heads_of_different_lengths_are_scored_as_each_alone(name):
     """Aligned at the end, with nothing in front of the shorter ones."""
     options = {"normalize_over": "positions"} if "defensivekv" in name else {}

@@ -88,6 +88,7 @@ def test_eviction_changes_the_output(evicting: Engine, prompts):
         ("cake", "window", 1, 300),
         pytest.param("criticalkv", "window", 1, 100, marks=pytest.mark.full),
         ("rkv", "window", 64, 100),
+        ("triattention", "window", 64, 300),
         pytest.param("cake", "cake", 70, 300, marks=pytest.mark.full),
         pytest.param("layer-defensivekv", "window", 64, 300, marks=pytest.mark.full),
     ],
@@ -120,6 +121,7 @@ def test_long_output_stays_in_its_budget(tiny, tiny_replay: Replay, name, decode
     ("name", "options"),
     [
         ("rkv", {}),
+        pytest.param("triattention", {}, marks=pytest.mark.full),
         pytest.param("random", {"decode": "window", "recent": 16}, marks=pytest.mark.full),
         pytest.param("cake", {}, marks=pytest.mark.full),
     ],

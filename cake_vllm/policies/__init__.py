@@ -46,6 +46,7 @@ _POLICIES: dict[str, str] = {
     "snapkv": "cake_vllm.policies.snapkv:SnapKV",
     "streamingllm": "cake_vllm.policies.streamingllm:StreamingLLM",
     "tova": "cake_vllm.policies.tova:TOVA",
+    "triattention": "cake_vllm.policies.triattention:TriAttention",
 }
 
 

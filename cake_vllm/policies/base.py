@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from cake_vllm.policies.entries import LinearGate
+from cake_vllm.policies.entries import LinearGate, Rotation
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class LayerInputs:
             values, no attention (:func:`cake_vllm.policies.scores.prefix_attention` sees to that). Such positions are
             never kept; a policy has to look at this only if it takes statistics over positions.
         gate: of the layer's KV heads if :attr:`Policy.needs_gate`.
+        rotation: of the layer's queries and keys if :attr:`Policy.needs_rotation`.
         sinks: ``[Hq]``, any float dtype, if the model's softmax runs over one learned logit of each query head beside
             those of the keys; ``None`` if it has none. Weights then add up to less than one.
         media: ``[Hkv, S]`` bool, placeholders that stay because :attr:`Protect.media` says so, or ``None``; no policy
@@ -67,6 +68,7 @@ class LayerInputs:
     notes: torch.Tensor | None = None
     valid: torch.Tensor | None = None
     gate: LinearGate | None = None
+    rotation: Rotation | None = None
     sinks: torch.Tensor | None = None
     media: torch.Tensor | None = None
 
@@ -132,6 +134,7 @@ class Policy(ABC):
         needs_output_weight: whether it reads :attr:`LayerInputs.output_weight`.
         needs_gate: whether it reads :attr:`LayerInputs.gate`, which ``cake-vllm calibrate`` makes of a model; the file
             is that of a knob ``gates``, or the one that fits the model.
+        needs_rotation: whether it reads :attr:`LayerInputs.rotation`, which layers without a rotary embedding have not.
         selection: who competes for the budget. ``"layer"``: layers, and all heads of a layer keep as many tokens
             (:meth:`budgets`); ``"heads"``: the heads of a layer too; ``"all"``: all heads of all layers with each other
             (:meth:`head_budgets`). Memory is freed accordingly: by layer, or by KV head.
@@ -145,6 +148,7 @@ class Policy(ABC):
     needs_values = False
     needs_output_weight = False
     needs_gate = False
+    needs_rotation = False
     selection: ClassVar[str] = "layer"
     decodes: ClassVar[tuple[str, ...]] = ("off", "window")
     when_progressive: ClassVar[Mapping[str, Any]] = MappingProxyType({})

@@ -32,6 +32,14 @@ class Rotary:
         """``F`` of entries whose keys have so many channels."""
         return head_size - self.behind - self.size // 2 + (self.behind or head_size) + 2
 
+    def split(self, turned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first and the second channels of all pairs, ``[..., size / 2]`` each, of the ``[..., size]`` that are
+        turned: views.
+        """
+        if self.neighbours:
+            return turned[..., ::2], turned[..., 1::2]
+        return turned[..., : self.size // 2], turned[..., self.size // 2 :]
+
     def parts(self, keys: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Of ``[..., D]`` keys of any float dtype the ``[..., size / 2]`` norms of pairs and the channels that are not
         turned, and of all these together the ``[...]`` norm; float32.
@@ -40,15 +48,59 @@ class Rotary:
         parts, square = [], keys.new_zeros((), dtype=torch.float32)
         if self.size:
             # In place, in a copy of its own: half of the time is memory.
-            squares = keys[..., : self.size].to(torch.float32, copy=True).square_()
-            pairs = (squares[..., ::2], squares[..., 1::2]) if self.neighbours else squares.chunk(2, dim=-1)
-            of_pairs = pairs[0] + pairs[1]
+            first, second = self.split(keys[..., : self.size].to(torch.float32, copy=True).square_())
+            of_pairs = first + second
             square = of_pairs.sum(dim=-1)
             parts.append(of_pairs.sqrt_())
         if self.size < keys.shape[-1]:
             parts.append(keys[..., self.size :].float())
             square = square + parts[-1].square().sum(dim=-1)
         return parts, square.sqrt()
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """By how much a layer's rotary embedding turns pairs of channels from each position to the next.
+
+    Attributes:
+        rotary: which channels; some.
+        speeds: ``[size / 2]`` float64, of each pair, radians from its first channel towards its second.
+    """
+
+    rotary: Rotary
+    speeds: torch.Tensor
+
+    def turned(self, vectors: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """Queries or keys as they would be at other positions.
+
+        Args:
+            vectors: ``[..., n, D]``, any float dtype.
+            steps: ``[n]`` integers, by how many positions each is moved.
+
+        Returns:
+            ``[..., n, D]`` float32.
+        """
+        moved = vectors.to(torch.float32, copy=True)
+        first, second = self.rotary.split(self._turned_channels(moved))
+        # Far away, float32 has whole turns but little behind the point.
+        angles = steps.double().unsqueeze(1) * self.speeds
+        cos, sin = angles.cos().float(), angles.sin().float()
+        before = first.clone()
+        first.mul_(cos).sub_(second * sin)
+        second.mul_(cos).add_(before * sin)
+        return moved
+
+    def norms(self, vectors: torch.Tensor) -> torch.Tensor:
+        """``[..., size / 2]`` float32, of the pairs of ``[..., D]`` vectors: the same at any position."""
+        return torch.hypot(*self.rotary.split(self._turned_channels(vectors).float()))
+
+    def _turned_channels(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors[..., self.rotary.behind : self.rotary.behind + self.rotary.size]
+
+    @staticmethod
+    def plain(size: int) -> "Rotation":
+        """As most models have it for heads of so many channels, for what does not depend on how it is."""
+        return Rotation(Rotary(size), 10_000.0 ** -(torch.arange(0, size, 2, dtype=torch.float64) / size))
 
 
 def entry_parts(keys: torch.Tensor, values: torch.Tensor, rotary: Rotary) -> Iterator[torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 from cake_vllm.config import KVEvictionConfig
 from cake_vllm.kernels import EvictedRows, Grid
 from cake_vllm.policies import LayerInputs, LayerScore, Policy
-from cake_vllm.policies.entries import LinearGate, Rotary
+from cake_vllm.policies.entries import LinearGate, Rotary, Rotation
 from cake_vllm.tools.capacity import Model, Pool, Requests, page_size
 from cake_vllm.tools.options import readable
 
@@ -163,6 +163,7 @@ def _trial(policy: Policy, kv_heads: int, length: int, notes: bool) -> int:
         values=torch.randn(kv_heads, length, width) if policy.needs_values else None,
         output_weight=torch.randn(width, kv_heads * width) if policy.needs_output_weight else None,
         gate=LinearGate.random(kv_heads, width, Rotary()) if policy.needs_gate else None,
+        rotation=Rotation.plain(width) if policy.needs_rotation else None,
         budget=length // 2,
     )
     if notes:

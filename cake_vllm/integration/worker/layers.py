@@ -15,10 +15,10 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from cake_vllm.integration.scheduler.spec import EvictableLatentSpec, evictable_groups
 from cake_vllm.integration.worker.attention import RedirectedImpl
 from cake_vllm.integration.worker.dealing import Reads
-from cake_vllm.integration.worker.projections import output_projection, rotary_embedding
+from cake_vllm.integration.worker.projections import output_projection, rotary_embedding, rotation
 from cake_vllm.kernels import BlockLayout, Grid, to_device
 from cake_vllm.policies import LayerInputs, Policy
-from cake_vllm.policies.entries import LinearGate, Rotary
+from cake_vllm.policies.entries import LinearGate, Rotary, Rotation
 
 
 class EvictableLayer:
@@ -71,6 +71,7 @@ class EvictableLayer:
             self.impl.layer_index,
             valid=valid,
             gate=gate,
+            rotation=self.rotation if policy and policy.needs_rotation else None,
             sinks=None if self.impl.sinks is None else self.impl.sinks.detach(),
         )
 
@@ -110,7 +111,22 @@ class EvictableLayer:
     @cached_property
     def rotary(self) -> Rotary:
         """Which channels of its keys are turned by their positions; see :func:`rotary_embedding`."""
-        return rotary_embedding(self.module, self.impl.head_size, self.dtype)
+        return rotary_embedding(self.module, self.embedded_size, self.dtype)
+
+    @cached_property
+    def rotation(self) -> Rotation:
+        """By how much; see :func:`rotation`.
+
+        Raises:
+            ValueError: if it has no rotary embedding, or one that does something else.
+        """
+        found = rotation(self.module, self.rotary, self.embedded_size, self.dtype)
+        return replace(found, speeds=found.speeds.to(self.module.kv_cache.device))
+
+    @property
+    def embedded_size(self) -> int:
+        """How many channels its rotary embedding is given."""
+        return self.impl.head_size
 
     @property
     def output_weight(self) -> torch.Tensor:
@@ -160,8 +176,13 @@ class LatentLayer(EvictableLayer):
     @cached_property
     def rotary(self) -> Rotary:
         """See the base class."""
-        found = rotary_embedding(self.module, self.module.qk_rope_head_dim, self.dtype)
+        found = rotary_embedding(self.module, self.embedded_size, self.dtype)
         return replace(found, behind=self.module.kv_lora_rank)
+
+    @property
+    def embedded_size(self) -> int:
+        """See the base class."""
+        return self.module.qk_rope_head_dim
 
     @property
     def output_weight(self) -> torch.Tensor:

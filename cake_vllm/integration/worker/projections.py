@@ -1,30 +1,36 @@
 """Finds what stands beside each attention layer: the projection behind it, for policies that weigh values by what
-becomes of them, and the rotary embedding before it, for those that read keys without their positions.
+becomes of them, and the rotary embedding before it, for those that read keys without their positions, or at others.
 
 No hook shows a plugin the loaded model, so a step of the loader is wrapped (ledger: ``patches/README.md``).
 """
 
+import contextlib
+import math
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.attention import Attention, MLAAttention
-from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.model_loader import base_loader
 
 from cake_vllm.integration.patching import wrap
-from cake_vllm.policies.entries import Rotary
+from cake_vllm.policies.entries import Rotary, Rotation
 
 Found = weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[torch.nn.Module]]
 _projections: Found = weakref.WeakKeyDictionary()
 _rotaries: Found = weakref.WeakKeyDictionary()
+#: The module that each attention layer is in.
+_around: Found = weakref.WeakKeyDictionary()
 #: Layers without a rotary embedding, in models of which it is known where theirs are.
 _unturned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 #: Positions at which a rotary embedding is tried.
 TRIED = (0, 1, 5, 42, 911)
+#: The farthest at which its angles are read, and what they may be off there, radians, by rounding of any dtype.
+FARTHEST, ROUNDING = 2**16, 0.1
 
 
 def remember_projections() -> None:
@@ -59,16 +65,15 @@ def rotary_embedding(attention: Any, size: int, dtype: torch.dtype) -> Rotary:
     Raises:
         ValueError: if that cannot be found out.
     """
-    found = _rotaries.get(attention)
-    module: Any = found() if found is not None else None
+    module = _embedding(attention)
     if module is None:
         if attention in _unturned:
             return Rotary()
         raise ValueError(_unknown(attention, "cannot be found"))
-    device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
     key = torch.randn(1, size, generator=torch.Generator().manual_seed(0)).repeat(len(TRIED), 1)
+    positions = [min(position, _most_positions(module) - 1) for position in TRIED]
     try:
-        num_turned, turned = _turn(module, key.to(device, dtype), torch.tensor(TRIED, device=device))
+        num_turned, turned = _turn(module, key.to(dtype), positions)
     except Exception as error:
         raise ValueError(_unknown(attention, f"({type(module).__name__}) fails on one head: {error}")) from None
     for rotary in (Rotary(num_turned), Rotary(num_turned, neighbours=True)):
@@ -79,10 +84,94 @@ def rotary_embedding(attention: Any, size: int, dtype: torch.dtype) -> Rotary:
     raise ValueError(_unknown(attention, f"({type(module).__name__}) does more than to turn pairs"))
 
 
-def _turn(module: Any, key: torch.Tensor, positions: torch.Tensor) -> tuple[int, torch.Tensor]:
+def rotation(attention: Any, rotary: Rotary, size: int, dtype: torch.dtype) -> Rotation:
+    """By how much the rotary embedding before ``attention`` turns its keys from each position to the next.
+
+    Read off at 1, 2, 4, and so on: what is known of one distance says how many whole turns there are at twice that, and
+    whatever the dtype rounds counts half as much there. So scaled frequencies of any kind are what they are.
+
+    Args:
+        attention: the layer.
+        rotary: which channels are turned, from :func:`rotary_embedding`.
+        size: channels that the embedding is given.
+        dtype: the model's.
+
+    Raises:
+        ValueError: if there is no rotary embedding, or if angles do not grow alike from each position to the next.
+    """
+    module = _embedding(attention)
+    if module is None or not rotary.size or _is_passed_by(attention, dtype):
+        raise ValueError(
+            "this --kv-eviction policy looks at keys from other positions, and no rotary embedding turns those of "
+            f"{attention.layer_name}: choose another policy"
+        )
+    positions = [2**power for power in range(FARTHEST.bit_length()) if 2**power < _most_positions(module)]
+    keys = torch.zeros(1 + len(positions), size, dtype=dtype)
+    rotary.split(keys[:, : rotary.size])[0].fill_(1)
+    _, turned = _turn(module, keys, [0, *positions])
+    first, second = rotary.split(turned[:, : rotary.size].double())
+    angles = torch.atan2(second, first)
+    speeds = torch.zeros_like(angles[0])
+    for position, angle in zip(positions, angles[1:] - angles[0], strict=True):
+        # Within half a turn.
+        more = torch.remainder(angle - position * speeds + math.pi, 2 * math.pi) - math.pi
+        if position > 1 and not more.abs().max() <= ROUNDING:
+            raise ValueError(
+                _unknown(attention, f"({type(module).__name__}) turns them by other angles from place to place")
+            )
+        speeds += more / position
+    return Rotation(rotary, speeds)
+
+
+def _embedding(attention: Any) -> Any:
+    """The rotary embedding before a layer, or ``None`` if none is known."""
+    found = _rotaries.get(attention)
+    return found() if found is not None else None
+
+
+class _Seen(Exception):
+    """Ends a forward where attention would begin."""
+
+
+def _is_passed_by(attention: Any, dtype: torch.dtype) -> bool:
+    """Whether keys come to a layer as they are, past the rotary embedding that stands before it.
+
+    Some models have one in every layer and use it in those with windows alone. So what is around the layer runs, up to
+    the layer, on one hidden state at several positions. Where it does not run as most of vLLM's models do, nobody
+    knows, and keys are taken to be turned.
+    """
+    around: Any = _around[attention]()
+    asks = next((child for child in around.children() if isinstance(child, ColumnParallelLinear)), None)
+    if asks is None or isinstance(attention, MLAAttention):
+        return False
+    hidden = torch.randn(1, asks.input_size, generator=torch.Generator().manual_seed(0)).repeat(len(TRIED), 1)
+    seen: list[torch.Tensor] = []
+
+    def stop(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        seen.append(given[1])
+        raise _Seen
+
+    hook = attention.register_forward_pre_hook(stop)
+    with contextlib.suppress(Exception), torch.inference_mode():
+        device = next(asks.parameters()).device
+        around(positions=torch.tensor(TRIED, device=device), hidden_states=hidden.to(device, dtype))
+    hook.remove()
+    return any(bool((keys - keys[:1]).abs().max() <= 0.01 * keys.abs().max()) for keys in seen)
+
+
+def _most_positions(module: Any) -> int:
+    """At how many positions a rotary embedding can be tried and is what it is at all of them."""
+    for name in ("max_position_embeddings", "original_max_seq_len"):
+        if hasattr(module, name):
+            return int(getattr(module, name))
+    return TRIED[-1] + 1
+
+
+def _turn(module: Any, key: torch.Tensor, at: Sequence[int]) -> tuple[int, torch.Tensor]:
     """How many channels a rotary embedding turns at most, and ``[n, D]`` float32 keys at these positions."""
+    device = next((buffer.device for buffer in module.buffers()), torch.device("cpu"))
+    key, positions = key.to(device), torch.tensor(at, device=device)
     if hasattr(module, "rotary_dim"):
-        positions = positions.clamp(max=int(getattr(module, "max_position_embeddings", TRIED[-1] + 1)) - 1)
         return int(module.rotary_dim), module(positions, key.clone(), key.clone())[1].view_as(key).float()
     # Of the library Transformers: angles for all layers, and a function beside the module that turns by them.
     apply = sys.modules[type(module).__module__].apply_rotary_pos_emb
@@ -94,7 +183,7 @@ def _turn(module: Any, key: torch.Tensor, positions: torch.Tensor) -> tuple[int,
 
 def _unknown(attention: torch.nn.Module, why: str) -> str:
     return (
-        f"--kv-eviction gate cannot read keys, the rotary embedding of {attention.layer_name} {why}: "
+        f"this --kv-eviction policy cannot read keys, the rotary embedding of {attention.layer_name} {why}: "
         "choose another policy"
     )
 
@@ -117,6 +206,7 @@ def _remember_rotaries(model: torch.nn.Module) -> None:
     unturned = []
     for name, attention in layers.items():
         parents = [*(name.rsplit(".", up)[0] for up in range(1, name.count(".") + 1)), ""]
+        _around[attention] = weakref.ref(modules[parents[0]])
         nearest = next((beside[parent] for parent in parents if parent in beside), None)
         if nearest is None:
             unturned.append(attention)

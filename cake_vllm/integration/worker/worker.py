@@ -48,6 +48,9 @@ class EvictionWorker:
         if config.policy.needs_output_weight:
             for layer in layers.target:
                 output_projection(layer.module)
+        if config.policy.needs_rotation:
+            # Kept by the layers.
+            _ = [layer.rotation for layer in layers.target]
         rows = {by_head: EvictedRows(layers.whole, by_head) for by_head in (False, True)}
         speculative = vllm_config.speculative_config
         # A model that is no head of the target is given the sampled token beside the step's.
