@@ -217,7 +217,7 @@ def two_ranks(no_engine, tiny_model, drafting, drafts_a_step_late, monkeypatch):
     """Starts an engine of two tensor-parallel ranks whose drafts are verified a step late."""
     engines = []
 
-    def start(method: str | None, **settings: Any) -> RankedEngine:
+    def start(method: str, **settings: Any) -> RankedEngine:
         no_engine()
         cores = sorted(os.sched_getaffinity(0))
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -234,11 +234,10 @@ def two_ranks(no_engine, tiny_model, drafting, drafts_a_step_late, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.full
-@pytest.mark.parametrize("method", [None, "eagle3"])
-def test_two_ranks_cut_what_is_verified(two_ranks, tiny_model, monkeypatch, same_on_both, method):
+def test_two_ranks_cut_what_is_verified(two_ranks, tiny_model, monkeypatch, same_on_both):
     """When memory is short, and a block that was filled: both ranks at the same length, each of its own heads."""
     options = {"min_tokens": 64, "decode": "window"}
-    engine = two_ranks(method, kv_eviction="cake", kv_eviction_budget="auto", kv_eviction_config=options)
+    engine = two_ranks("eagle3", kv_eviction="cake", kv_eviction_budget="auto", kv_eviction_config=options)
     cuts, replay, policy = Cuts(engine, monkeypatch), ElasticReplay(tiny_model), create_policy("cake", {})
     before = drafts(engine)
     prompt = numbers(310, 13 * BLOCK - 10)
@@ -258,10 +257,9 @@ def test_two_ranks_cut_what_is_verified(two_ranks, tiny_model, monkeypatch, same
     assert len(late_by_length) >= 3
     served = replace(served, choices=served.choices[: len(of_request)])
     replay.verify(prompt, served, policy, 4 * BLOCK, BLOCK, decode="window", late=late_by_length)
-    accepted, rejected = (now - then for now, then in zip(drafts(engine), before, strict=True))
+    _, rejected = (now - then for now, then in zip(drafts(engine), before, strict=True))
     assert rejected > 50
     assert min(length - end for length, end in late_by_length.items()) >= 0
-    assert method or accepted > 5
     assert engine.stats()["failures"] == 0
 
 
