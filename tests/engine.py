@@ -125,11 +125,15 @@ class Engine:
     def step(self) -> dict[str, list[int]]:
         """One engine step; the finished requests' tokens by id."""
         outputs = self.llm.llm_engine.step()
-        check_integrity(self.manager)
+        self.check_integrity()
         self._check_halves()
         finished = {output.request_id: output for output in outputs if output.finished}
         self.outputs |= finished
         return {name: list(output.outputs[0].token_ids) for name, output in finished.items()}
+
+    def check_integrity(self) -> None:
+        """No block is lost; those that vLLM frees when a step is over are on the way."""
+        check_integrity(self.manager, (block for _, blocks in self.scheduler.deferred_frees for block in blocks))
 
     def _check_halves(self) -> None:
         """Of every evicted request scheduler and worker hold the same columns, and no page of them is dealt twice.
@@ -169,7 +173,7 @@ class Engine:
     def run(self) -> dict[str, list[int]]:
         """Steps until idle; the tokens of all requests that finished."""
         done: dict[str, list[int]] = {}
-        while self.llm.llm_engine.has_unfinished_requests():
+        while self.llm.llm_engine.has_unfinished_requests() or self.scheduler.deferred_frees:
             done |= self.step()
         # A request's end reaches the worker with the next step.
         assert self.is_idle()
@@ -244,7 +248,7 @@ class Engine:
 
     def is_idle(self) -> bool:
         """No request left, every page back."""
-        check_integrity(self.manager)
+        self.check_integrity()
         return not self.scheduler.requests and self.pool.get_num_free_blocks() == self.num_free
 
     @property

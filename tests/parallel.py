@@ -1,6 +1,6 @@
 """Runs a job on an engine in processes of its own: ``python parallel.py``, JSON in, a line of JSON out.
 
-The job is ``{"model", "prompts", "max_tokens", "settings"}``, the answer ``[{"tokens", "gaps", "kept"}]``.
+The job is ``{"model", "prompts", "max_tokens", "settings"}``, the answer ``[{"tokens", "gaps", "cached", "kept"}]``.
 """
 
 import json
@@ -42,6 +42,7 @@ def main() -> None:
             {
                 "tokens": list(output.outputs[0].token_ids),
                 "gaps": gaps(output.outputs[0].logprobs),
+                "cached": output.num_cached_tokens,
                 "kept": (output.kv_transfer_params or {}).get("kv_eviction", {}).get("kept_tokens"),
             }
         )

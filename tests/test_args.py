@@ -303,13 +303,9 @@ FEATURES = {
         {"kv_transfer_config": offloading(spec_name="TieringOffloadingSpec")},
         "the offloading spec TieringOffloadingSpec, which was never run beside it, yet: set spec_name to CPUOffloading",
     ),
-    "KV offloading with drafts": (
-        {"kv_offloading_size": 1.0, "speculative_config": NGRAM},
-        "KV offloading and a --speculative-config yet: drop one of the three",
-    ),
-    "KV offloading with pipeline stages": (
-        {"kv_offloading_size": 1.0, "pipeline_parallel_size": 2},
-        "KV offloading and a --pipeline-parallel-size yet: drop one of the three",
+    "KV offloading with drafts over pipeline stages": (
+        {"kv_offloading_size": 1.0, "speculative_config": NGRAM, "pipeline_parallel_size": 2},
+        "KV offloading and a --speculative-config over pipeline stages yet: drop one of the three",
     ),
 }
 
@@ -357,16 +353,21 @@ def test_offloading_runs_beside_eviction(llama, asked):
         assert not config.scheduler_config.disable_hybrid_kv_cache_manager
 
 
-WINDOWS = "KV offloading of models with windows or states"
-
-
-def test_offloading_is_for_full_attention(tmp_path):
-    layers = ["sliding_attention", "full_attention"]
-    model = save_config(tmp_path, "gemma3_text", "Gemma3ForCausalLM", sliding_window=64, layer_types=layers, **SMALL)
-    with pytest.raises(
-        ValueError, match="KV offloading for Gemma3ForCausalLM, whose layers are not all of full attent"
-    ):
-        configure(model, kv_eviction="cake", kv_offloading_size=1.0)
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (("gemma3_text", "Gemma3ForCausalLM", "sliding_attention"), {}),
+        (("gemma3_text", "Gemma3ForCausalLM", "sliding_attention"), {"speculative_config": NGRAM}),
+        (("lfm2", "Lfm2ForCausalLM", "conv"), {"block_size": 64}),
+        (("gemma3_text", "Gemma3ForCausalLM", "sliding_attention"), {"pipeline_parallel_size": 2}),
+    ],
+)
+def test_offloading_runs_beside_windows_states_drafts_and_stages(tmp_path, kind, more):
+    model_type, architecture, other = kind
+    fields = {"vocab_size": 128, "sliding_window": 64, "layer_types": [other, "full_attention"], **SMALL}
+    model = save_config(tmp_path, model_type, architecture, **fields)
+    config = configure(model, kv_eviction="cake", kv_offloading_size=1.0, **more)
+    assert config.kv_transfer_config.kv_connector == engine.BESIDE
 
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2}
@@ -457,7 +458,7 @@ def test_latent_hybrids_cannot_be_evicted(tmp_path):
 
 def test_the_documentation_lists_what_is_refused():
     (row,) = (line for line in COMPATIBILITY.splitlines() if line.startswith("| refused at start-up"))
-    known = {*FEATURES, DRAFTERS, STATES, WINDOWS, *MODELS, *ATTENTION, LATENT, LATENT_HYBRID}
+    known = {*FEATURES, DRAFTERS, STATES, *MODELS, *ATTENTION, LATENT, LATENT_HYBRID}
     assert set(row.split("|")[2].strip().split(", ")) == known
 
 

@@ -24,8 +24,6 @@ from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
 from vllm.v1.core.sched.interface import PauseState
 
-from cake_vllm.integration.scheduler.cache_manager import check_integrity
-
 pytestmark = pytest.mark.engine
 
 SHARED = numbers(70, 640)
@@ -121,7 +119,7 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(running=st.booleans(), external=st.booleans())
     def reset_prefix_cache(self, running, external):
         self.reset(running, external)
-        check_integrity(self.engine.manager)
+        self.engine.check_integrity()
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data(), count=st.integers(0, 2))
@@ -145,7 +143,7 @@ class Lifecycle(RuleBasedStateMachine):
         if mode == "abort":
             # The core has forgotten them, the front end learns it here.
             self._abort(*self.alive)
-        check_integrity(self.engine.manager)
+        self.engine.check_integrity()
 
     @rule()
     def resume(self):
@@ -154,7 +152,7 @@ class Lifecycle(RuleBasedStateMachine):
     def _abort(self, *names: str) -> None:
         self.engine.abort(*names)
         self.alive = [name for name in self.alive if name not in names]
-        check_integrity(self.engine.manager)
+        self.engine.check_integrity()
 
     def teardown(self):
         self.core.resume_scheduler()

@@ -5,12 +5,12 @@ taken away once in each test, to show that the test would see it.
 """
 
 import pytest
-from engine import Engine
 from random_models import numbers
-from tiers import SCARCE, WHOLE, Tier, assert_stored, beside, exact_chunks, inexact, protected, unprotected
+from tiers import SCARCE, WHOLE, Tier, assert_stored, beside, exact_chunks, inexact, loads, protected, unprotected
 from ties import assert_same
 from vllm.v1.request import RequestStatus
 
+from cake_vllm.integration.beside import KVEvictionBesideConnector
 from cake_vllm.integration.scheduler.scheduler import EvictionScheduler
 
 pytestmark = pytest.mark.engine
@@ -60,7 +60,7 @@ def test_columns_were_stored_by_those_who_had_them(scarce, is_protected, monkeyp
     before, prompt = numbers(5, 440), numbers(6, 1000)
     exact, tier = exact_chunks(scarce, [before]), Tier(scarce)
     if not is_protected:
-        unprotected(monkeypatch)
+        monkeypatch.setattr(KVEvictionBesideConnector, "_lend", lambda *_: None)
     scarce.add(before, 1)
     scarce.add(prompt, 10, **UNSTORED)
     scarce.run()
@@ -115,20 +115,6 @@ def test_only_what_is_exact_is_stored(tiny, is_protected):
     # there is more than the budget.
     first = (512 - 70) // 32
     assert (len(chunks) == 160 // 32 + first) == is_protected
-
-
-def loads(engine: Engine, monkeypatch) -> list[int]:
-    """Tokens that admitted requests get from the lower tier, from now on."""
-    connector, found = engine.scheduler.connector, []
-    original = connector.update_state_after_alloc
-
-    def noting(request, blocks, num_external_tokens):
-        if num_external_tokens:
-            found.append(num_external_tokens)
-        original(request, blocks, num_external_tokens)
-
-    monkeypatch.setattr(connector, "update_state_after_alloc", noting)
-    return found
 
 
 @protected

@@ -130,3 +130,31 @@ def test_stages_share_columns(tiny, tiny_model, is_v2, name):
         for stage in (counts[:2], counts[2:]):
             # Beside the budget, rounding to pages, and a partial block.
             assert 90 <= np.mean(stage) <= 100 + 2 * 32
+
+
+@pytest.mark.engine
+@pytest.mark.interpreted
+@pytest.mark.parametrize("axis", ["pipeline", "tensor"])
+def test_each_worker_stores_and_loads_its_part(tiny, tiny_model, is_v2, axis):
+    """Of a prompt that is evicted in place, in a pool that holds one, while its blocks are stored; it comes again."""
+    if is_v2 != (axis == "pipeline"):
+        pytest.skip("vLLM's first runner cannot run two stages on a CPU, and the second one is slow there")
+    first, second = numbers(36, 300), numbers(37, 310)
+    prompts, num_tokens = [first, second, first], 8
+    eviction = {"kv_eviction": "snapkv", "kv_eviction_budget": 100, "kv_eviction_config": {"window": 8}}
+    pool = {"max_model_len": 340, "num_gpu_blocks_override": 13}
+    extra = {"spec_name": "MemorySpec", "spec_module_path": "tiers", "cpu_bytes_to_use": 2**26}
+    tier = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    workers = {f"{axis}_parallel_size": 2, "gpu_memory_utilization": 0.1}
+    answers = run(tiny_model, prompts, num_tokens, **eviction, **pool, **workers, kv_transfer_config=tier)
+    assert [answer["cached"] for answer in answers] == [0, 0, 288]
+    engine: Engine = tiny(**eviction, **pool)
+    engine.stats()
+    for prompt, ours in zip(prompts, answers, strict=True):
+        engine.forget_prefixes()
+        name = engine.add(prompt, num_tokens, extra_args={"kv_eviction_report": 1}, logprobs=2, detokenize=False)
+        engine.run()
+        output = engine.outputs[name]
+        assert ours["kept"] == list(output.kv_transfer_params["kv_eviction"]["kept_tokens"])
+        assert same_tokens(ours["tokens"], (list(output.outputs[0].token_ids), gaps(output.outputs[0].logprobs)))
+    assert engine.stats()["in_place"] == len(prompts)

@@ -7,12 +7,13 @@ left of any request, in the pool or below.
 import pytest
 from counting import living
 from engine import Engine, Late
+from hybrids import save_hybrid
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
-from random_models import numbers
-from test_lifecycle import ELASTIC, SHARED, Lifecycle
-from tiers import Chunk, Tier, beside, exact_chunks, inexact
+from random_models import KINDS, numbers, save_random_kind
+from test_lifecycle import ELASTIC, PROGRESSIVE, SHARED, Lifecycle
+from tiers import Chunk, Tier, beside, exact_chunks, inexact, of_target
 
 pytestmark = pytest.mark.engine
 
@@ -50,7 +51,11 @@ class TieredLifecycle(Lifecycle):
         self.tier.drain()
         super().teardown()
         self.tier.drain()
-        assert inexact(self.tier.chunks(), self.exact) == 0
+        chunks, exact = self.tier.chunks(), self.exact
+        if self.engine.connector.worker.layers.drafts:
+            # Where a prompt's own blocks become columns, these have not written to them yet.
+            chunks, exact = of_target(self.engine, chunks), of_target(self.engine, exact)
+        assert inexact(chunks, exact) == 0
 
 
 def hits(engine: Engine) -> int:
@@ -58,30 +63,60 @@ def hits(engine: Engine) -> int:
     return next(of.value for of in engine.llm.get_metrics() if of.name == "vllm:external_prefix_cache_hits")
 
 
+#: By kind of model: blocks of a pool in which vLLM preempts, tokens of a block, and bytes of a tier that forgets.
+POOLS = {"llama": (56, 32, 80 << 16), "sinks": (84, 32, 90 << 15), "lfm2": (34, 64, 40 * 3 << 15)}
+
+
+@pytest.fixture
+def model_of(tiny_model, tmp_path_factory):
+    """A small model of a kind."""
+
+    def of(kind: str) -> str:
+        if kind == "llama":
+            return tiny_model
+        path = tmp_path_factory.mktemp(kind)
+        return save_random_kind(path, kind) if kind in KINDS else save_hybrid(kind, path)[0]
+
+    return of
+
+
 @pytest.mark.parametrize(
-    ("options", "when"),
+    ("options", "when", "kind"),
     [
-        ({}, "a step late"),
-        pytest.param(ELASTIC, "at once", marks=pytest.mark.full),
+        ({}, "a step late", "llama"),
+        (PROGRESSIVE, "a step late", "llama"),
+        pytest.param(ELASTIC, "at once", "llama", marks=pytest.mark.full),
+        pytest.param(PROGRESSIVE, "drafts, too", "llama", marks=pytest.mark.full),
+        pytest.param({}, "at once", "sinks", marks=pytest.mark.full),
+        pytest.param(PROGRESSIVE, "a step late", "lfm2", marks=pytest.mark.full),
     ],
 )
-def test_any_history_over_a_small_tier(tiny, options, when, monkeypatch, same_on_both):
+def test_any_history_over_a_small_tier(start_engine, model_of, options, when, kind, monkeypatch, request, same_on_both):
     """In a pool in which vLLM preempts, and a tier that forgets."""
+    blocks, size, room = POOLS[kind]
     small = {
+        "skip_tokenizer_init": True,
+        "block_size": size,
         "kv_eviction": "cake",
         "max_model_len": 700,
-        "max_num_batched_tokens": 256,
-        "num_gpu_blocks_override": 30 if options is ELASTIC else 56,
-        **beside(cpu_bytes_to_use=80 << 16),
+        "num_gpu_blocks_override": 30 if options is ELASTIC else blocks,
+        **beside(cpu_bytes_to_use=room),
+        **(request.getfixturevalue("drafts_a_step_late") if when == "drafts, too" else {}),
     }
     prompts = [*PROMPTS, *(OF_CROWDS if options is ELASTIC else ())]
+    # Windows and states wherever a block ends.
+    dense = {"max_num_batched_tokens": 256} if kind == "llama" else {"max_num_batched_tokens": size}
+    dense |= {} if kind == "llama" else {"prefix_cache_retention_interval": size}
+    model = model_of(kind)
+    exacting = start_engine(model, **small, **dense, kv_eviction_budget=100, kv_eviction_config={})
     # One after the other, as they do not fit in together.
-    exacting = tiny(**small, kv_eviction_budget=100, kv_eviction_config={})
     exact = {key: chunk for prompt in prompts for key, chunk in exact_chunks(exacting, [prompt]).items()}
-    assert len(exact) == 20 * len(prompts)
+    assert len(exact) == (1 if kind == "llama" else 2) * len(prompts) * 640 // size
     budget = "auto" if options is ELASTIC else 100
-    engine: Engine = tiny(**small, kv_eviction_budget=budget, kv_eviction_config=options)
-    assert 60 < Tier(engine).half.manager._num_chunks < len(exact)
+    engine: Engine = start_engine(
+        model, **small, max_num_batched_tokens=256, kv_eviction_budget=budget, kv_eviction_config=options
+    )
+    assert 1000 // size < Tier(engine).half.manager._num_chunks < len(exact)
     late = None
     if when == "a step late":
         late = Late(engine.scheduler.connector.scheduler, monkeypatch)
@@ -101,7 +136,7 @@ def test_any_history_over_a_small_tier(tiny, options, when, monkeypatch, same_on
         ),
     )
     stats = engine.stats()
-    assert stats["cuts" if options is ELASTIC else "requests"] > 10
+    assert stats["cuts" if options is ELASTIC else "requests"] > (10 if kind == "llama" else 4)
     assert stats["failures"] == 0
     assert hits(engine) - loaded > 1000
     assert not living()

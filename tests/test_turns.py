@@ -5,7 +5,18 @@ import random
 import pytest
 from engine import Engine, Late
 from random_models import numbers
-from tiers import SCARCE, WHOLE, Tier, assert_stored, beside, exact_chunks, inexact, protected, unprotected
+from tiers import (
+    SCARCE,
+    WHOLE,
+    Tier,
+    assert_stored,
+    beside,
+    exact_chunks,
+    inexact,
+    protected,
+    serve_at_random,
+    unprotected,
+)
 from ties import assert_same
 from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import BlockStored
@@ -144,16 +155,8 @@ def test_random_load_over_a_small_tier(tiny, settings, is_v2, monkeypatch):
     late = Late(engine.scheduler.connector.scheduler, monkeypatch) if settings == "late" else None
     if late:
         monkeypatch.setattr(engine, "_check_halves", lambda: None)
-    tier, alive = Tier(engine), []
-    for _ in range(15 if is_v2 else 30):
-        whole = WHOLE if dice.random() < 0.3 else {}
-        alive.append(engine.add(dice.choice(prompts)[:1100], dice.randint(1, 60), **whole))
-        for _ in range(dice.randrange(6)):
-            engine.step()
-        if dice.random() < 0.2:
-            engine.abort(alive.pop(dice.randrange(len(alive))))
-    while engine.llm.llm_engine.has_unfinished_requests():
-        engine.step()
+    tier = Tier(engine)
+    serve_at_random(engine, [prompt[:1100] for prompt in prompts], 15 if is_v2 else 30, dice)
     tier.drain()
     if late:
         late.deliver()

@@ -5,8 +5,9 @@ as can be: when somebody waits for them, or after ``LATE`` more steps. What was 
 before that is stored as it is then.
 """
 
+import random
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,12 +47,13 @@ SCARCE = {
 }
 #: Steps that a copy takes at most.
 LATE = 3
-#: A chunk's bytes by tensor of the cache: ``[blocks, bytes]`` int8 each.
+#: A chunk's bytes by tensor of its group of layers: ``[blocks, bytes]`` int8 each; of blocks that nobody had any more
+#: when it was stored, those of numbers that are none.
 Chunk = list[torch.Tensor]
 
 
 class LateWorker(OffloadingWorker):
-    """Copies between blocks of a cache of one group and chunks, in the order in which it is asked.
+    """Copies between blocks of a cache and chunks, in the order in which it is asked.
 
     Args:
         caches: of this worker.
@@ -69,8 +71,11 @@ class LateWorker(OffloadingWorker):
         read: Callable[[Any], Chunk],
         write: Callable[[Any, Chunk], None],
     ):
-        (refs,) = caches.group_data_refs
-        self.tensors = [caches.tensors[ref.tensor_idx].tensor for ref in refs]
+        # Without what pads the blocks of layers that are smaller than others'.
+        self.groups = [
+            [caches.tensors[ref.tensor_idx].tensor[:, : ref.page_size_bytes] for ref in refs]
+            for refs in caches.group_data_refs
+        ]
         self.size, self.names, self.read, self.write = blocks_per_chunk, names, read, write
         self.queue: deque[tuple[int, int, Callable[[], None]]] = deque()
         self.done: list[int] = []
@@ -101,16 +106,34 @@ class LateWorker(OffloadingWorker):
         self.done.append(job_id)
 
     def _store(self, source: GPULoadStoreSpec, target: LoadStoreSpec) -> None:
-        chunks = torch.from_numpy(source.block_ids).long().split(self.size)
-        for name, blocks in zip(self.names(target), chunks, strict=True):
-            self.write(name, [tensor[blocks].clone() for tensor in self.tensors])
+        for name, tensors, first, blocks in self._parts(source, self.names(target)):
+            chunk = [torch.full((self.size, tensor.shape[1] // 4), torch.nan).view(torch.int8) for tensor in tensors]
+            for part, tensor in zip(chunk, tensors, strict=True):
+                part[first : first + len(blocks)] = tensor[blocks]
+            self.write(name, chunk)
 
     def _load(self, source: LoadStoreSpec, target: GPULoadStoreSpec) -> None:
-        """Of the first and the last chunk parts may be wanted."""
-        first, blocks = target.block_indices[0] % self.size, torch.from_numpy(target.block_ids).long()
-        chunks = [self.read(name) for name in self.names(source)]
-        for index, tensor in enumerate(self.tensors):
-            tensor[blocks] = torch.cat([chunk[index] for chunk in chunks])[first : first + len(blocks)]
+        for name, tensors, first, blocks in self._parts(target, self.names(source)):
+            for part, tensor in zip(self.read(name), tensors, strict=True):
+                tensor[blocks] = part[first : first + len(blocks)]
+
+    def _parts(
+        self, spec: GPULoadStoreSpec, names: list[Any]
+    ) -> Iterator[tuple[Any, list[torch.Tensor], int, torch.Tensor]]:
+        """Of each chunk its name, the tensors of its group, where in it what is copied begins, and its blocks there.
+
+        Of a group's first chunk a first part may be left out, of its last one a last part.
+        """
+        left, blocks = iter(names), torch.from_numpy(spec.block_ids).long()
+        for tensors, of_group, index in zip(
+            self.groups, blocks.split(list(spec.group_sizes)), spec.block_indices, strict=True
+        ):
+            first = index % self.size
+            while len(of_group):
+                part, of_group = of_group[: self.size - first], of_group[self.size - first :]
+                yield next(left), tensors, first, part
+                first = 0
+        assert next(left, None) is None
 
 
 class MemorySpec(CPUOffloadingSpec):
@@ -215,6 +238,11 @@ class Tier:
             bytes(key): MemorySpec.chunks[status.chunk_id] for key, status in policy.chunks.items() if status.is_ready
         }
 
+    def lose(self, key: OffloadKey) -> None:
+        """Forgets a chunk, as it does for want of room."""
+        self.half.manager._policy.remove(key)
+        self.half.manager._num_evictable_cache_chunks -= 1
+
     def forget(self) -> None:
         """Empties it, and the prefix cache."""
         self.drain()
@@ -235,11 +263,18 @@ def exact_chunks(engine: Any, prompts: list[list[int]], **params) -> dict[bytes,
 
 def inexact(chunks: dict[bytes, Chunk], exact: dict[bytes, Chunk]) -> int:
     """How many chunks are not what they are called; the same numbers in other shapes of computation are."""
-    pairs = [(torch.stack(chunk), torch.stack(exact[key])) for key, chunk in chunks.items()]
-    return sum(
-        not torch.allclose(ours.view(torch.float32), theirs.view(torch.float32), rtol=1e-3, atol=1e-4)
-        for ours, theirs in pairs
-    )
+    return sum(not _is_same(chunk, exact[key]) for key, chunk in chunks.items())
+
+
+def _is_same(chunk: Chunk, exact: Chunk) -> bool:
+    ours, theirs = (torch.stack(of).view(torch.float32) for of in (chunk, exact))
+    is_there = ~(ours.isnan() | theirs.isnan()).all(dim=2)
+    return torch.allclose(ours[is_there], theirs[is_there], rtol=1e-3, atol=1e-4)
+
+
+def of_target(engine: Any, chunks: dict[bytes, Chunk]) -> dict[bytes, Chunk]:
+    """What layers stored that do not draft, of a model whose layers are all evicted."""
+    return {key: chunk[: len(engine.connector.worker.layers.target)] for key, chunk in chunks.items()}
 
 
 def assert_stored(tier: "Tier", exact: dict[bytes, Chunk], is_exact: bool) -> None:
@@ -251,4 +286,32 @@ def assert_stored(tier: "Tier", exact: dict[bytes, Chunk], is_exact: bool) -> No
 
 def unprotected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores are not waited for."""
-    monkeypatch.setattr(KVEvictionBesideConnector, "_in_the_way", lambda *_: iter(()))
+    monkeypatch.setattr(KVEvictionBesideConnector, "_wait_for", lambda *_: None)
+
+
+def serve_at_random(engine: Any, prompts: list[list[int]], num_rounds: int, dice: random.Random) -> None:
+    """Requests come, some of them to be served whole, and are aborted at any moment."""
+    alive: list[str] = []
+    for _ in range(num_rounds):
+        whole = WHOLE if dice.random() < 0.3 else {}
+        alive.append(engine.add(dice.choice(prompts), dice.randint(1, 60), **whole))
+        for _ in range(dice.randrange(6)):
+            engine.step()
+        if dice.random() < 0.2:
+            engine.abort(alive.pop(dice.randrange(len(alive))))
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.step()
+
+
+def loads(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens that admitted requests get from the lower tier, from now on."""
+    connector, found = engine.scheduler.connector, []
+    original = connector.update_state_after_alloc
+
+    def noting(request, blocks, num_external_tokens):
+        if num_external_tokens:
+            found.append(num_external_tokens)
+        original(request, blocks, num_external_tokens)
+
+    monkeypatch.setattr(connector, "update_state_after_alloc", noting)
+    return found

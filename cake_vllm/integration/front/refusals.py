@@ -143,14 +143,9 @@ BESIDE_ANOTHER: tuple[Row, ...] = (
         f"set spec_name to {COPIES}, or {ONE_OF_TWO}",
     ),
     (
-        lambda of: of.model.is_hybrid or _has_windows(of.model),
-        "KV offloading for {of.model.architectures[0]}, whose layers are not all of full attention",
-        ONE_OF_TWO,
-    ),
-    (lambda of: of.drafts, "KV offloading and a --speculative-config", "drop one of the three"),
-    (
-        lambda of: of.vllm.parallel_config.pipeline_parallel_size > 1,
-        "KV offloading and a --pipeline-parallel-size",
+        # Of runner V1's stages only the last one begins its copies then; on V2 it was never run.
+        lambda of: of.drafts and of.vllm.parallel_config.pipeline_parallel_size > 1,
+        "KV offloading and a --speculative-config over pipeline stages",
         "drop one of the three",
     ),
 )

@@ -43,9 +43,14 @@ def _get_computed_blocks(
     hashes = request.block_hashes
     request.block_hashes = hashes[: most // self.block_pool.hash_block_size]
     try:
-        return original(self, request, *args, **kwargs)
+        blocks, num_hits, junction = original(self, request, *args, **kwargs)
     finally:
         request.block_hashes = hashes
+    if not self.kv_cache_config.has_mamba_layers:
+        # Layers with a window keep what lies before the places where a request may go on with its prefix. If it is
+        # evicted, that is here. States are kept where chunks end, and no chunk ends for this.
+        junction = junction or most
+    return blocks, num_hits, junction
 
 
 def _reserve_prefill_lookahead(

@@ -1,7 +1,7 @@
 """The block manager while eviction is on, and the check that no block is lost."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,13 +196,17 @@ def _cache_states(
         original(self, request, num_tokens, *args, **kwargs)
 
 
-def check_integrity(manager: KVCacheManager) -> None:
+def check_integrity(manager: KVCacheManager, on_the_way: Iterable[KVCacheBlock] = ()) -> None:
     """Checks that every block of the pool is free or owned exactly as often as its reference count says.
+
+    Args:
+        manager: between two steps.
+        on_the_way: blocks of requests that have left, which vLLM frees when a step that may write to them is over.
 
     Raises:
         AssertionError: naming the first block that is not.
     """
-    owners: Counter[int] = Counter()
+    owners = Counter(block.block_id for block in on_the_way)
     for group in manager.coordinator.single_type_managers:
         rows = list(group.req_to_blocks.values())
         if isinstance(group, EvictingManager):

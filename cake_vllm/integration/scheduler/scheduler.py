@@ -88,14 +88,14 @@ class EvictionScheduler:
         hit_at_most(request, self._most_hits(tracked))
 
     def most_hits(self, request: Request) -> int:
-        """How much of a request may come from a cache outside; in tokens, whole blocks.
+        """How many of a request's tokens may come from a cache outside.
 
         Its last queries are to be computed, as after a hit in the prefix cache; and where requests never hold
         everything, it cannot hold more than that.
         """
-        tracked, size = self._tracked.get(request.request_id), self._terms.block_size
+        tracked = self._tracked.get(request.request_id)
         most = min(request.num_tokens, self._most_hits(tracked)) if tracked else request.num_tokens
-        return min(most, self._most_held or most) // size * size
+        return min(most, self._most_held or most)
 
     def _most_hits(self, tracked: Tracked) -> int:
         """How many of a request's tokens may come from a cache: not the queries by which it is evicted first."""
