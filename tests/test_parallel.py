@@ -133,7 +133,7 @@ def test_stages_share_columns(tiny, tiny_model, is_v2, name):
 
 
 @pytest.mark.engine
-@pytest.mark.interpreted
+@pytest.mark.full
 @pytest.mark.parametrize("axis", ["pipeline", "tensor"])
 def test_each_worker_stores_and_loads_its_part(tiny, tiny_model, is_v2, axis):
     """Of a prompt that is evicted in place, in a pool that holds one, while its blocks are stored; it comes again."""

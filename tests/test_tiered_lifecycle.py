@@ -83,7 +83,6 @@ def model_of(tiny_model, tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "when", "kind"),
     [
-        ({}, "a step late", "llama"),
         (PROGRESSIVE, "a step late", "llama"),
         pytest.param(ELASTIC, "at once", "llama", marks=pytest.mark.full),
         pytest.param(PROGRESSIVE, "drafts, too", "llama", marks=pytest.mark.full),
