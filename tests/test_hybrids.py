@@ -96,7 +96,8 @@ def test_attention_layers_are_evicted(start_engine, hybrid, is_v2):
         most = sum(BUDGET + PAGE + len(prompt) % block_size for prompt in prompts[:2])
         assert sum(stats["kept_tokens"]) <= of.layers * most
         assert [len(run.choices) for run in served] == [2, 1, 0]
-        assert runs[0].tokens != together[0].tokens
+        # In bfloat16 tokens may be the same.
+        assert runs[0].gaps != pytest.approx(together[0].gaps, rel=1e-2)
         if replay is not None:
             for prompt, what in zip(prompts, served, strict=True):
                 policy = create_policy(name, {})

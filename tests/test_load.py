@@ -36,7 +36,7 @@ def preempt(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     ("decode", "num_requests", "num_blocks"),
-    [("off", 50, 110), *(pytest.param(decode, 25, 60, marks=pytest.mark.full) for decode in ("cake", "window"))],
+    [("off", 50, 110), *(pytest.param(decode, 50, 60, marks=pytest.mark.full) for decode in ("cake", "window"))],
 )
 def test_many_requests_in_a_small_pool(tiny, decode, num_requests, num_blocks, same_on_both):
     """They share prefixes, so that there are few blocks to rewrite, and some are preempted."""
