@@ -69,8 +69,10 @@ def dense(name: str, blocks_per_chunk: int = 1) -> dict:
 
 @each
 @protected
-def test_given_back_blocks_have_been_stored(start, model, is_protected, monkeypatch):
+def test_given_back_blocks_have_been_stored(start, model, is_protected, monkeypatch, is_v2):
     """The next prompt is written to the blocks that an evicted one gave back a step before."""
+    if is_v2 and model[0] == "lfm2":
+        pytest.skip("vLLM's runner V2 clears new blocks beside states before it waits for copies that read them")
     # Else an evicted prompt leaves a window more than one that is served whole; states are where chunks end.
     engine: Engine = start(**(dense(model[0]) if model[0] != "lfm2" else {}))
     prompts = [numbers(1, 1000), numbers(2, 1000)]
