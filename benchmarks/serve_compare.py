@@ -197,12 +197,12 @@ def servers_of(args: argparse.Namespace) -> dict[str, list[str]]:
         flags = ["--kv-eviction", args.policy, "--kv-eviction-budget", budget]
         return [*flags, "--kv-eviction-config", json.dumps(config)]
 
-    if not args.outputs:
-        servers = {f"{args.policy}, {prefill}": evicting(args.budget, prefill=prefill) for prefill in args.prefill}
-    else:
+    if args.outputs:
         always = evicting(args.budget, decode="window", every=64, protect={"prompt": True})
-        servers = {f"{args.policy}, decode": always, f"{args.policy}, auto": evicting("auto")}
-    return {"stock": [], **servers}
+        servers = {"decode": always, "auto": evicting("auto")}
+    else:
+        servers = {prefill: evicting(args.budget, prefill=prefill) for prefill in args.prefill}
+    return {"stock": [], **{f"{args.policy}, {name}": flags for name, flags in servers.items()}}
 
 
 def show(results: dict[str, Any]) -> None:

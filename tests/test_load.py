@@ -35,15 +35,15 @@ def preempt(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("decode", "num_requests", "num_blocks"),
-    [("off", 50, 110), *(pytest.param(decode, 50, 60, marks=pytest.mark.full) for decode in ("cake", "window"))],
+    ("decode", "num_blocks"),
+    [("off", 110), *(pytest.param(decode, 60, marks=pytest.mark.full) for decode in ("cake", "window"))],
 )
-def test_many_requests_in_a_small_pool(tiny, decode, num_requests, num_blocks, same_on_both):
+def test_fifty_requests_in_a_small_pool(tiny, decode, num_blocks, same_on_both):
     """They share prefixes, so that there are few blocks to rewrite, and some are preempted."""
     dice = random.Random(0)
     heads = [numbers(900 + seed, 400) for seed in range(4)]
     jobs = []
-    for seed in range(num_requests):
+    for seed in range(50):
         head = dice.choice(heads)[: dice.randint(200, 400)]
         jobs.append((head + numbers(1000 + seed, dice.randint(10, 120)), dice.randint(10, 160), dice.choice(WISHES)))
     engine: Engine = tiny(
@@ -65,7 +65,7 @@ def test_many_requests_in_a_small_pool(tiny, decode, num_requests, num_blocks, s
         requests = engine.scheduler.requests.values()
         preempted |= {request.request_id for request in requests if request.num_preemptions}
     stats = engine.stats()
-    assert stats["in_place"] > num_requests // 5
+    assert stats["in_place"] > 10
     assert len(preempted) >= (4 if decode == "off" else 1)
     together = [engine.run_of(name) for name in names]
     for (prompt, max_tokens, wish), run in zip(jobs, together, strict=True):

@@ -6,7 +6,19 @@ taken away once in each test, to show that the test would see it.
 
 import pytest
 from random_models import numbers
-from tiers import SCARCE, WHOLE, Tier, assert_stored, beside, exact_chunks, inexact, loads, protected, unprotected
+from tiers import (
+    SCARCE,
+    WHOLE,
+    Tier,
+    assert_stored,
+    beside,
+    exact_chunks,
+    inexact,
+    loads,
+    protected,
+    store,
+    unprotected,
+)
 from ties import assert_same
 from vllm.v1.request import RequestStatus
 
@@ -27,13 +39,7 @@ def scarce(tiny):
 @protected
 def test_given_back_blocks_have_been_stored(scarce, is_protected, monkeypatch):
     """The next prompt is written to the blocks that an evicted one gave back a step before."""
-    prompts = [numbers(1, 1000), numbers(2, 1000)]
-    exact, tier = exact_chunks(scarce, prompts), Tier(scarce)
-    if not is_protected:
-        unprotected(monkeypatch)
-    for prompt in prompts:
-        scarce.add(prompt, 30)
-    scarce.run()
+    tier, exact = store(scarce, [numbers(1, 1000), numbers(2, 1000)], 30, is_protected, monkeypatch)
     assert_stored(tier, exact, is_protected)
     assert scarce.stats()["in_place"] == 0
 

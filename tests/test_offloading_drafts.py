@@ -14,6 +14,7 @@ from tiers import (
     SCARCE,
     WHOLE,
     Tier,
+    assert_stored,
     beside,
     exact_chunks,
     inexact,
@@ -21,6 +22,7 @@ from tiers import (
     of_target,
     protected,
     serve_at_random,
+    store,
     unprotected,
 )
 from ties import assert_same
@@ -51,20 +53,9 @@ def test_given_back_blocks_have_been_stored(start, method, is_protected, monkeyp
     one of a chunk, with or without eviction.
     """
     engine: Engine = start(method)
-    prompts = [numbers(1, 1000), numbers(2, 1000)]
-    exact, tier = exact_chunks(engine, prompts), Tier(engine)
-    if not is_protected:
-        unprotected(monkeypatch)
-    for prompt in prompts:
-        engine.add(prompt, 30)
-    engine.run()
+    tier, exact = store(engine, [numbers(1, 1000), numbers(2, 1000)], 30, is_protected, monkeypatch)
     assert engine.stats()["in_place"] == 0
-    tier.drain()
-    chunks = tier.chunks()
-    assert chunks.keys() == exact.keys()
-    if method == "eagle":
-        chunks, exact = of_target(engine, chunks), of_target(engine, exact)
-    assert (inexact(chunks, exact) == 0) == is_protected
+    assert_stored(tier, exact, is_protected, with_drafts=method != "eagle")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -84,9 +75,7 @@ def test_blocks_that_are_rewritten_in_place_have_been_stored(start, method, is_p
     engine.add(prompt, 5)
     engine.run()
     assert engine.stats()["in_place"] == 1
-    tier.drain()
-    assert tier.chunks().keys() == exact.keys()
-    assert (inexact(of_target(engine, tier.chunks()), of_target(engine, exact)) == 0) == is_protected
+    assert_stored(tier, exact, is_protected, with_drafts=False)
 
 
 @pytest.mark.parametrize("method", METHODS)

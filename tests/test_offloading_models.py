@@ -21,7 +21,7 @@ from tiers import (
     loads,
     protected,
     serve_at_random,
-    unprotected,
+    store,
 )
 from ties import assert_same
 from vllm.v1.kv_offload.base import OffloadKey, make_offload_key
@@ -75,14 +75,8 @@ def test_given_back_blocks_have_been_stored(start, model, is_protected, monkeypa
         pytest.skip("vLLM's runner V2 clears new blocks beside states before it waits for copies that read them")
     # Else an evicted prompt leaves a window more than one that is served whole; states are where chunks end.
     engine: Engine = start(**(dense(model[0]) if model[0] != "lfm2" else {}))
-    prompts = [numbers(1, 1000), numbers(2, 1000)]
-    exact, tier = exact_chunks(engine, prompts), Tier(engine)
+    tier, exact = store(engine, [numbers(1, 1000), numbers(2, 1000)], 30, is_protected, monkeypatch)
     assert len({key[-4:] for key in exact}) == 2
-    if not is_protected:
-        unprotected(monkeypatch)
-    for prompt in prompts:
-        engine.add(prompt, 30)
-    engine.run()
     assert_stored(tier, exact, is_protected)
 
 

@@ -15,7 +15,7 @@ from tiers import (
     inexact,
     protected,
     serve_at_random,
-    unprotected,
+    store,
 )
 from ties import assert_same
 from vllm.config import KVEventsConfig
@@ -95,13 +95,7 @@ ELASTIC = {**SCARCE, "kv_eviction_budget": "auto", "kv_eviction_config": {"min_t
 def test_a_cut_waits_for_stores(tiny, is_protected, monkeypatch):
     """A prompt that has just ended is cut for the next one, which is written where its last chunk was."""
     engine = tiny(**ELASTIC, **beside())
-    prompts = [numbers(32, 1000), numbers(33, 900)]
-    exact, tier = exact_chunks(engine, prompts), Tier(engine)
-    if not is_protected:
-        unprotected(monkeypatch)
-    for prompt in prompts:
-        engine.add(prompt, 12)
-    engine.run()
+    tier, exact = store(engine, [numbers(32, 1000), numbers(33, 900)], 12, is_protected, monkeypatch)
     assert engine.stats()["cuts"] > 0
     assert_stored(tier, exact, is_protected)
 

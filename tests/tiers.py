@@ -277,11 +277,30 @@ def of_target(engine: Any, chunks: dict[bytes, Chunk]) -> dict[bytes, Chunk]:
     return {key: chunk[: len(engine.connector.worker.layers.target)] for key, chunk in chunks.items()}
 
 
-def assert_stored(tier: "Tier", exact: dict[bytes, Chunk], is_exact: bool) -> None:
-    """Once all is copied, every chunk is there, and is what it is called if it is to be."""
+def assert_stored(tier: "Tier", exact: dict[bytes, Chunk], is_exact: bool, with_drafts: bool = True) -> None:
+    """Once all is copied, every chunk is there, and is what it is called if it is to be: all layers' part, or those'
+    that do not draft.
+    """
     tier.drain()
-    assert tier.chunks().keys() == exact.keys()
-    assert (inexact(tier.chunks(), exact) == 0) == is_exact
+    chunks = tier.chunks()
+    assert chunks.keys() == exact.keys()
+    if not with_drafts:
+        chunks, exact = of_target(tier.engine, chunks), of_target(tier.engine, exact)
+    assert (inexact(chunks, exact) == 0) == is_exact
+
+
+def store(
+    engine: Any, prompts: list[list[int]], num_tokens: int, is_protected: bool, monkeypatch: pytest.MonkeyPatch
+) -> tuple["Tier", dict[bytes, Chunk]]:
+    """Serves prompts that come together; the tier, and what they store there if nobody evicts them."""
+    exact = exact_chunks(engine, prompts)
+    engine.stats()
+    if not is_protected:
+        unprotected(monkeypatch)
+    for prompt in prompts:
+        engine.add(prompt, num_tokens)
+    engine.run()
+    return Tier(engine), exact
 
 
 def unprotected(monkeypatch: pytest.MonkeyPatch) -> None:
