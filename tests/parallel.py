@@ -1,6 +1,7 @@
 """Runs a job on an engine in processes of its own: ``python parallel.py``, JSON in, a line of JSON out.
 
-The job is ``{"model", "prompts", "max_tokens", "settings"}``, the answer ``[{"tokens", "gaps", "cached", "kept"}]``.
+The job is ``{"model", "requests": [{"prompt", "max_tokens", "wishes"}], "settings"}``, the answer
+``[{"tokens", "gaps", "cached", "kept"}]``.
 """
 
 import json
@@ -28,16 +29,16 @@ def main() -> None:
     }
     llm = LLM(job["model"], **(DEFAULTS | small | job["settings"]))
     answers = []
-    for prompt in job["prompts"]:
+    for request in job["requests"]:
         params = SamplingParams(
             temperature=0,
-            max_tokens=job["max_tokens"],
+            max_tokens=request["max_tokens"],
             ignore_eos=True,
             detokenize=False,
             logprobs=2,
-            extra_args={"kv_eviction_report": 1},
+            extra_args={"kv_eviction_report": 1, **request["wishes"]},
         )
-        (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+        (output,) = llm.generate({"prompt_token_ids": request["prompt"]}, params, use_tqdm=False)
         answers.append(
             {
                 "tokens": list(output.outputs[0].token_ids),

@@ -60,12 +60,8 @@ def in_one_chunk(prompts) -> list[list[int]]:
 _seen: dict[str, list[Run]] = {}
 
 
-@pytest.mark.parametrize(
-    "chunk", [8192, pytest.param(2048, marks=pytest.mark.full), pytest.param(512, marks=pytest.mark.full), 256]
-)
-def test_chunk_size_and_batch_do_not_matter(start_engine, in_one_chunk, chunk, is_v2):
-    if is_v2 and chunk not in (2048, 256):
-        pytest.skip("two of the chunk sizes are enough on the interpreted runner")
+@pytest.mark.parametrize("chunk", [8192, 256])
+def test_chunk_size_and_batch_do_not_matter(start_engine, in_one_chunk, chunk):
     engine: Engine = start_engine(kv_eviction="cake", kv_eviction_budget=200, max_num_batched_tokens=chunk)
     alone = [engine.runs([prompt], 16)[0] for prompt in in_one_chunk]
     together = engine.runs(in_one_chunk, 16)

@@ -115,7 +115,7 @@ def test_a_running_request_is_preempted_for_an_eviction_that_could_not_write(tin
     assert engine.is_idle()
 
 
-def test_first_eviction_while_decoding_leaves_the_prefix_cache_alone(tiny):
+def test_first_eviction_while_decoding_leaves_the_prefix_cache_alone(tiny, same_on_both):
     """A short prompt outgrows its budget by its output; its pages are shared with a request that goes on."""
     engine: Engine = tiny(**{**PREFIX_CACHED, "kv_eviction_budget": 256})
     prompt = numbers(6, 250)
@@ -136,7 +136,7 @@ def test_first_eviction_while_decoding_leaves_the_prefix_cache_alone(tiny):
     assert engine.is_idle()
 
 
-def test_hit_rate_under_pressure_is_that_of_stock(tiny):
+def test_hit_rate_under_pressure_is_that_of_stock(tiny, same_on_both):
     """Requests on a few prefixes in a pool that holds a part of them."""
     dice = random.Random(7)
     prefixes = [numbers(100 + i, 640) for i in range(8)]
@@ -219,7 +219,7 @@ def test_a_prefix_hit_under_progressive_prefill(tiny):
 
 
 @pytest.mark.parametrize("prefill", ["progressive", "exact"])
-def test_reports_that_come_a_step_late(tiny, prefill, monkeypatch):
+def test_reports_that_come_a_step_late(tiny, prefill, monkeypatch, same_on_both):
     """Under asynchronous scheduling a step is planned before the one before it is reported."""
     options = {"prefill": prefill, "decode": "window"}
     engine: Engine = tiny(**{**PREFIX_CACHED, "kv_eviction_config": options})

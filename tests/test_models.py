@@ -20,8 +20,10 @@ pytestmark = pytest.mark.engine
     ],
     ids=["one-group", "two-groups"],
 )
-def test_sliding_layers_stay_as_they_are(start_engine, tmp_path, layer_types, specs, policy):
+def test_sliding_layers_stay_as_they_are(start_engine, tmp_path, layer_types, specs, policy, is_v2):
     """Only layers that attend to everything are evicted from."""
+    if is_v2 and (policy == "cake") == (specs["Exact"] == 1):
+        pytest.skip("slow under Triton's interpreter, where each method meets one way of grouping")
     model = save_random_model(
         tmp_path,
         "gemma3_text",

@@ -129,6 +129,8 @@ def test_a_load_leaves_the_window_to_be_computed(start, method, monkeypatch):
 @pytest.mark.parametrize("decode", ["off", "window"])
 def test_random_load_verified_a_step_late(tiny, drafts_a_step_late, decode, is_v2):
     """Requests come, are preempted and aborted at any moment: the tier is exact, and nothing is lost in either."""
+    if is_v2 and decode != "off":
+        pytest.skip("slow under Triton's interpreter, where one way of decoding is run")
     dice = random.Random(7)
     shared = [numbers(40 + index, 1000) for index in range(4)]
     prompts = [dice.choice(shared)[: dice.randint(40, 1000)] + numbers(50 + index, 100) for index in range(12)]

@@ -154,7 +154,7 @@ def test_a_prompt_that_comes_again_is_hit_in_both(start, monkeypatch, same_on_bo
 @pytest.mark.parametrize(
     ("model", "blocks_per_chunk"), [("sinks", 1), ("sinks", 4), ("chunks", 2), ("lfm2", 1)], indirect=["model"]
 )
-def test_random_load_over_a_small_tier(start, model, blocks_per_chunk, is_v2):
+def test_random_load_over_a_small_tier(start, model, blocks_per_chunk, same_on_both):
     """Requests come, are preempted and aborted at any moment: the tier is exact, and nothing is lost in either."""
     dice = random.Random(7)
     shared = [numbers(40 + index, 1000) for index in range(4)]
@@ -165,12 +165,12 @@ def test_random_load_over_a_small_tier(start, model, blocks_per_chunk, is_v2):
     engine: Engine = start(small, max_num_batched_tokens=160)
     tier = Tier(engine)
     assert len(truth) > tier.half.manager._num_chunks > 10
-    serve_at_random(engine, prompts, 15 if is_v2 else 40, dice)
+    serve_at_random(engine, prompts, 40, dice)
     tier.drain()
     assert engine.is_idle()
     assert inexact(tier.chunks(), truth) == 0
     stats = engine.stats()
-    assert stats["requests"] >= (2 if is_v2 else 6)
+    assert stats["requests"] >= 6
     assert not stats["failures"]
 
 

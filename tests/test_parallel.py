@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,14 @@ pytestmark = pytest.mark.slow
 PROMPTS = [numbers(30, 700), numbers(31, 60), numbers(32, 1100)]
 
 
-def run(model: str, prompts: list[list[int]] = PROMPTS, max_tokens: int = 100, **settings) -> list[dict]:
+def requests(prompts: list[list[int]] = PROMPTS, max_tokens: int = 100, **wishes: Any) -> list[dict]:
+    """For :func:`run`."""
+    return [{"prompt": prompt, "max_tokens": max_tokens, "wishes": wishes} for prompt in prompts]
+
+
+def run(model: str, requests: list[dict], **settings: Any) -> list[dict]:
     """Every worker in a process of its own, with one thread if there are two; V2's find Triton's interpreter."""
-    job = {"model": model, "prompts": prompts, "max_tokens": max_tokens, "settings": settings}
+    job = {"model": model, "requests": requests, "settings": settings}
     cores = sorted(os.sched_getaffinity(0))
     threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -51,31 +57,38 @@ def compare(answers: list[dict], engine: Engine, prompts: list[list[int]], max_t
     assert [answer["kept"] is None for answer in answers] == [False, True, False]
 
 
-@pytest.mark.parametrize(
-    "workers",
-    [
-        # CAKE's preferences are sums over heads, and ranks add theirs.
-        pytest.param({"tensor_parallel_size": 2}, marks=pytest.mark.full),
-        # All that a worker needs reaches it in its config and in the steps' messages, whatever carries them.
-        {"distributed_executor_backend": "bare_worker.BareExecutor"},
-    ],
-    ids=["two ranks", "a bare process"],
-)
-def test_workers_keep_what_one_in_this_process_keeps(tiny, tiny_model, workers):
-    eviction = {"kv_eviction": "cake", "kv_eviction_budget": 150}
-    answers = run(tiny_model, **eviction, **workers)
-    compare(answers, tiny(max_model_len=2048, **eviction), PROMPTS)
+EVICTION = {"kv_eviction": "cake", "kv_eviction_budget": 150, "kv_eviction_config": {"decode": "window"}}
+#: By a name, what two ranks are asked for, once: each start of theirs takes as long as many tests.
+ASKED = {
+    "cake": requests(),
+    "layer-defensivekv": requests(kv_eviction="layer-defensivekv"),
+    "gate": requests(kv_eviction="gate"),
+    "by gates alone": requests(PROMPTS[:1], 2, kv_eviction="gate", kv_eviction_config='{"evidence": 0.0}'),
+}
 
 
-@pytest.mark.parametrize("name", ["layer-defensivekv", pytest.param("gate", marks=pytest.mark.full)])
-def test_two_ranks_agree_where_heads_compete(tiny_model, name):
+@pytest.fixture(scope="module")
+def answered(tiny_model) -> dict[str, list[dict]]:
+    """What two tensor-parallel ranks answer, by the name of what is asked for."""
+    answers = iter(run(tiny_model, [each for of in ASKED.values() for each in of], **EVICTION, tensor_parallel_size=2))
+    return {name: [next(answers) for _ in of] for name, of in ASKED.items()}
+
+
+def test_two_ranks_keep_what_one_keeps(tiny, answered):
+    """CAKE's preferences are sums over heads, and ranks add theirs."""
+    compare(answered["cake"], tiny(max_model_len=2048, **EVICTION), PROMPTS)
+
+
+def test_a_bare_process_keeps_what_this_one_keeps(tiny, tiny_model):
+    """All that a worker needs reaches it in its config and in the steps' messages, whatever carries them."""
+    answers = run(tiny_model, requests(), **EVICTION, distributed_executor_backend="bare_worker.BareExecutor")
+    compare(answers, tiny(max_model_len=2048, **EVICTION), PROMPTS)
+
+
+@pytest.mark.parametrize("name", ["layer-defensivekv", "gate"])
+def test_two_ranks_agree_where_heads_compete(answered, name):
     """Heads compete inside a rank, in columns that all ranks share."""
-    eviction = {
-        "kv_eviction": name,
-        "kv_eviction_budget": 150,
-        "kv_eviction_config": {"decode": "window"},
-    }
-    answers = run(tiny_model, **eviction, tensor_parallel_size=2)
+    answers = answered[name]
     assert [answer["kept"] is None for answer in answers] == [False, True, False]
     assert all(len(answer["tokens"]) == 100 for answer in answers)
     kept = [answer["kept"] for answer in answers if answer["kept"]]
@@ -84,16 +97,14 @@ def test_two_ranks_agree_where_heads_compete(tiny_model, name):
     assert all(140 <= np.mean(counts) <= 150 + 32 for counts in kept)
 
 
-@pytest.mark.full
-def test_each_rank_judges_by_the_gates_of_its_head(tiny, tiny_model):
+def test_each_rank_judges_by_the_gates_of_its_head(tiny, answered):
     """And divides the budget among its head's layers: as the scores of one process say, head by head."""
-    prompt, knobs, decode = PROMPTS[0], {"evidence": 0.0}, {"decode": "off"}
-    settings = {"kv_eviction": "gate", "kv_eviction_budget": 150, "kv_eviction_config": knobs | decode}
-    (answer,) = run(tiny_model, [prompt], 2, **settings, tensor_parallel_size=2)
-    engine: Engine = tiny(max_model_len=2048, kv_eviction="cake", kv_eviction_budget=150, kv_eviction_config=decode)
-    seen, policy = [], create_policy("gate", knobs)
+    ((asked,), (answer,)) = ASKED["by gates alone"], answered["by gates alone"]
+    prompt, wishes = asked["prompt"], asked["wishes"]
+    engine: Engine = tiny(max_model_len=2048, **EVICTION)
+    seen, policy = [], create_policy("gate", json.loads(wishes["kv_eviction_config"]))
     engine.connector.worker.judging.on_judged = lambda layer, inputs, score: seen.append(inputs)
-    engine.generate([prompt], 2, extra_args={"kv_eviction": "gate", "kv_eviction_config": json.dumps(knobs)})
+    engine.generate([prompt], 2, extra_args=wishes)
     engine.connector.worker.judging.on_judged = None
     paged = PagedPrompt(len(prompt), policy.protected, 32, len(prompt) % 32)
 
@@ -120,7 +131,8 @@ def test_stages_share_columns(tiny, tiny_model, is_v2, name):
     prompts, num_tokens = [numbers(33, 300), numbers(34, 60), numbers(35, 250)], 8
     options = {"window": 8, "decode": "off"}
     eviction = {"kv_eviction": name, "kv_eviction_budget": 100, "kv_eviction_config": options}
-    answers = run(tiny_model, prompts, num_tokens, **eviction, pipeline_parallel_size=2, gpu_memory_utilization=0.1)
+    stages = {"pipeline_parallel_size": 2, "gpu_memory_utilization": 0.1}
+    answers = run(tiny_model, requests(prompts, num_tokens), **eviction, **stages)
     if name == "snapkv":
         compare(answers, tiny(max_model_len=2048, **eviction), prompts, num_tokens)
         return
@@ -134,7 +146,7 @@ def test_stages_share_columns(tiny, tiny_model, is_v2, name):
 
 @pytest.mark.engine
 @pytest.mark.full
-@pytest.mark.parametrize("axis", ["pipeline", "tensor"])
+@pytest.mark.parametrize("axis", [pytest.param("pipeline", marks=pytest.mark.interpreted), "tensor"])
 def test_each_worker_stores_and_loads_its_part(tiny, tiny_model, is_v2, axis):
     """Of a prompt that is evicted in place, in a pool that holds one, while its blocks are stored; it comes again."""
     if is_v2 != (axis == "pipeline"):
@@ -146,7 +158,8 @@ def test_each_worker_stores_and_loads_its_part(tiny, tiny_model, is_v2, axis):
     extra = {"spec_name": "MemorySpec", "spec_module_path": "tiers", "cpu_bytes_to_use": 2**26}
     tier = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     workers = {f"{axis}_parallel_size": 2, "gpu_memory_utilization": 0.1}
-    answers = run(tiny_model, prompts, num_tokens, **eviction, **pool, **workers, kv_transfer_config=tier)
+    asked = requests(prompts, num_tokens)
+    answers = run(tiny_model, asked, **eviction, **pool, **workers, kv_transfer_config=tier)
     assert [answer["cached"] for answer in answers] == [0, 0, 288]
     engine: Engine = tiny(**eviction, **pool)
     engine.stats()

@@ -34,7 +34,6 @@ def evicting(start_engine) -> Engine:
 CASES = [
     ("cake", 256, (1000, 2049)),
     ("layer-defensivekv", 0.2, (1000, 2049)),
-    pytest.param("layer-defensivekv", 128, (1000, 4000), marks=pytest.mark.full),
 ]
 
 
@@ -75,7 +74,7 @@ def test_every_policy_is_served(tiny, tiny_replay: Replay, name: str):
     assert engine.is_idle()
 
 
-def test_eviction_changes_the_output(evicting: Engine, prompts):
+def test_eviction_changes_the_output(evicting: Engine, prompts, same_on_both):
     """The comparisons above would be empty if eviction changed nothing."""
     tight = evicting.generate([prompts[1000]], NUM_TOKENS, extra_args={"kv_eviction_budget": 64})
     assert tight != evicting.generate([prompts[1000]], NUM_TOKENS, extra_args={"kv_eviction": "none"})

@@ -94,7 +94,7 @@ def left_in_engine(url: str) -> dict[str, int]:
 
 
 @pytest.mark.full
-def test_two_thousand_requests(chatty_model, monkeypatch):
+def test_a_thousand_requests(chatty_model, monkeypatch):
     """Nothing leaks, neither memory nor objects nor descriptors, and the counters are what the clients count."""
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
@@ -126,14 +126,14 @@ def test_two_thousand_requests(chatty_model, monkeypatch):
                 served.append(length)
 
         with ThreadPoolExecutor(24) as pool:
-            list(pool.map(client, range(400)))
+            list(pool.map(client, range(300)))
             engine = engine_process()
             few = left_in_engine(url)
             before, descriptors = engine.memory_info().rss, engine.num_fds()
-            list(pool.map(client, range(400, 2000)))
+            list(pool.map(client, range(300, 1000)))
         assert left_in_engine(url) == few
         assert sum(few.values()) <= 1
-        assert len(dropped) > 50
+        assert len(dropped) > 25
         assert series(url, "vllm:kv_cache_usage_perc") == 0
         assert engine.memory_info().rss - before < 100 * 2**20
         assert engine.num_fds() == descriptors
@@ -182,7 +182,7 @@ def test_wishes_over_http(open_server):
 
 def test_a_paused_server_goes_on_where_it_was(open_server):
     """With what was evicted still evicted; other pauses preempt or abort what runs, and leave no page behind."""
-    body = {"prompt": list(range(2000, 2600)), "max_tokens": 600, "ignore_eos": True, "temperature": 0}
+    body = {"prompt": list(range(2000, 2600)), "max_tokens": 250, "ignore_eos": True, "temperature": 0}
     # The second one finds the prompt in the prefix cache, as those below do.
     _, whole = post(open_server, body), post(open_server, body)
     with ThreadPoolExecutor(1) as pool:
