@@ -52,7 +52,9 @@ def seeds(config: pytest.Config) -> list[int]:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "engine: starts vLLM engines with a real model; run on both runners")
     config.addinivalue_line("markers", "slow: takes more than half a minute")
-    config.addinivalue_line("markers", "full: shows more of what other tests show; run with --all")
+    config.addinivalue_line(
+        "markers", "full: shows more of what other tests show; run with --all, where kernels are not interpreted"
+    )
     config.addinivalue_line(
         "markers", "interpreted: also run on the interpreted runner without --all, or where it is full"
     )
@@ -126,10 +128,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def is_left_out(item: pytest.Item, is_all: bool, is_interpreted: bool) -> bool:
     """Whether a test is not for this run."""
-    is_full, is_chosen = (item.get_closest_marker(name) is not None for name in ("full", "interpreted"))
-    if is_all:
-        return is_full and is_interpreted and not is_chosen
-    return is_full or (is_interpreted and not is_chosen)
+    if item.get_closest_marker("full"):
+        return is_interpreted or not is_all
+    return is_interpreted and not is_all and not item.get_closest_marker("interpreted")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

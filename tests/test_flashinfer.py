@@ -36,10 +36,7 @@ KERNELS = {
     [
         pytest.param("ampere", "layer-defensivekv", "exact", marks=pytest.mark.interpreted),
         pytest.param("blackwell", "cake", "progressive", marks=pytest.mark.contract),
-        pytest.param("ampere", "cake", "progressive", marks=full),
         pytest.param("hopper", "cake", "exact", marks=full),
-        pytest.param("hopper", "layer-defensivekv", "progressive", marks=full),
-        pytest.param("blackwell", "layer-defensivekv", "exact", marks=full),
     ],
 )
 def test_flashinfer_by_reference(start_engine, tiny_model, is_v2, gpu, name, prefill):

@@ -40,7 +40,7 @@ EVICTED = BUDGET + 63
 def users_environment():
     """The server as users start it, without what makes engines run inside the other tests."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER", "OMP_NUM_THREADS"):
+        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"):
             patch.delenv(name, raising=False)
         yield
 
@@ -94,7 +94,7 @@ def left_in_engine(url: str) -> dict[str, int]:
 
 
 @pytest.mark.full
-def test_a_thousand_requests(chatty_model, monkeypatch):
+def test_hundreds_of_requests(chatty_model, monkeypatch):
     """Nothing leaks, neither memory nor objects nor descriptors, and the counters are what the clients count."""
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
@@ -126,14 +126,14 @@ def test_a_thousand_requests(chatty_model, monkeypatch):
                 served.append(length)
 
         with ThreadPoolExecutor(24) as pool:
-            list(pool.map(client, range(300)))
+            list(pool.map(client, range(150)))
             engine = engine_process()
             few = left_in_engine(url)
             before, descriptors = engine.memory_info().rss, engine.num_fds()
-            list(pool.map(client, range(300, 1000)))
+            list(pool.map(client, range(150, 600)))
         assert left_in_engine(url) == few
         assert sum(few.values()) <= 1
-        assert len(dropped) > 25
+        assert len(dropped) > 15
         assert series(url, "vllm:kv_cache_usage_perc") == 0
         assert engine.memory_info().rss - before < 100 * 2**20
         assert engine.num_fds() == descriptors
