@@ -57,6 +57,16 @@ def compare(answers: list[dict], engine: Engine, prompts: list[list[int]], max_t
     assert [answer["kept"] is None for answer in answers] == [False, True, False]
 
 
+#: vLLM's offloading, over copies between tensors.
+TIER = {
+    "kv_connector": "OffloadingConnector",
+    "kv_role": "kv_both",
+    "kv_connector_extra_config": {
+        "spec_name": "MemorySpec",
+        "spec_module_path": "tiers",
+        "cpu_bytes_to_use": 2**26,
+    },
+}
 EVICTION = {"kv_eviction": "cake", "kv_eviction_budget": 150, "kv_eviction_config": {"decode": "window"}}
 #: By a name, what two ranks are asked for, once: each start of theirs takes as long as many tests.
 ASKED = {
@@ -67,10 +77,16 @@ ASKED = {
 }
 
 
+#: Blocks that hold the longest prompt with its output, and 7 more.
+NUM_BLOCKS = 45
+
+
 @pytest.fixture(scope="module")
 def answered(tiny_model) -> dict[str, list[dict]]:
-    """What two tensor-parallel ranks answer, by the name of what is asked for."""
-    answers = iter(run(tiny_model, [each for of in ASKED.values() for each in of], **EVICTION, tensor_parallel_size=2))
+    """What two tensor-parallel ranks answer over a lower tier, by the name of what is asked for."""
+    workers = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.1, "kv_transfer_config": TIER}
+    pool = {"max_model_len": 1300, "num_gpu_blocks_override": NUM_BLOCKS}
+    answers = iter(run(tiny_model, [each for of in ASKED.values() for each in of], **EVICTION, **workers, **pool))
     return {name: [next(answers) for _ in of] for name, of in ASKED.items()}
 
 
@@ -83,6 +99,16 @@ def test_a_bare_process_keeps_what_this_one_keeps(tiny, tiny_model):
     """All that a worker needs reaches it in its config and in the steps' messages, whatever carries them."""
     answers = run(tiny_model, requests(), **EVICTION, distributed_executor_backend="bare_worker.BareExecutor")
     compare(answers, tiny(max_model_len=2048, **EVICTION), PROMPTS)
+
+
+def test_each_rank_stores_and_loads_its_part(answered):
+    """Of prompts that come again when the pool has few of their blocks left."""
+    assert [answer["cached"] for answer in answered["cake"]] == [0] * len(PROMPTS)
+    for name in ("layer-defensivekv", "gate"):
+        first, _, last = (answer["cached"] for answer in answered[name])
+        left = 32 * (NUM_BLOCKS - 1 - len(PROMPTS[2]) // 32)
+        assert left < len(PROMPTS[0]) - 64 <= first
+        assert left < len(PROMPTS[2]) - 64 <= last
 
 
 @pytest.mark.parametrize("name", ["layer-defensivekv", "gate"])
@@ -145,7 +171,7 @@ def test_stages_share_columns(tiny, tiny_model, is_v2, name):
 
 
 @pytest.mark.engine
-def test_each_worker_stores_and_loads_its_part(tiny, tiny_model, is_v2):
+def test_each_stage_stores_and_loads_its_part(tiny, tiny_model, is_v2):
     """Of a prompt that is evicted in place, in a pool that holds one, while its blocks are stored; it comes again."""
     if not is_v2:
         pytest.skip("vLLM's first runner cannot run two stages on a CPU: --runner v2")
@@ -153,11 +179,9 @@ def test_each_worker_stores_and_loads_its_part(tiny, tiny_model, is_v2):
     prompts, num_tokens = [first, second, first], 8
     eviction = {"kv_eviction": "snapkv", "kv_eviction_budget": 100, "kv_eviction_config": {"window": 8}}
     pool = {"max_model_len": 340, "num_gpu_blocks_override": 13}
-    extra = {"spec_name": "MemorySpec", "spec_module_path": "tiers", "cpu_bytes_to_use": 2**26}
-    tier = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     workers = {"pipeline_parallel_size": 2, "gpu_memory_utilization": 0.1}
     asked = requests(prompts, num_tokens)
-    answers = run(tiny_model, asked, **eviction, **pool, **workers, kv_transfer_config=tier)
+    answers = run(tiny_model, asked, **eviction, **pool, **workers, kv_transfer_config=TIER)
     assert [answer["cached"] for answer in answers] == [0, 0, 288]
     engine: Engine = tiny(**eviction, **pool)
     engine.stats()

@@ -126,7 +126,7 @@ def test_any_history_over_a_small_tier(start_engine, model_of, options, when, ki
     run_state_machine_as_test(
         lambda: TieredLifecycle(engine, late, exact),
         settings=settings(
-            max_examples=6,
+            max_examples=8,
             stateful_step_count=25,
             deadline=None,
             derandomize=True,
