@@ -55,9 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "full: shows more of what other tests show; run with --all, where kernels are not interpreted"
     )
-    config.addinivalue_line(
-        "markers", "interpreted: also run on the interpreted runner without --all, or where it is full"
-    )
+    config.addinivalue_line("markers", "interpreted: also run on the interpreted runner without --all")
     config.addinivalue_line("markers", "contract: with --all also run on the Python files of a newer vLLM")
     config.addinivalue_line("markers", "gpu: needs a GPU")
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
@@ -248,7 +246,7 @@ def text_ids(model_dir: str) -> list[int]:
 @pytest.fixture(scope="session")
 def prompts(text_ids: list[int]) -> dict[int, list[int]]:
     """Prompts by their length, each from a place of its own in the text."""
-    lengths = (1000, 2049, 4000)
+    lengths = (1000, 2049)
     return {length: text_ids[100 * i : 100 * i + length] for i, length in enumerate(lengths)}
 
 
