@@ -13,6 +13,7 @@ import pytest
 from engine import Engine
 from random_models import numbers
 from stock import gaps, same_tokens
+from tiers import transfer
 
 from cake_vllm.policies import PagedPrompt, create_policy
 
@@ -57,16 +58,6 @@ def compare(answers: list[dict], engine: Engine, prompts: list[list[int]], max_t
     assert [answer["kept"] is None for answer in answers] == [False, True, False]
 
 
-#: vLLM's offloading, over copies between tensors.
-TIER = {
-    "kv_connector": "OffloadingConnector",
-    "kv_role": "kv_both",
-    "kv_connector_extra_config": {
-        "spec_name": "MemorySpec",
-        "spec_module_path": "tiers",
-        "cpu_bytes_to_use": 2**26,
-    },
-}
 EVICTION = {"kv_eviction": "cake", "kv_eviction_budget": 150, "kv_eviction_config": {"decode": "window"}}
 #: By a name, what two ranks are asked for, once: each start of theirs takes as long as many tests.
 ASKED = {
@@ -84,7 +75,7 @@ NUM_BLOCKS = 45
 @pytest.fixture(scope="module")
 def answered(tiny_model) -> dict[str, list[dict]]:
     """What two tensor-parallel ranks answer over a lower tier, by the name of what is asked for."""
-    workers = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.1, "kv_transfer_config": TIER}
+    workers = {"tensor_parallel_size": 2, "gpu_memory_utilization": 0.1, "kv_transfer_config": transfer()}
     pool = {"max_model_len": 1300, "num_gpu_blocks_override": NUM_BLOCKS}
     answers = iter(run(tiny_model, [each for of in ASKED.values() for each in of], **EVICTION, **workers, **pool))
     return {name: [next(answers) for _ in of] for name, of in ASKED.items()}
@@ -181,7 +172,7 @@ def test_each_stage_stores_and_loads_its_part(tiny, tiny_model, is_v2):
     pool = {"max_model_len": 340, "num_gpu_blocks_override": 13}
     workers = {"pipeline_parallel_size": 2, "gpu_memory_utilization": 0.1}
     asked = requests(prompts, num_tokens)
-    answers = run(tiny_model, asked, **eviction, **pool, **workers, kv_transfer_config=TIER)
+    answers = run(tiny_model, asked, **eviction, **pool, **workers, kv_transfer_config=transfer())
     assert [answer["cached"] for answer in answers] == [0, 0, 288]
     engine: Engine = tiny(**eviction, **pool)
     engine.stats()

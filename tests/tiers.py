@@ -205,14 +205,15 @@ def _save(path: Path, chunk: Chunk) -> None:
     torch.save(chunk, path)
 
 
-def beside(spec: str = "MemorySpec", **extra: Any) -> dict[str, Any]:
-    """What an engine is started with to have such a tier."""
+def transfer(spec: str = "MemorySpec", **extra: Any) -> dict[str, Any]:
+    """Such a tier as vLLM's ``--kv-transfer-config`` names it."""
     config = {"spec_name": spec, "spec_module_path": "tiers", "cpu_bytes_to_use": 2**26, **extra}
-    return {
-        "kv_transfer_config": KVTransferConfig(
-            "OffloadingConnector", kv_role="kv_both", kv_connector_extra_config=config
-        )
-    }
+    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": config}
+
+
+def beside(spec: str = "MemorySpec", **extra: Any) -> dict[str, Any]:
+    """What an engine in this process is started with to have it."""
+    return {"kv_transfer_config": KVTransferConfig(**transfer(spec, **extra))}
 
 
 class Tier:
