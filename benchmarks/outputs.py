@@ -4,12 +4,15 @@ One engine serves all rows: each request asks for its method, and for whether it
 is generated; where the prompt does not stay it is in the budget, which is larger by its length. What is too much goes
 every ``--every`` tokens. Columns:
 
-    kept        tokens of a layer behind the last eviction, in the mean of all outputs
+    kept    tokens of a layer behind the last eviction, in the mean of all outputs
 
-    agreement   the full cache's own greedy output: share of tokens that are still the likeliest, and mean loss
-    fact        a number stated once in the output, asked for ``gap`` tokens later: whether all its digits are the
-                likeliest, and the mean probability of its tokens
-    copy        40 tokens of the prompt behind 12 of them, asked for at the end of the output
+    fact    four numbers, each stated once in the output, asked for ``gap`` tokens later: share of them of which all
+            digits are the likeliest, and the mean probability of their tokens
+    prose   real text as the output: share of its tokens that are the likeliest, and mean loss, behind the first
+            ``--budget`` of them
+    copy    40 tokens of the prompt behind 12 of them, asked for at the end of that text
+    own     what the full cache itself answers to problems of mathematics (MATH-500, AIME): share of tokens that are
+            still the likeliest, and mean loss, over those that do not repeat: the last eight were not said before
 
     python benchmarks/outputs.py MODEL --out benchmarks/results/outputs.json
 """
@@ -19,14 +22,16 @@ import math
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from asking import Prompts
 from cells import Row
 from common import write
+from exams import EXAMS
 from forcing import KEY
 from tasks import COPY_ASKED, COPY_GIVEN, Texts
 from tqdm import tqdm
@@ -44,7 +49,7 @@ ROWS = (
     "lagkv",
     "keydiff",
 )
-FACT = "\nThe secret number is {}."
+FACTS = ("\nThe secret number is {}.", "\nThe password is {}.", "\nThe zip code is {}.", "\nThe flight number is {}.")
 
 
 @dataclass(frozen=True)
@@ -52,39 +57,65 @@ class Output:
     """A prompt, what is generated behind it, and which of that is looked at.
 
     Attributes:
-        task: its column.
         prompt: token ids.
         forced: token ids.
-        asked: how many of these, the last.
+        asked: by column, questions: places among these.
     """
 
-    task: str
     prompt: list[int]
     forced: list[int]
-    asked: int
+    asked: Mapping[str, Sequence[Sequence[int]]]
 
 
 def facts(texts: Texts, args: argparse.Namespace) -> Iterator[Output]:
-    """A fact in the output, and the same asked for later."""
+    """Facts in the output, and the same asked for later, in their order."""
     for gap in args.gaps:
         for index in range(args.samples):
             dice = random.Random(f"{args.seed} fact {gap} {index}")
-            fact = FACT.format(dice.randrange(10_000, 100_000))
-            told, given = texts.encode(fact), texts.encode(FACT.partition("{}")[0].rstrip())
-            before, between = texts.prose(100, dice), texts.prose(gap, dice)
-            # Without the full stop.
-            asked = len(told) - len(given) - 1
-            yield Output(f"fact {gap}", texts.prose(args.prompt, dice), [*before, *told, *between, *told[:-1]], asked)
+            told, asked, places = texts.prose(100, dice), [], []
+            for fact in FACTS:
+                said = texts.encode(fact.format(dice.randrange(10_000, 100_000)))
+                told += [*said, *texts.prose(25, dice)]
+                # Without the full stop.
+                asked.append((said[:-1], len(said) - 1 - len(texts.encode(fact.partition("{}")[0].rstrip()))))
+            forced = told + texts.prose(max(gap - len(told) + 100, 0), dice)
+            for said, count in asked:
+                forced += said
+                places.append(range(len(forced) - count, len(forced)))
+            yield Output(texts.prose(args.prompt, dice), forced, {f"fact {gap}": places})
 
 
 def copies(texts: Texts, args: argparse.Namespace) -> Iterator[Output]:
-    """A piece of the prompt, repeated behind a long output."""
+    """A piece of the prompt, repeated behind a long text; and that text."""
     for index in range(args.samples):
         dice = random.Random(f"{args.seed} copy {index}")
         prompt = texts.prose(args.prompt, dice)
         start = dice.randrange(len(prompt) - COPY_GIVEN - COPY_ASKED)
         piece = prompt[start : start + COPY_GIVEN + COPY_ASKED]
-        yield Output("copy", prompt, [*texts.prose(max(args.gaps), dice), *piece], COPY_ASKED)
+        text = texts.prose(max(args.gaps), dice)
+        forced = [*text, *piece]
+        last = range(len(forced) - COPY_ASKED, len(forced))
+        prose = range(args.budget, len(text))
+        yield Output(prompt, forced, {"copy": [last], "prose": [prose] if prose else []})
+
+
+def problems(texts: Texts, args: argparse.Namespace) -> list[list[int]]:
+    """Prompts of ``--samples`` problems, in the chat's template where the model has one."""
+    prompts = Prompts(texts, chat=bool(texts.tokenizer.chat_template))
+    asked = ((("math500", "aime")[index % 2], index // 2) for index in range(args.samples))
+    return [prompts.ids(EXAMS[name](texts, 0, random.Random(), index)[0]) for name, index in asked]
+
+
+def unsaid(tokens: Sequence[int], words: int = 8) -> list[int]:
+    """Places of tokens that end a run of ``words`` which has not been there before."""
+    seen: set[tuple[int, ...]] = set()
+    places = []
+    for place in range(len(tokens)):
+        run = tuple(tokens[max(place - words + 1, 0) : place + 1])
+        if run not in seen:
+            places.append(place)
+        seen.add(run)
+    return places
 
 
 class Engine:
@@ -97,7 +128,7 @@ class Engine:
     def __init__(self, args: argparse.Namespace):
         from cake_vllm import LLM
 
-        longest = args.prompt + max(args.length, max(args.gaps) + 250)
+        longest = max(args.problem + args.length, args.prompt + max(args.gaps) + 250)
         self.llm = LLM(
             args.model,
             dtype=args.dtype,
@@ -142,20 +173,21 @@ class Engine:
         return list(found)
 
 
-def scores(output: Output, request: Any) -> dict[str, float]:
-    """Of the tokens that are looked at, and how many a layer keeps."""
+def scores(output: Output, request: Any) -> Iterator[tuple[str, dict[str, float]]]:
+    """Figures of each question with its column, and how many tokens a layer keeps."""
     answer = request.outputs[0]
     kept = (request.kv_transfer_params or {}).get("kv_eviction", {}).get("kept_tokens")
     held = np.concatenate([np.ravel(layer) for layer in kept]).mean() if kept else len(output.prompt + output.forced)
     if list(answer.token_ids[: len(output.forced)]) != output.forced:
         raise RuntimeError("the engine forced no tokens")
-    last = slice(len(output.forced) - output.asked, len(output.forced))
-    steps = zip(answer.logprobs[last], output.forced[last], strict=True)
-    chosen = [(step[token].logprob, max(found.logprob for found in step.values())) for step, token in steps]
-    likeliest = [own >= best for own, best in chosen]
-    loss = -statistics.mean(own for own, _ in chosen)
-    main = float(all(likeliest)) if output.task.startswith("fact") else statistics.mean(likeliest)
-    return {"likeliest": main, "loss": loss, "probability": math.exp(-loss), "kept": float(held)}
+    for task, questions in output.asked.items():
+        for places in questions:
+            steps = [(answer.logprobs[place], output.forced[place]) for place in places]
+            chosen = [(step[token].logprob, max(found.logprob for found in step.values())) for step, token in steps]
+            likeliest = [own >= best for own, best in chosen]
+            loss = -statistics.mean(own for own, _ in chosen)
+            main = float(all(likeliest)) if task.startswith("fact") else statistics.mean(likeliest)
+            yield task, {"likeliest": main, "loss": loss, "probability": math.exp(-loss), "kept": float(held)}
 
 
 def main() -> None:
@@ -166,7 +198,8 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=256, help="for what is generated, tokens (default: %(default)s)")
     parser.add_argument("--every", type=int, default=64, help="tokens between evictions (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=200, help="tokens (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=1000, help="of greedy outputs, tokens (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=1000, help="of the model's own outputs (default: %(default)s)")
+    parser.add_argument("--problem", type=int, default=400, help="longest problem, tokens (default: %(default)s)")
     parser.add_argument("--gaps", type=int, nargs="+", default=[400, 1000], help="tokens (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=4, help="of each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -180,22 +213,21 @@ def main() -> None:
     engine = Engine(args)
     texts = Texts(engine.llm.get_tokenizer(), args.data)
     outputs = [*facts(texts, args), *copies(texts, args)]
-    full = Row("full")
-    prompts = [
-        texts.prose(args.prompt, random.Random(f"{args.seed} agreement {index}")) for index in range(args.samples)
-    ]
-    own = engine.answers([(full, False, Output("agreement", prompt, [], 0)) for prompt in prompts])
+    prompts = [prompt for prompt in problems(texts, args) if len(prompt) <= args.problem]
+    own = engine.answers([(Row("full"), False, Output(prompt, [], {})) for prompt in prompts])
     for prompt, answer in zip(prompts, own, strict=True):
         forced = list(answer.outputs[0].token_ids[: args.length])
-        outputs.append(Output("agreement", prompt, forced, len(forced)))
+        places = [place for place in unsaid(forced) if place >= args.budget]
+        outputs += [Output(prompt, forced, {"own": [places]})] if places else []
 
     rows = [(Row(policy, str(args.budget)), stays) for policy in args.policies for stays in (True, False)]
     rows = [(row, stays) for row, stays in rows if row.policy != "full" or not stays]
     requests = [(row, stays, output) for output in outputs for row, stays in rows]
     found: dict[tuple[str, bool, str], list[dict[str, float]]] = defaultdict(list)
     for (row, stays, output), answer in zip(requests, engine.answers(requests), strict=True):
-        found[row.policy, stays, output.task].append(scores(output, answer))
-    tasks = list(dict.fromkeys(output.task for output in outputs))
+        for task, figures in scores(output, answer):
+            found[row.policy, stays, task].append(figures)
+    tasks = list(dict.fromkeys(task for output in outputs for task, questions in output.asked.items() if questions))
     print("\n| method | prompt | kept | " + " | ".join(tasks) + " |")
     print("|---|---|---|" + "---|" * len(tasks))
     table = []
@@ -204,14 +236,16 @@ def main() -> None:
         for task in tasks:
             of_task = found[row.policy, stays, task]
             means = {name: round(statistics.mean(each[name] for each in of_task), 3) for name in of_task[0]}
-            beside = "loss" if task == "agreement" else "probability"
+            beside = "loss" if task in ("prose", "own") else "probability"
             cells.append(f"{means['likeliest']:.2f} ({means[beside]:.2f})")
             kept.append(means["kept"])
             table.append({"policy": row.policy, "prompt stays": stays, "task": task, **means, "n": len(of_task)})
         where = "" if row.policy == "full" else "stays" if stays else "in the budget"
         print(f"| `{row.policy}` | {where} | {statistics.mean(kept):.0f} | " + " | ".join(cells) + " |")
     names = ("block_size", "budget", "every", "prompt", "length", "gaps", "samples", "seed", "dtype")
-    write(args.out, {"settings": {name: getattr(args, name) for name in names}, "figures": table})
+    settings = {name: getattr(args, name) for name in names}
+    new = [len(unsaid(answer.outputs[0].token_ids[: args.length])) for answer in own]
+    write(args.out, {"settings": settings, "tokens of own outputs that repeat nothing": new, "figures": table})
 
 
 if __name__ == "__main__":

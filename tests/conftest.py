@@ -12,8 +12,10 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,6 +25,20 @@ ROOT = Path(__file__).parent.parent
 STAND_INS = ROOT / "tests" / "stand_ins"
 #: A policy in a distribution of its own.
 POLICY_PACKAGE = ROOT / "examples" / "policy"
+#: What makes engines run inside the tests, on the runner that is asked for.
+INSIDE = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER")
+
+
+def users_environment(**more: str) -> dict[str, str]:
+    """For servers that start as users start them: without :data:`INSIDE`."""
+    return {name: value for name, value in os.environ.items() if name not in INSIDE} | more
+
+
+@contextmanager
+def as_users_start(**more: str) -> Iterator[None]:
+    """Servers that start meanwhile have :func:`users_environment`; engines beside them, before and after, have not."""
+    with mock.patch.dict(os.environ, users_environment(**more), clear=True):
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

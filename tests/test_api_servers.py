@@ -7,7 +7,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, as_users_start
 
 sys.path.insert(0, str(ROOT / "deploy"))
 
@@ -22,11 +22,9 @@ BUDGET, LAYERS, REQUESTS = 128, 4, 12
 def url(chatty_model):
     flags = ["--dtype", "float32", "--block-size", "32", "--max-model-len", "2048", "--enforce-eager"]
     flags += ["--kv-eviction", "cake", "--kv-eviction-budget", str(BUDGET), "--num-gpu-blocks-override", "1000"]
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"):
-            patch.delenv(name, raising=False)
-        with server(chatty_model, *flags, "--api-server-count", "2", "--data-parallel-size", "2") as address:
-            yield address
+    flags += ["--api-server-count", "2", "--data-parallel-size", "2"]
+    with as_users_start(), server(chatty_model, *flags) as address:
+        yield address
 
 
 def post(url: str, body: dict, rank: int = 0) -> dict:

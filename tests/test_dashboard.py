@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, as_users_start
 
 sys.path.insert(0, str(ROOT / "deploy"))
 
@@ -111,9 +111,7 @@ def complete(url: str, number: int, **fields) -> None:
 def url(chatty_model, tmp_path_factory):
     """A Prometheus that has seen a server run short of memory, and heads compete."""
     with ExitStack() as stack:
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"):
-                patch.delenv(name, raising=False)
+        with as_users_start():
             served = stack.enter_context(server(chatty_model, *FLAGS))
         address = stack.enter_context(prometheus(served.removeprefix("http://"), tmp_path_factory.mktemp("prometheus")))
         with ThreadPoolExecutor(8) as clients:

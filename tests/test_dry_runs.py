@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, users_environment
 from stored import cpu_has_eight_bits
 
 sys.path.append(str(ROOT / "benchmarks" / "gpu"))
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.full, pytest.mark.slow]
 
 def run(*command: str) -> str:
     """Output of a Python program."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = users_environment(PYTHONPATH=str(ROOT))
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -54,10 +54,8 @@ def test_first(tmp_path):
     assert {line["policy"] for line in lines if "costs" in line} == {"cake", "layer-defensivekv"}
 
 
-def test_turns(chatty_model, tmp_path, monkeypatch):
+def test_turns(chatty_model, tmp_path):
     """Two sessions, of which the pool holds one, over the tests' tier; a second run starts no server."""
-    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"):
-        monkeypatch.delenv(name)
     out = tmp_path / "turns.json"
     command = ["benchmarks/turns.py", chatty_model, "--dtype", "float32", "--tier", "tests", "--out", str(out)]
     command += ["--sessions", "2", "--turns", "6", "--tokens", "500", "--pool", "600", "--pause", "0"]

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from unittest import mock
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, users_environment
 
 sys.path.insert(0, str(ROOT / "deploy"))
 
@@ -27,11 +28,8 @@ BUDGET_HELD = 512 + 2 * 32
 @pytest.fixture(scope="module")
 def environment(policy_package):
     """For servers and examples, with the package of ``examples/policy`` installed."""
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{policy_package}", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    env["PATH"] = f"{os.path.dirname(sys.executable)}:{env['PATH']}"
-    return {
-        name: env[name] for name in env if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER")
-    }
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    return users_environment(PYTHONPATH=f"{ROOT}:{policy_package}", VLLM_CPU_KVCACHE_SPACE="1", PATH=path)
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +37,7 @@ def urls(chatty_model, environment):
     """Of a server that evicts and of a stock one, which start side by side."""
     eviction = ["--kv-eviction", "cake", "--kv-eviction-budget", "256", "--enable-prompt-tokens-details"]
     common = [*FLAGS, "--dtype", "float32", "--served-model-name", chatty_model]
-    with ExitStack() as stack, ThreadPoolExecutor() as pool, pytest.MonkeyPatch.context() as patch:
-        for name in os.environ.keys() - environment.keys():
-            patch.delenv(name)
-        for name in ("PYTHONPATH", "PATH"):
-            patch.setenv(name, environment[name])
+    with ExitStack() as stack, ThreadPoolExecutor() as pool, mock.patch.dict(os.environ, environment, clear=True):
         servers = [server(chatty_model, *common, *flags) for flags in (eviction, [])]
         yield list(pool.map(stack.enter_context, servers))
 

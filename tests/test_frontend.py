@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, as_users_start
 from engine import Engine, same_positions
 from random_models import numbers
 from vllm.exceptions import VLLMValidationError
@@ -46,10 +46,7 @@ def url(chatty_model):
     flags += ["--enable-scale-out", "--kv-eviction", "cake", "--kv-eviction-budget", str(BUDGET)]
     with ExitStack() as stack:
         # Engines of other tests run beside this server, with the environment as it was.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("VLLM_SERVER_DEV_MODE", "1")
-            for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"):
-                patch.delenv(name, raising=False)
+        with as_users_start(VLLM_SERVER_DEV_MODE="1"):
             address = stack.enter_context(server(chatty_model, *flags))
         yield address
 

@@ -2,18 +2,18 @@
 
 import csv
 import json
-import os
 import random
 import re
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, users_environment
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import leaderboard
+import outputs
 import quality
 import scores
 from asking import Prompts, flags
@@ -256,10 +256,13 @@ def test_leaderboard_runs(chatty_model, texts, tmp_path):
     command += ["--budgets", "0.5", "--dtype", "float32", "--block-size", "32", "--server-args=--enforce-eager"]
     command += ["--text", str(tmp_path / "prose.txt")]
     (tmp_path / "prose.txt").write_text((" ".join(WORDS) + ". ") * 500)
-    ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER")
-    env = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=users_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     found = json.loads((tmp_path / "a_kvpress.json").read_text())["results"]
@@ -267,6 +270,34 @@ def test_leaderboard_runs(chatty_model, texts, tmp_path):
     assert {row: len(cells) for row, cells in found["figures"]["progressive"].items()} == {"full": 13, "snapkv 0.5": 13}
     assert found["averages"]["full"]["kept"] == 1 > found["averages"]["snapkv 0.5"]["kept"] > 0.45
     assert f"kvpress, {found['settings']['model']}: mean of 13 tasks" in done.stdout
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_outputs(chatty_model, texts, tmp_path):
+    """One output of each kind, in full and evicted twice."""
+    command = ["benchmarks/outputs.py", chatty_model, "--out", str(tmp_path / "a.json"), "--data", str(texts.data)]
+    command += ["--policies", "full", "snapkv", "--samples", "1", "--budget", "48", "--every", "32", "--prompt", "60"]
+    command += ["--gaps", "150", "200", "--length", "120", "--dtype", "float32", "--kv-cache-gib", "1"]
+    printed = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=users_environment(), stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    found = json.loads((tmp_path / "a.json").read_text())["results"]
+    (new,) = found["tokens of own outputs that repeat nothing"]
+    assert 48 < new <= 120
+    rows = {(row["policy"], row["prompt stays"], row["task"]): row for row in found["figures"]}
+    tasks = {"fact 150": 4, "fact 200": 4, "prose": 1, "copy": 1, "own": 1}
+    ways = {("full", False), ("snapkv", True), ("snapkv", False)}
+    assert {key: row["n"] for key, row in rows.items()} == {(*way, task): tasks[task] for way in ways for task in tasks}
+    for policy, stays, task in rows:
+        assert (rows[policy, stays, task]["kept"] < rows["full", False, task]["kept"]) == (policy != "full")
+    assert printed.count("| `snapkv` |") == 2
+
+
+def test_what_repeats_in_an_output():
+    said = [1, 2, 3, 1, 2, 3, 4, 2, 3, 4]
+    assert outputs.unsaid(said, words=2) == [0, 1, 2, 3, 6, 7]
+    assert outputs.unsaid(said, words=3) == [0, 1, 2, 3, 4, 6, 7, 8]
 
 
 def split_rule(answer: str) -> tuple[str, str, str]:
@@ -490,10 +521,8 @@ def test_served(chatty_model, tmp_path, monkeypatch, capsys):
     command = ["benchmarks/quality.py", chatty_model, "--out", str(out), "--dtype", "float32", "--block-size", "32"]
     command += ["--server-args=--enforce-eager", "--policies", "full", "snapkv+echo=12", "--budgets", "0.2"]
     command += ["--lengths", "400", "--tasks", "copy", "depths", "--samples", "1", "--prefill", "auto-2"]
-    ours = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER")
-    env = {name: value for name, value in os.environ.items() if name not in ours}
     printed = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, *command], cwd=ROOT, env=users_environment(), stdout=subprocess.PIPE, text=True, check=True
     ).stdout
     assert printed.count("--kv-eviction snapkv") == printed.count("vllm serve") == 1
 

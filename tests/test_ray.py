@@ -1,7 +1,6 @@
 """Ray Serve for real: two replicas behind one endpoint answer as one server does, also while one of them is killed."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, users_environment
 from openai import BadRequestError, OpenAI
 from random_models import numbers
 
@@ -80,14 +79,12 @@ class Application:
         scaling |= {"max_replicas": 2, "upscale_delay_s": 0, "metrics_interval_s": 1, "look_back_period_s": 2}
         scaling["policy"]["policy_kwargs"]["waiting"] = 1
         (folder / "serve.yaml").write_text(yaml.safe_dump(config))
-        env = {**os.environ, "PYTHONPATH": f"{RAY}:{ROOT}", "RAY_TMPDIR": str(folder), "VLLM_CPU_KVCACHE_SPACE": "1"}
+        env = users_environment(PYTHONPATH=f"{RAY}:{ROOT}", RAY_TMPDIR=str(folder), VLLM_CPU_KVCACHE_SPACE="1")
         # Several engines on few cores: their threads would wait for each other.
         env |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
         env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_metrics_report_interval_ms": "1000"}
         # On a busy machine Ray's proxy takes longer than the 15 seconds after which it is given up.
         env |= {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
-        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"):
-            env.pop(name, None)
         command = [Path(sys.executable).parent / "serve", "run", "serve.yaml"]
         with open(folder / "log", "w") as log:
             self._process = psutil.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, as_users_start
 
 sys.path.insert(0, str(ROOT / "deploy"))
 
@@ -37,11 +37,8 @@ EVICTED = BUDGET + 63
 
 
 @pytest.fixture(scope="module", autouse=True)
-def users_environment():
-    """The server as users start it, without what makes engines run inside the other tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_USE_V2_MODEL_RUNNER"):
-            patch.delenv(name, raising=False)
+def _as_users_start():
+    with as_users_start():
         yield
 
 
