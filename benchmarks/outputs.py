@@ -14,7 +14,7 @@ every ``--every`` tokens. Columns:
     own     what the full cache itself answers to problems of mathematics (MATH-500, AIME): share of tokens that are
             still the likeliest, and mean loss, over those that do not repeat: the last eight were not said before
 
-    python benchmarks/outputs.py MODEL --out benchmarks/results/outputs.json
+    python benchmarks/outputs.py MODEL --out benchmarks/results/outputs_MODEL.json
 """
 
 import argparse
