@@ -23,7 +23,7 @@ import numpy as np
 import quality
 from common import write
 from ruler import RULER
-from tables import main_metric
+from tables import main_metric, with_interval
 
 POLICIES = ("full", "echo", "layer-defensivekv", "cake", "snapkv", "adakv", "keydiff", "random")
 #: What is left for a question and its answer of a published length.
@@ -60,14 +60,18 @@ PUBLISHED: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
 }
 
 
-def average(cells: dict[str, Any], resamples: int = 2000) -> dict[str, float]:
-    """Mean over tasks of the means over contexts, percents, and the middle 95% of resamples of the contexts."""
+def average(cells: dict[str, Any], resamples: int = 2000) -> dict[str, Any]:
+    """Mean over tasks of the means over contexts, percents, and the middle 95% of resamples of the contexts, if any
+    task has several.
+    """
     dice = np.random.default_rng(0)
+    low, high = None, None
     by_task = [100 * np.array(main_metric(cell)["contexts"]) for cell in cells.values()]
-    means = np.mean([dice.choice(of, (resamples, len(of))).mean(axis=1) for of in by_task], axis=0)
-    low, high = np.percentile(means, (2.5, 97.5))
+    if max(map(len, by_task)) > 1:
+        means = np.mean([dice.choice(of, (resamples, len(of))).mean(axis=1) for of in by_task], axis=0)
+        low, high = np.percentile(means, (2.5, 97.5)).tolist()
     kept = float(np.mean([cell["kept"] for cell in cells.values()]))
-    return {"mean": float(np.mean([of.mean() for of in by_task])), "low": float(low), "high": float(high), "kept": kept}
+    return {"mean": float(np.mean([of.mean() for of in by_task])), "low": low, "high": high, "kept": kept}
 
 
 def published(setting: str, model: str) -> dict[str, tuple[float, ...]]:
@@ -76,7 +80,7 @@ def published(setting: str, model: str) -> dict[str, tuple[float, ...]]:
     return next((of for name, of in PUBLISHED[setting].items() if name in plain), {})
 
 
-def show(setting: str, model: str, averages: dict[str, dict[str, float]], num_tasks: int) -> None:
+def show(setting: str, model: str, averages: dict[str, dict[str, Any]], num_tasks: int) -> None:
     """Prints averages, a line for each method, and the published ones below."""
     budgets = list(dict.fromkeys(row.split()[1] for row in averages if " " in row))
     print(f"\n{setting}, {model}: mean of {num_tasks} tasks, percent, with 95% intervals over contexts\n")
@@ -86,7 +90,7 @@ def show(setting: str, model: str, averages: dict[str, dict[str, float]], num_ta
 
     def cell(row: str) -> str:
         of = averages.get(row)
-        return f"{of['mean']:.1f} [{of['low']:.1f}, {of['high']:.1f}]" if of else "-"
+        return with_interval(of, ".1f") if of else "-"
 
     for policy in dict.fromkeys(row.split()[0] for row in averages if " " in row):
         print(f"| `{policy}` | {cell('full')} | " + " | ".join(cell(f"{policy} {budget}") for budget in budgets) + " |")

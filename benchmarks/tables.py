@@ -12,12 +12,20 @@ from cells import Row, key_of
 LENGTH, ENDED = "output tokens", "ended"
 
 
-def interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, float]:
-    """The middle 95% of the means of resamples (bootstrap)."""
+def interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, float] | tuple[None, None]:
+    """The middle 95% of the means of resamples (bootstrap); one value has none."""
+    if len(values) < 2:
+        return None, None
     dice = np.random.default_rng(0)
     means = dice.choice(np.asarray(values, dtype=float), (resamples, len(values))).mean(axis=1)
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
+
+
+def with_interval(of: dict[str, Any], form: str) -> str:
+    """A mean and, if it has one, its interval, each in the format ``form``."""
+    mean = format(of["mean"], form)
+    return mean if of["low"] is None else f"{mean} [{of['low']:{form}}, {of['high']:{form}}]"
 
 
 def summarize(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -65,7 +73,7 @@ def show(table: dict[str, Any]) -> None:
         for row, cells in by_row.items():
             kept = np.mean([cell["kept"] for cell in cells.values()])
             shown = [main_metric(cells[column]) if column in cells else None for column in columns]
-            text = (f" {of['mean']:.2f} [{of['low']:.2f}, {of['high']:.2f}] |" if of else " - |" for of in shown)
+            text = (f" {with_interval(of, '.2f')} |" if of else " - |" for of in shown)
             print(f"| {row} | {kept:.1%} |" + "".join(text))
 
 
@@ -131,7 +139,7 @@ def show_comparison(found: dict[str, Any], own: str, others: Sequence[str]) -> N
         print("| |" + "".join(f" {budget} |" for budget in budgets) + "\n|---|" + "---|" * len(budgets))
         for column, cells in by_column.items():
             texts = (
-                f"{of['mean']:+.2f} [{of['low']:+.2f}, {of['high']:+.2f}]{' below' if of['high'] < 0 else ''}"
+                with_interval(of, "+.2f") + (" below" if of["high"] is not None and of["high"] < 0 else "")
                 for of in (cells[budget] for budget in budgets if budget in cells)
             )
             print(f"| {column} | " + " | ".join(texts) + " |")
@@ -172,7 +180,11 @@ def draw(table: dict[str, Any], rows: Sequence[Row], file: Path) -> None:
                     budgets, cells = zip(*sorted(points, key=lambda point: point[0]), strict=True)
                     (lines[policy],) = axis.plot(budgets, [cell["mean"] for cell in cells], marker="o", markersize=3)
                     if len({row.policy for row in rows}) <= 6:
-                        bounds = ([cell[bound] for cell in cells] for bound in ("low", "high"))
+                        # One context has no interval.
+                        bounds = (
+                            [cell["mean"] if cell[bound] is None else cell[bound] for cell in cells]
+                            for bound in ("low", "high")
+                        )
                         axis.fill_between(budgets, *bounds, alpha=0.08, color=lines[policy].get_color())
             axis.set(title=column, xlabel="budget", ylim=(-0.03, 1.03), xscale="log")
             ticks = sorted({float(row.budget) for row in rows if row.budget})

@@ -24,7 +24,7 @@ from listings import LISTINGS
 from longbench import longbench_tasks
 from quality import parser
 from ruler import RULER
-from tables import compare, interval, summarize
+from tables import compare, interval, summarize, with_interval
 from tasks import TASKS, Sample, Texts, fill
 
 LENGTH = 1200
@@ -234,6 +234,7 @@ def test_published_figures_stand_beside_ours(capsys):
     found = leaderboard.average({"vt 9": cell(1, 1, 1, 0), "cwe 9": cell(0.5)})
     assert (found["mean"], found["kept"]) == (62.5, 0.5)
     assert 25 <= found["low"] < 62.5 < found["high"] == 75
+    assert with_interval(leaderboard.average({"cwe 9": cell(0.5)}), ".1f") == "50.0"
     for name in ("Llama-3.1-8B-Instruct", "Meta-Llama-3.1-8B-Instruct", "models--meta-llama--Llama-3.1-8B-Instruct"):
         assert leaderboard.published("tangram", name)["SnapKV, by group of heads"][0] == 94.6
     assert not leaderboard.published("tangram", "SmolLM2-135M-Instruct")
@@ -473,6 +474,8 @@ def test_servers_are_started_with_what_their_rows_need():
 def test_intervals_are_over_contexts():
     low, high = interval([0.0, 1.0] * 50)
     assert 0.38 < low < 0.42 < 0.58 < high < 0.62
+    assert with_interval({"mean": 0.5, "low": low, "high": high}, "+.1f") == "+0.5 [+0.4, +0.6]"
+    assert interval([0.5]) == (None, None)
     records = [
         {"mode": "exact", "row": "full", "task": "depths", "length": 9, "index": index, "part": part,
          "scores": {"found": score}, "kept": 5, "prompt": 10}
