@@ -242,7 +242,7 @@ def main() -> None:
             table.append({"policy": row.policy, "prompt stays": stays, "task": task, **means, "n": len(of_task)})
         where = "" if row.policy == "full" else "stays" if stays else "in the budget"
         print(f"| `{row.policy}` | {where} | {statistics.mean(kept):.0f} | " + " | ".join(cells) + " |")
-    names = ("block_size", "budget", "every", "prompt", "length", "gaps", "samples", "seed", "dtype")
+    names = ("block_size", "budget", "every", "prompt", "problem", "length", "gaps", "samples", "seed", "dtype")
     settings = {name: getattr(args, name) for name in names}
     new = [len(unsaid(answer.outputs[0].token_ids[: args.length])) for answer in own]
     write(args.out, {"settings": settings, "tokens of own outputs that repeat nothing": new, "figures": table})
