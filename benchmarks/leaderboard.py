@@ -23,7 +23,7 @@ import numpy as np
 import quality
 from common import write
 from ruler import RULER
-from tables import main_metric, with_interval
+from tables import interval, main_metric, with_interval
 
 POLICIES = ("full", "echo", "layer-defensivekv", "cake", "snapkv", "adakv", "keydiff", "random")
 #: What is left for a question and its answer of a published length.
@@ -60,16 +60,12 @@ PUBLISHED: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
 }
 
 
-def average(cells: dict[str, Any], resamples: int = 2000) -> dict[str, Any]:
+def average(cells: dict[str, Any]) -> dict[str, Any]:
     """Mean over tasks of the means over contexts, percents, and the middle 95% of resamples of the contexts, if any
     task has several.
     """
-    dice = np.random.default_rng(0)
-    low, high = None, None
     by_task = [100 * np.array(main_metric(cell)["contexts"]) for cell in cells.values()]
-    if max(map(len, by_task)) > 1:
-        means = np.mean([dice.choice(of, (resamples, len(of))).mean(axis=1) for of in by_task], axis=0)
-        low, high = np.percentile(means, (2.5, 97.5)).tolist()
+    low, high = interval(*by_task)
     kept = float(np.mean([cell["kept"] for cell in cells.values()]))
     return {"mean": float(np.mean([of.mean() for of in by_task])), "low": low, "high": high, "kept": kept}
 

@@ -215,9 +215,12 @@ def main() -> None:
     outputs = [*facts(texts, args), *copies(texts, args)]
     prompts = [prompt for prompt in problems(texts, args) if len(prompt) <= args.problem]
     own = engine.answers([(Row("full"), False, Output(prompt, [], {})) for prompt in prompts])
+    num_unsaid = []
     for prompt, answer in zip(prompts, own, strict=True):
         forced = list(answer.outputs[0].token_ids[: args.length])
-        places = [place for place in unsaid(forced) if place >= args.budget]
+        new = unsaid(forced)
+        num_unsaid.append(len(new))
+        places = [place for place in new if place >= args.budget]
         outputs += [Output(prompt, forced, {"own": [places]})] if places else []
 
     rows = [(Row(policy, str(args.budget)), stays) for policy in args.policies for stays in (True, False)]
@@ -244,8 +247,7 @@ def main() -> None:
         print(f"| `{row.policy}` | {where} | {statistics.mean(kept):.0f} | " + " | ".join(cells) + " |")
     names = ("block_size", "budget", "every", "prompt", "problem", "length", "gaps", "samples", "seed", "dtype")
     settings = {name: getattr(args, name) for name in names}
-    new = [len(unsaid(answer.outputs[0].token_ids[: args.length])) for answer in own]
-    write(args.out, {"settings": settings, "tokens of own outputs that repeat nothing": new, "figures": table})
+    write(args.out, {"settings": settings, "tokens of own outputs that repeat nothing": num_unsaid, "figures": table})
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from cells import Row, key_of
 LENGTH, ENDED = "output tokens", "ended"
 
 
-def interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, float] | tuple[None, None]:
-    """The middle 95% of the means of resamples (bootstrap); one value has none."""
-    if len(values) < 2:
+def interval(*groups: Sequence[float], resamples: int = 2000) -> tuple[float, float] | tuple[None, None]:
+    """The middle 95% of the means of resamples (bootstrap), over groups the mean of theirs; single values have none."""
+    if max(map(len, groups)) < 2:
         return None, None
     dice = np.random.default_rng(0)
-    means = dice.choice(np.asarray(values, dtype=float), (resamples, len(values))).mean(axis=1)
+    of_groups = (dice.choice(np.asarray(of, dtype=float), (resamples, len(of))).mean(axis=1) for of in groups)
+    means = np.mean(list(of_groups), axis=0)
     low, high = np.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 
@@ -180,11 +181,8 @@ def draw(table: dict[str, Any], rows: Sequence[Row], file: Path) -> None:
                     budgets, cells = zip(*sorted(points, key=lambda point: point[0]), strict=True)
                     (lines[policy],) = axis.plot(budgets, [cell["mean"] for cell in cells], marker="o", markersize=3)
                     if len({row.policy for row in rows}) <= 6:
-                        # One context has no interval.
-                        bounds = (
-                            [cell["mean"] if cell[bound] is None else cell[bound] for cell in cells]
-                            for bound in ("low", "high")
-                        )
+                        # One context has no interval: as a float ``None`` is not a number, and not drawn.
+                        bounds = (np.array([cell[bound] for cell in cells], dtype=float) for bound in ("low", "high"))
                         axis.fill_between(budgets, *bounds, alpha=0.08, color=lines[policy].get_color())
             axis.set(title=column, xlabel="budget", ylim=(-0.03, 1.03), xscale="log")
             ticks = sorted({float(row.budget) for row in rows if row.budget})

@@ -41,6 +41,16 @@ def as_users_start(**more: str) -> Iterator[None]:
         yield
 
 
+def run_script(*command: str) -> str:
+    """What a Python program of the project prints, as users start it."""
+    env = users_environment(PYTHONPATH=str(ROOT))
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner")
     parser.addoption("--all", action="store_true", help="also tests that show more of what others show")

@@ -3,14 +3,13 @@
 import json
 import os
 import struct
-import subprocess
 import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, users_environment
+from conftest import ROOT, run_script
 from stored import cpu_has_eight_bits
 
 sys.path.append(str(ROOT / "benchmarks" / "gpu"))
@@ -20,19 +19,9 @@ import pack
 pytestmark = [pytest.mark.full, pytest.mark.slow]
 
 
-def run(*command: str) -> str:
-    """Output of a Python program."""
-    env = users_environment(PYTHONPATH=str(ROOT))
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
-
-
 def test_first(tmp_path):
     out = tmp_path / "first.jsonl"
-    run("benchmarks/gpu/first.py", "--dry-run", "--out", str(out))
+    run_script("benchmarks/gpu/first.py", "--dry-run", "--out", str(out))
     header, *lines = map(json.loads, out.read_text().splitlines())
     assert header["versions"]["vllm"]
     assert not [line for line in lines if line.get("outcome") == "failed" or "error" in line]
@@ -60,7 +49,7 @@ def test_turns(chatty_model, tmp_path):
     command = ["benchmarks/turns.py", chatty_model, "--dtype", "float32", "--tier", "tests", "--out", str(out)]
     command += ["--sessions", "2", "--turns", "6", "--tokens", "500", "--pool", "600", "--pause", "0"]
     command += ["--output-len", "8", "--budgets", "0.2", "--tiers", "with"]
-    printed = run(*command)
+    printed = run_script(*command)
     assert printed.count("vllm serve") == 2
     record = json.loads(out.read_text())
     assert record["results"]["settings"]["tier"] == "tests"
@@ -75,9 +64,9 @@ def test_turns(chatty_model, tmp_path):
         assert of["below"] > 0
         assert of["cached"]["late"] > of["cached"]["early"]
     assert table["stock, tier"]["evicted"] == 0 < table["echo 0.2, tier"]["evicted"]
-    again = run(*command)
+    again = run_script(*command)
     assert "vllm serve" not in again
-    shown = run("benchmarks/turns.py", "--show", str(out))
+    shown = run_script("benchmarks/turns.py", "--show", str(out))
     assert "echo 0.2, tier" in shown
     assert again.endswith(shown)
     assert printed.endswith(shown)
@@ -86,7 +75,7 @@ def test_turns(chatty_model, tmp_path):
 def test_the_longest_step_of_a_batch_that_evicts_while_it_decodes(chatty_model, tmp_path):
     out = tmp_path / "latency.json"
     command = ["benchmarks/latency.py", chatty_model, "--dtype", "float32", "--decoding", "4", "--budget", "64"]
-    printed = run(*command, "--repeats", "1", "--out", str(out))
+    printed = run_script(*command, "--repeats", "1", "--out", str(out))
     results = json.loads(out.read_text())["results"]
     assert results.keys() == {"all in one step", "one in a step"}
     for runs in results.values():
@@ -143,7 +132,7 @@ def test_packed_and_unpacked(tmp_path, monkeypatch):
     present.write_text("zz_there==3\nnumpy==2.0\n")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     command = ["benchmarks/gpu/pack.py", str(parts), "--carry", "zz-engine", "--present", str(present)]
-    printed = run(*command, "--wheels", str(wheels), "--python", "3.11", "--megabytes", "0.004")
+    printed = run_script(*command, "--wheels", str(wheels), "--python", "3.11", "--megabytes", "0.004")
     assert "2 wheels" in printed
     first, second = sorted(parts.iterdir())
     assert all(part.stat().st_size <= 4000 for part in (first, second))
@@ -154,11 +143,11 @@ def test_packed_and_unpacked(tmp_path, monkeypatch):
     unpacking = ["benchmarks/gpu/unpack.py", str(parts), "--to", str(site), "--plugin", str(plugin)]
     unpacking += ["--imports", "zz_engine"]
     second = second.rename(tmp_path / second.name)
-    assert "yet to come: 2 of 2" in run(*unpacking)
+    assert "yet to come: 2 of 2" in run_script(*unpacking)
     assert not site.exists()
     first.unlink()
     second.rename(parts / second.name)
-    printed = run(*unpacking)
+    printed = run_script(*unpacking)
     assert "zz-there: zz_engine wants it, not there" in printed
     assert "numpy<1: zz_engine wants it, there is" in printed
     assert "zz-extra" not in printed
@@ -173,4 +162,4 @@ def test_packed_and_unpacked(tmp_path, monkeypatch):
     places = [place for place in range(0, len(got) - 16, 8) if got[place : place + 4] == magic]
     assert [struct.unpack_from("<Q", got, place + 8)[0] for place in places] == [len(own), len(ptx), len(newer)]
     with pytest.raises(AssertionError, match="do not import: zz_missing"):
-        run(*unpacking, "zz_missing")
+        run_script(*unpacking, "zz_missing")

@@ -6,10 +6,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from unittest import mock
 
 import pytest
-from conftest import ROOT, users_environment
+from conftest import ROOT, as_users_start, users_environment
 
 sys.path.insert(0, str(ROOT / "deploy"))
 
@@ -37,7 +36,7 @@ def urls(chatty_model, environment):
     """Of a server that evicts and of a stock one, which start side by side."""
     eviction = ["--kv-eviction", "cake", "--kv-eviction-budget", "256", "--enable-prompt-tokens-details"]
     common = [*FLAGS, "--dtype", "float32", "--served-model-name", chatty_model]
-    with ExitStack() as stack, ThreadPoolExecutor() as pool, mock.patch.dict(os.environ, environment, clear=True):
+    with ExitStack() as stack, ThreadPoolExecutor() as pool, as_users_start(**environment):
         servers = [server(chatty_model, *common, *flags) for flags in (eviction, [])]
         yield list(pool.map(stack.enter_context, servers))
 

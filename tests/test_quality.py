@@ -4,11 +4,10 @@ import csv
 import json
 import random
 import re
-import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, users_environment
+from conftest import ROOT, run_script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -257,20 +256,12 @@ def test_leaderboard_runs(chatty_model, texts, tmp_path):
     command += ["--budgets", "0.5", "--dtype", "float32", "--block-size", "32", "--server-args=--enforce-eager"]
     command += ["--text", str(tmp_path / "prose.txt")]
     (tmp_path / "prose.txt").write_text((" ".join(WORDS) + ". ") * 500)
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=users_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    printed = run_script(*command)
     found = json.loads((tmp_path / "a_kvpress.json").read_text())["results"]
     assert found["figures"].keys() == {"progressive"}
     assert {row: len(cells) for row, cells in found["figures"]["progressive"].items()} == {"full": 13, "snapkv 0.5": 13}
     assert found["averages"]["full"]["kept"] == 1 > found["averages"]["snapkv 0.5"]["kept"] > 0.45
-    assert f"kvpress, {found['settings']['model']}: mean of 13 tasks" in done.stdout
+    assert f"kvpress, {found['settings']['model']}: mean of 13 tasks" in printed
 
 
 @pytest.mark.full
@@ -280,9 +271,7 @@ def test_outputs(chatty_model, texts, tmp_path):
     command = ["benchmarks/outputs.py", chatty_model, "--out", str(tmp_path / "a.json"), "--data", str(texts.data)]
     command += ["--policies", "full", "snapkv", "--samples", "1", "--budget", "48", "--every", "32", "--prompt", "60"]
     command += ["--gaps", "150", "200", "--length", "120", "--dtype", "float32", "--kv-cache-gib", "1"]
-    printed = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=users_environment(), stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
+    printed = run_script(*command)
     found = json.loads((tmp_path / "a.json").read_text())["results"]
     (new,) = found["tokens of own outputs that repeat nothing"]
     assert 48 < new <= 120
@@ -524,9 +513,7 @@ def test_served(chatty_model, tmp_path, monkeypatch, capsys):
     command = ["benchmarks/quality.py", chatty_model, "--out", str(out), "--dtype", "float32", "--block-size", "32"]
     command += ["--server-args=--enforce-eager", "--policies", "full", "snapkv+echo=12", "--budgets", "0.2"]
     command += ["--lengths", "400", "--tasks", "copy", "depths", "--samples", "1", "--prefill", "auto-2"]
-    printed = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=users_environment(), stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
+    printed = run_script(*command)
     assert printed.count("--kv-eviction snapkv") == printed.count("vllm serve") == 1
 
     lines = out.with_suffix(".jsonl").read_text().splitlines()
