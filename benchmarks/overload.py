@@ -234,12 +234,13 @@ def main() -> None:
                     load(url, make_requests(tokenizer, args, seed), rate, results["limits"], args) for seed in seeds
                 ]
                 print(name, times, {key: summary(runs[str(times)], key) for key in COLUMNS}, flush=True)
+                # All of it takes an hour or more: what is known stays if it ends early.
+                write(args.out, results)
     print("\n| server | load | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 2) + "|")
     for name, runs in results["servers"].items():
         for times, of_load in runs.items():
             cells = ("{:,.2f} [{:,.2f}, {:,.2f}]".format(*summary(of_load, key)) for key in COLUMNS)
             print(f"| {name} | {times} | " + " | ".join(cells) + " |")
-    write(args.out, results)
     if args.out:
         draw(results, args.out.with_suffix(".png"))
 
