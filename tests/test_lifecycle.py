@@ -204,8 +204,6 @@ def hybrid_model(tmp_path_factory) -> str:
         (PROGRESSIVE, "at once", "hybrid"),
         pytest.param(ELASTIC, "drafts, too", "llama", marks=pytest.mark.full),
         pytest.param(PROGRESSIVE, "drafts, too", "llama", marks=pytest.mark.full),
-        pytest.param({}, "a step late", "llama", marks=pytest.mark.full),
-        pytest.param(PROGRESSIVE, "at once", "llama", marks=pytest.mark.full),
         pytest.param({}, "a step late", "hybrid", marks=pytest.mark.full),
         pytest.param(ELASTIC, "at once", "hybrid", marks=pytest.mark.full),
     ],

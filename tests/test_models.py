@@ -10,17 +10,20 @@ from cake_vllm.policies.entries import Rotary
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("policy", ["cake", "layer-defensivekv"])
 @pytest.mark.parametrize(
-    ("layer_types", "specs"),
+    ("policy", "layer_types", "specs"),
     [
-        (["sliding_attention", "sliding_attention", "full_attention"] * 2, {"EvictableSpec": 1, "Exact": 2}),
+        ("cake", ["sliding_attention", "sliding_attention", "full_attention"] * 2, {"EvictableSpec": 1, "Exact": 2}),
         # vLLM's groups are as large as the smaller kind: the layers that attend to everything are in two of them.
-        (["sliding_attention", "full_attention", "full_attention"] * 2, {"EvictableSpec": 2, "Exact": 1}),
+        (
+            "layer-defensivekv",
+            ["sliding_attention", "full_attention", "full_attention"] * 2,
+            {"EvictableSpec": 2, "Exact": 1},
+        ),
     ],
     ids=["one-group", "two-groups"],
 )
-def test_sliding_layers_stay_as_they_are(start_engine, tmp_path, layer_types, specs, policy, is_v2):
+def test_sliding_layers_stay_as_they_are(start_engine, tmp_path, policy, layer_types, specs, is_v2):
     """Only layers that attend to everything are evicted from."""
     if is_v2 and (policy == "cake") == (specs["Exact"] == 1):
         pytest.skip("slow under Triton's interpreter, where each method meets one way of grouping")

@@ -150,10 +150,9 @@ def test_a_prompt_that_stays(tiny, tiny_replay: Replay, name, options, is_v2):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decode", ["cake", pytest.param("window", marks=pytest.mark.full)])
-def test_steady_state(tiny, decode, same_on_both):
+def test_steady_state(tiny, same_on_both):
     """1,500 generated tokens on a budget of 256: no layer ever holds more than it was given, and nothing grows."""
-    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=256, kv_eviction_config={"decode": decode})
+    engine: Engine = tiny(kv_eviction="cake", kv_eviction_budget=256, kv_eviction_config={"decode": "cake"})
     worker = engine.connector.worker
     request = engine.add([(7 * i) % 250 for i in range(600)], 1500)
     steps = 0

@@ -127,10 +127,10 @@ def test_hundreds_of_requests(chatty_model, monkeypatch):
             engine = engine_process()
             few = left_in_engine(url)
             before, descriptors = engine.memory_info().rss, engine.num_fds()
-            list(pool.map(client, range(150, 600)))
+            list(pool.map(client, range(150, 360)))
         assert left_in_engine(url) == few
         assert sum(few.values()) <= 1
-        assert len(dropped) > 15
+        assert len(dropped) > 8
         assert series(url, "vllm:kv_cache_usage_perc") == 0
         assert engine.memory_info().rss - before < 100 * 2**20
         assert engine.num_fds() == descriptors
