@@ -110,7 +110,7 @@ def test_random_load(tiny, seed, is_v2):
     serve(engine, settings, dice, min(longest, 800) if is_v2 else longest, *((1, 15, 4) if is_v2 else (5, 40, 12)))
 
 
-@pytest.mark.parametrize("number", [20, *(pytest.param(other, marks=pytest.mark.full) for other in (6,))])
+@pytest.mark.parametrize("number", [20, pytest.param(6, marks=pytest.mark.full)])
 def test_random_load_beside_states(start_engine, tmp_path, number, same_on_both):
     """Two groups of attention layers, and one of short convolutions, whose states are in the prefix cache."""
     layers = {"layer_types": ["conv", "full_attention", "full_attention"] * 2}
