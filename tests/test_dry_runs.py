@@ -65,7 +65,7 @@ def test_turns(chatty_model, tmp_path, monkeypatch, capsys):
         assert of["below"] > 0
         assert of["cached"]["late"] > of["cached"]["early"]
     assert table["stock, tier"]["evicted"] == 0 < table["echo 0.2, tier"]["evicted"]
-    # It is changed there, too.
+    # The script sets it for its servers: it is as before when the test ends.
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     monkeypatch.setattr(sys, "argv", command)
     turns.main()

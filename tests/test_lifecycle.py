@@ -4,6 +4,7 @@ The machine draws a history; what it has done so far is printed, shortened, when
 is free or owned as often as it is referenced (``Engine.step``), and in the end everything is back.
 """
 
+import itertools
 import random
 from collections import Counter
 from typing import Any
@@ -151,19 +152,19 @@ class Lifecycle(RuleBasedStateMachine):
 
     def rehearse(self) -> None:
         """A history that evicts for sure: what is drawn depends on the names and numbers of all modules around."""
-        for seed in range(4):
-            if self.is_elastic:
-                self.crowd(600, seed, 16)
-                continue
-            for wish in range(len(WISHES)):
-                self.add(640, False, seed, 20, wish, {})
-                self.step(8)
-        self.teardown()
         if self.is_elastic:
+            for seed in range(4):
+                self.crowd(600, seed, 16)
+            self.teardown()
+            # Outputs alone are more than the pool holds.
             size = self.engine.vllm_config.cache_config.block_size
             for seed in range(len(self.engine.pool.blocks) * size // 300):
                 self.engine.add(numbers(181 + seed, 60), 320)
-            self.teardown()
+        else:
+            for seed, wish in itertools.product(range(4), range(len(WISHES))):
+                self.add(640, False, seed, 20, wish, {})
+                self.step(8)
+        self.teardown()
 
     def _abort(self, *names: str) -> None:
         self.engine.abort(*names)

@@ -23,10 +23,8 @@ pytestmark = pytest.mark.engine
     ],
     ids=["one-group", "two-groups"],
 )
-def test_sliding_layers_stay_as_they_are(start_engine, tmp_path, policy, layer_types, specs, is_v2):
+def test_sliding_layers_stay_as_they_are(start_engine, tmp_path, policy, layer_types, specs):
     """Only layers that attend to everything are evicted from."""
-    if is_v2 and (policy == "cake") == (specs["Exact"] == 1):
-        pytest.skip("slow under Triton's interpreter, where each method meets one way of grouping")
     model = save_random_model(
         tmp_path,
         "gemma3_text",
