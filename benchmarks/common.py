@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -81,7 +82,7 @@ def write(out: Path | None, results: Any) -> None:
     # Folders by their names: where they lie says nothing.
     words = [Path(word).name if Path(word).is_dir() else word for word in sys.argv]
     record = {
-        "command": " ".join(["python", *words]),
+        "command": shlex.join(["python", *words]),
         "machine": {
             "cpu": cpu_name(),
             "cores": len(os.sched_getaffinity(0)),

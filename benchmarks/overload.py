@@ -158,9 +158,9 @@ def servers_of(args: argparse.Namespace) -> dict[str, list[str]]:
         # The most that an 8-bit cache could give: on a CPU without AVX-512 and AMX vLLM has none.
         "stock, twice the pool": twice,
         "stock, 8 bits": eight,
+        "auto": [*plain, *elastic],
         "10%": [*plain, *policy, "0.1"],
         "20%": [*plain, *policy, "0.2"],
-        "auto": [*plain, *elastic],
         "auto, 8 bits": [*eight, *elastic],
     }
     if "gpu" in gpu_name():
@@ -169,6 +169,14 @@ def servers_of(args: argparse.Namespace) -> dict[str, list[str]]:
         for name in ("stock", "stock, 8 bits", "auto"):
             servers[f"{name}, offloading"] = [*servers[name], *offloading]
     return {name: [*common, *flags] for name, flags in servers.items() if not args.servers or name in args.servers}
+
+
+def begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a run with the same settings wrote before it ended early."""
+    results = json.loads(out.read_text())["results"]
+    if results["settings"] != settings:
+        raise SystemExit(f"{out} was measured with {results['settings']}, and not with {settings}")
+    return results
 
 
 def draw(results: dict[str, Any], file: Path) -> None:
@@ -211,13 +219,20 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--servers", nargs="+", help="some of them only")
     parser.add_argument("--out", type=Path, help="where to write the JSON, and a PNG beside it")
+    parser.add_argument("--resume", action="store_true", help="measure what --out does not have yet, and no more")
     args = parser.parse_args()
+    settings = {key: value for key, value in vars(args).items() if key not in ("servers", "loads", "out", "resume")}
+    settings["model"] = Path(args.model).resolve().name
+    results = begun(args.out, settings) if args.resume else {"settings": settings, "servers": {}}
 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    results: dict[str, Any] = {"servers": {}}
     for name, flags in servers_of(args).items():
+        runs = results["servers"].setdefault(name, {})
+        missing = [times for times in args.loads if str(times) not in runs]
+        if not missing:
+            continue
         with server(args.model, *flags) as url:
             send(url, make_requests(tokenizer, args, 99)[:3], args)
             if "limits" not in results:
@@ -225,8 +240,7 @@ def main() -> None:
                 results["limits"] = {key: getattr(args, key) * alone for key, alone in results["alone"].items()}
                 client = send(url, make_requests(tokenizer, args, 0), args)
                 results["capacity"] = client["completed"] / client["duration"]
-            runs = results["servers"][name] = {}
-            for times in args.loads:
+            for times in missing:
                 # Fresh prompts for each run: none is in the prefix cache.
                 seeds = [f"{times} {seed}" for seed in range(args.seeds)]
                 rate = times * results["capacity"]
@@ -234,7 +248,7 @@ def main() -> None:
                     load(url, make_requests(tokenizer, args, seed), rate, results["limits"], args) for seed in seeds
                 ]
                 print(name, times, {key: summary(runs[str(times)], key) for key in COLUMNS}, flush=True)
-                # All of it takes an hour or more: what is known stays if it ends early.
+                # All of it takes two hours or more: what is known stays if it ends early.
                 write(args.out, results)
     print("\n| server | load | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 2) + "|")
     for name, runs in results["servers"].items():
