@@ -206,7 +206,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=36, help="of each run, a multiple of three")
     parser.add_argument("--lengths", type=int, nargs=2, default=[300, 1500], help="shortest and longest text, tokens")
     parser.add_argument("--output-len", type=int, default=192)
-    parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 1, 2, 4], help="multiples of stock's capacity")
+    parser.add_argument(
+        "--loads", type=float, nargs="+", default=[0.5, 1.0, 2.0, 4.0], help="multiples of stock's capacity"
+    )
     parser.add_argument("--pool-tokens", type=int, default=6000, help="tokens that the pool holds")
     parser.add_argument("--policy", default="layer-defensivekv")
     parser.add_argument("--floor", type=float, default=0.1, help="of the elastic budget, a share of the prompt")
@@ -221,6 +223,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write the JSON, and a PNG beside it")
     parser.add_argument("--resume", action="store_true", help="measure what --out does not have yet, and no more")
     args = parser.parse_args()
+    if args.resume and not (args.out and args.out.exists()):
+        parser.error("--resume goes on with what is in --out, and nothing is")
     settings = {key: value for key, value in vars(args).items() if key not in ("servers", "loads", "out", "resume")}
     settings["model"] = Path(args.model).resolve().name
     results = begun(args.out, settings) if args.resume else {"settings": settings, "servers": {}}
