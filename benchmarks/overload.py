@@ -233,7 +233,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     for name, flags in servers_of(args).items():
-        runs = results["servers"].setdefault(name, {})
+        runs: dict[str, list[dict[str, Any]]] = results["servers"].setdefault(name, {})
         missing = [times for times in args.loads if str(times) not in runs]
         if not missing:
             continue
@@ -252,6 +252,7 @@ def main() -> None:
                     load(url, make_requests(tokenizer, args, seed), rate, results["limits"], args) for seed in seeds
                 ]
                 print(name, times, {key: summary(runs[str(times)], key) for key in COLUMNS}, flush=True)
+                results["servers"][name] = runs = dict(sorted(runs.items(), key=lambda load: float(load[0])))
                 # All of it takes two hours or more: what is known stays if it ends early.
                 write(args.out, results)
     print("\n| server | load | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 2) + "|")
