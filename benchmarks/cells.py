@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import check_settings
 from tasks import Sample
 
 #: Methods of which a request for fewer queries has to say so, as the server may be started with more.
@@ -109,9 +110,8 @@ class Answers:
         if file.exists():
             # The last line of a run that was killed may have no end.
             lines = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
-        if lines and lines[0] != settings:
-            differs = [key for key in settings if lines[0].get(key) != settings[key]]
-            raise SystemExit(f"{file} was made with other settings ({', '.join(differs)}): give another --out")
+        if lines:
+            check_settings(file, lines[0], settings)
         self.records = lines[1:]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(line) + "\n" for line in [settings, *self.records]))

@@ -75,6 +75,13 @@ def custom_dataset(prompts: Iterable[str], folder: Path, output_len: int) -> lis
     return ["custom", "--dataset-path", str(file), *flags]
 
 
+def check_settings(file: Path, made_with: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises SystemExit, with the names of what differs, if what a file has was not made with these settings."""
+    if made_with != settings:
+        differs = [key for key in settings if made_with.get(key) != settings[key]]
+        raise SystemExit(f"{file} was made with other settings ({', '.join(differs)}): give another --out")
+
+
 def write(out: Path | None, results: Any) -> None:
     """Writes ``results`` with the command, the machine and the versions they come from, as JSON."""
     if out is None:

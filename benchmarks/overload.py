@@ -26,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "deploy"))
 
-from common import bench_serve, custom_dataset, gpu_name, speeches, write
+from common import bench_serve, check_settings, custom_dataset, gpu_name, speeches, write
 from demo import samples, server
 
 QUESTION = (
@@ -171,14 +171,6 @@ def servers_of(args: argparse.Namespace) -> dict[str, list[str]]:
     return {name: [*common, *flags] for name, flags in servers.items() if not args.servers or name in args.servers}
 
 
-def begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a run with the same settings wrote before it ended early."""
-    results = json.loads(out.read_text())["results"]
-    if results["settings"] != settings:
-        raise SystemExit(f"{out} was measured with {results['settings']}, and not with {settings}")
-    return results
-
-
 def draw(results: dict[str, Any], file: Path) -> None:
     """Goodput and accuracy over load."""
     import matplotlib
@@ -227,7 +219,10 @@ def main() -> None:
         parser.error("--resume goes on with what is in --out, and nothing is")
     settings = {key: value for key, value in vars(args).items() if key not in ("servers", "loads", "out", "resume")}
     settings["model"] = Path(args.model).resolve().name
-    results = begun(args.out, settings) if args.resume else {"settings": settings, "servers": {}}
+    results: dict[str, Any] = {"settings": settings, "servers": {}}
+    if args.resume:
+        results = json.loads(args.out.read_text())["results"]
+        check_settings(args.out, results["settings"], settings)
 
     from transformers import AutoTokenizer
 
